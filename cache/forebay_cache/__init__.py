@@ -1,0 +1,1 @@
+"""The cache daemon: an SSD of log records between virtual machines and the store."""

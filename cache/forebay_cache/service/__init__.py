@@ -1,0 +1,1 @@
+"""I/O: thin asynchronous shells around the engine."""

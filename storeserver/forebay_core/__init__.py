@@ -1,0 +1,1 @@
+"""Shared ground: units, errors, checksums, extents and the frame format."""

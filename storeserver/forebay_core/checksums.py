@@ -1,0 +1,42 @@
+"""xxh3-64 over blocks and records, and the test for zero blocks.
+
+Every plain block is summed once when it arrives and compared whenever it is handed on (promise 3).
+"""
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from forebay_core.units import BLOCK_SIZE, Buffer
+
+U64Array = npt.NDArray[np.uint64]
+
+checksum = xxh3_64_intdigest
+
+ZERO_BLOCK: Final = bytes(BLOCK_SIZE)
+ZERO_CHECKSUM: Final = xxh3_64_intdigest(ZERO_BLOCK)
+
+
+def block_checksums(buffer: Buffer) -> list[int]:
+    """Return the checksum of each 4096-byte block of a buffer of whole blocks."""
+    view = memoryview(buffer)
+    assert view.nbytes % BLOCK_SIZE == 0
+    digest = xxh3_64_intdigest
+    return [digest(view[at : at + BLOCK_SIZE]) for at in range(0, view.nbytes, BLOCK_SIZE)]
+
+
+def is_zero(buffer: Buffer) -> bool:
+    """Tell whether a buffer of at most one frame holds only zeros (compares memory, no loop over bytes)."""
+    view = memoryview(buffer)
+    if view.nbytes == BLOCK_SIZE:
+        return view == ZERO_BLOCK
+    return not np.frombuffer(view, np.uint8).any()
+
+
+def zero_blocks(buffer: Buffer) -> npt.NDArray[np.bool_]:
+    """Return for each block of a buffer of whole blocks whether it holds only zeros."""
+    words = np.frombuffer(buffer, np.uint64).reshape(-1, BLOCK_SIZE // 8)
+    zero: npt.NDArray[np.bool_] = np.logical_not(words.any(axis=1))
+    return zero

@@ -1,0 +1,1 @@
+"""Bytes: every on-disk record is declared here, once."""

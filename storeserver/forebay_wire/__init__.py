@@ -1,0 +1,1 @@
+"""The protocol between store, cache and tools; the store owns it."""
