@@ -11,14 +11,10 @@ BODY_SIZE_MAX: Final = 1 * MIB
 PAYLOAD_SIZE_MAX: Final = 16 * MIB
 """Bytes of raw payload behind one message."""
 
-READ_BLOCKS_MAX: Final = 1024
-"""Blocks one Read may ask for: even when each lies in a frame of its own, the whole answer fits one payload only if
-the store answers with fewer; it then fails with BAD_REQUEST, so clients ask for READ_BLOCKS_SAFE."""
+READ_BLOCKS_MAX: Final = 240
+"""Blocks one Read may ask for: the answer fits one payload even when each block lies in a frame of its own."""
 
-READ_BLOCKS_SAFE: Final = 128
-"""Blocks one Read may always ask for."""
-
-EXTENTS_MAX: Final = 4096
+EXTENTS_MAX: Final = READ_BLOCKS_MAX
 """Extents in one Read."""
 
 HOLES_PER_PART_MAX: Final = 65536
@@ -39,7 +35,7 @@ HANDSHAKE_TIMEOUT_S: Final = 10.0
 KEY_SIZE_MIN: Final = 16
 KEY_SIZE_MAX: Final = 4096
 
-assert READ_BLOCKS_SAFE * FRAME_SIZE_MAX <= PAYLOAD_SIZE_MAX
+assert READ_BLOCKS_MAX * FRAME_SIZE_MAX <= PAYLOAD_SIZE_MAX
 assert HOLES_PER_PART_MAX * 12 < BODY_SIZE_MAX
 assert PIECES_MAX * 28 < BODY_SIZE_MAX
 assert EXTENTS_MAX * 12 < BODY_SIZE_MAX
