@@ -1,0 +1,237 @@
+"""Settings of the daemons: one TOML file with the tables [store] and [cache]; flags override what the file says.
+
+Every value, from the file or from a flag, goes through the reader of its key below, so `forebay config check` and a
+starting daemon agree. An unknown table or key, a value out of range or a missing key is a `WrongUsageError` of one
+line that names file, key, value and what is allowed. Sizes are bytes or take units ("10GiB"); paths are relative to
+the working directory.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgspec
+
+from forebay_core.errors import WrongUsageError
+from forebay_core.units import BLOCK_SIZE, GIB, KIB, MIB, VOLUME_SIZE_MAX, format_size, parse_size
+
+CONFIG_SIZE_MAX: Final = 1 * MIB
+STORES_MAX: Final = 8
+FILL_BLOCKS: Final = (1, 2, 4, 8, 16)
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+PORT_MAX: Final = 65535
+
+_ADDRESS: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]):(?P<port>[0-9]{1,5})\Z")
+
+
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Table [store]: what `forebay store serve` is told."""
+
+    data: Path
+    listen: str = "127.0.0.1:7300"
+    key_file: Path | None = None
+    log_level: str = "info"
+
+
+class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Table [cache]: what `forebay cache serve` is told. Sizes in bytes."""
+
+    device: Path
+    run_dir: Path
+    store: tuple[str, ...]
+    size: int | None = None
+    format: bool = False
+    nbd: str | None = None
+    nbd_allow_remote: bool = False
+    control: str | None = None
+    key_file: Path | None = None
+    cut_size_max: int = 256 * MIB
+    cut_age_s_max: float = 10.0
+    dirty_share_max: float = 0.6
+    zone_size: int = 4 * MIB
+    fill_blocks: int = 4
+    compression_level: int = 1
+    log_level: str = "info"
+
+
+Settings = StoreSettings | CacheSettings
+SettingsType = TypeVar("SettingsType", StoreSettings, CacheSettings)
+
+
+class Setting(NamedTuple):
+    """How one key is read: `read` returns the value or raises ValueError; `allowed` is for people."""
+
+    read: Callable[[object], object]
+    allowed: str
+
+
+def load_settings(
+    path: Path | None, table: type[SettingsType], overrides: Mapping[str, object] | None = None
+) -> SettingsType:
+    """Return the settings of one table: the file's values, replaced by the overrides that are not None.
+
+    Raises:
+        WrongUsageError: the file can't be read or is no TOML, or a key or value is wrong or missing.
+    """
+    given = _read_tables(path).get(_TABLE_NAMES[table], {}) if path is not None else {}
+    flags = {key: value for key, value in (overrides or {}).items() if value is not None}
+    place = str(path) if path is not None else "settings"
+    values = _read_values(place, table, given) | _read_values("flags", table, flags)
+    for field in msgspec.structs.fields(table):
+        if field.required and field.name not in values:
+            raise WrongUsageError(
+                f"{place}: {_TABLE_NAMES[table]}.{field.name} is missing; give {_SETTINGS[table][field.name].allowed}"
+            )
+    return table(**values)
+
+
+def check_file(path: Path) -> list[Settings]:
+    """Return the settings of every table that the file holds, checked as a starting daemon checks them.
+
+    Raises:
+        WrongUsageError: as `load_settings`, or the file holds no table at all.
+    """
+    tables = _read_tables(path)
+    if not tables:
+        raise WrongUsageError(f"{path}: holds no settings; allowed are the tables [store] and [cache]")
+    settings: list[Settings] = []
+    if "store" in tables:
+        settings.append(load_settings(path, StoreSettings))
+    if "cache" in tables:
+        settings.append(load_settings(path, CacheSettings))
+    return settings
+
+
+def _read_tables(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(CONFIG_SIZE_MAX + 1)
+        if len(text) > CONFIG_SIZE_MAX:
+            raise WrongUsageError(f"{path}: is longer than {format_size(CONFIG_SIZE_MAX)}; this is no configuration")
+        tables = tomllib.loads(text.decode())
+    except OSError as error:
+        raise WrongUsageError(f"{path}: can't be read ({error.strerror}); give a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WrongUsageError(f"{path}: is not valid TOML: {str(error).splitlines()[0]}") from error
+    for name, table in tables.items():
+        if name not in _TABLE_NAMES.values() or not isinstance(table, dict):
+            raise WrongUsageError(f"{path}: unknown key {_shown(name)}; allowed are the tables [store] and [cache]")
+    return tables
+
+
+def _read_values(place: str, table: type[Settings], given: Mapping[str, object]) -> dict[str, Any]:
+    known = _SETTINGS[table]
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = f"{_TABLE_NAMES[table]}.{key}"
+        if key not in known:
+            raise WrongUsageError(f"{place}: unknown key {_shown(name)}; allowed are {', '.join(known)}")
+        try:
+            values[key] = known[key].read(value)
+        except ValueError as error:
+            raise WrongUsageError(f"{place}: {name} = {_shown(value)}: allowed is {known[key].allowed}") from error
+    return values
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    shown = text[:80].encode("unicode_escape").decode() + ("..." if len(text) > 80 else "")
+    return f'"{shown}"' if isinstance(value, str) else shown
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise ValueError(value)
+    return Path(value)
+
+
+def _address(value: object) -> str:
+    match = _ADDRESS.match(value) if isinstance(value, str) else None
+    if match is None or int(match["port"]) > PORT_MAX:
+        raise ValueError(value)
+    return match.string
+
+
+def _addresses(value: object) -> tuple[str, ...]:
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not 1 <= len(parts) <= STORES_MAX:
+        raise ValueError(value)
+    return tuple(_address(part) for part in parts)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(value)
+    return value
+
+
+def _choice(allowed: tuple[str, ...]) -> Callable[[object], str]:
+    def read(value: object) -> str:
+        if not isinstance(value, str) or value.lower() not in allowed:
+            raise ValueError(value)
+        return value.lower()
+
+    return read
+
+
+def _size(low: int, high: int) -> Setting:
+    def read(value: object) -> int:
+        size = parse_size(value) if isinstance(value, str) else value
+        if not isinstance(size, int) or isinstance(size, bool) or not low <= size <= high or size % BLOCK_SIZE:
+            raise ValueError(value)
+        return size
+
+    return Setting(read, f"a size from {format_size(low)} to {format_size(high)} that is a multiple of {BLOCK_SIZE}")
+
+
+def _number(low: float, high: float, unit: str = "") -> Setting:
+    def read(value: object) -> float:
+        number = float(value) if isinstance(value, str) else value
+        if not isinstance(number, int | float) or isinstance(number, bool) or not low <= number <= high:
+            raise ValueError(value)
+        return float(number)
+
+    return Setting(read, f"a number from {low:g} to {high:g}{unit}")
+
+
+def _whole(allowed: range | tuple[int, ...], text: str) -> Setting:
+    def read(value: object) -> int:
+        number = int(value) if isinstance(value, str) else value
+        if not isinstance(number, int) or isinstance(number, bool) or number not in allowed:
+            raise ValueError(value)
+        return number
+
+    return Setting(read, text)
+
+
+_PATH: Final = Setting(_path, "a path")
+_ONE_ADDRESS: Final = Setting(_address, f"HOST:PORT with a port from 0 to {PORT_MAX}")
+_BOOL: Final = Setting(_flag, "true or false")
+_LOG_LEVEL: Final = Setting(_choice(LOG_LEVELS), " or ".join(LOG_LEVELS))
+
+_TABLE_NAMES: Final[dict[type[Settings], str]] = {StoreSettings: "store", CacheSettings: "cache"}
+_SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
+    StoreSettings: {"data": _PATH, "listen": _ONE_ADDRESS, "key_file": _PATH, "log_level": _LOG_LEVEL},
+    CacheSettings: {
+        "device": _PATH,
+        "run_dir": _PATH,
+        "store": Setting(_addresses, f"1 to {STORES_MAX} addresses HOST:PORT"),
+        "size": _size(4 * MIB, VOLUME_SIZE_MAX),
+        "format": _BOOL,
+        "nbd": _ONE_ADDRESS,
+        "nbd_allow_remote": _BOOL,
+        "control": _ONE_ADDRESS,
+        "key_file": _PATH,
+        "cut_size_max": _size(1 * MIB, 1 * GIB),
+        "cut_age_s_max": _number(0.1, 3600, " seconds"),
+        "dirty_share_max": _number(0.05, 0.9),
+        "zone_size": _size(256 * KIB, 16 * MIB),
+        "fill_blocks": _whole(FILL_BLOCKS, "1, 2, 4, 8 or 16"),
+        "compression_level": _whole(range(1, 20), "a whole number from 1 to 19"),
+        "log_level": _LOG_LEVEL,
+    },
+}
+for _table, _keys in _SETTINGS.items():
+    assert {field.name for field in msgspec.structs.fields(_table)} == set(_keys)
