@@ -1,0 +1,30 @@
+# Forebay. `make run` shows it at work, `make test` proves it; both set up what they need.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+
+.PHONY: install run test lint bench soak packages venv venv-dev
+
+install: packages venv
+	@echo "forebay is at $(CURDIR)/$(BIN)/forebay"
+
+run: packages venv
+	@$(BIN)/python -m forebay_tools.demo
+
+test: packages venv-dev
+	@$(BIN)/python -m pytest -m "not soak"
+
+soak: packages venv-dev
+	@$(BIN)/python -m pytest -m soak --timeout 0
+
+bench: packages venv-dev
+	@$(BIN)/python bench/run.py
+
+lint: venv-dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+packages venv venv-dev:
+	@bash .ci/setup $@
