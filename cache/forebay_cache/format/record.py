@@ -1,0 +1,270 @@
+"""The record: what a zone is filled with. One header block of 4096 bytes, then 0 to 125 data blocks.
+
+The i-th entry with data describes the i-th data block; entries with data come first. A record is chained to the one
+before it in the device's log by that record's checksum, so old bytes of a reused zone never pass for the log's end.
+Crash: a torn header fails its checksum and ends the log; a torn data block fails the checksum in its entry.
+
+Header, 96 bytes, little-endian, then the entry area of 125 * 32 = 4000 bytes, zero where unused:
+
+    offset  size  type  field             meaning
+    ------  ----  ----  ----------------  ---------------------------------------------------------------
+         0     4  u32   magic             0x52524246, "FBRR"
+         4     2  u16   format_version    1
+         6     1  u8    kind              1 DATA, 2 SEAL (last of its zone), 3 NOTE (state, no data)
+         7     1  u8    flags             0
+         8     8  u64   device            first 8 bytes of the device id
+        16     4  u32   zone              zone that holds this record
+        20     4  u32   incarnation       of the zone, raised at each reuse
+        24     8  u64   log_position      number of this record in the device's log
+        32     8  u64   durable_position  log position known durable when this record was made
+        40     8  u64   previous_xxh3     header_xxh3 of the record before in the log; 0 for the first
+        48     4  u32   entry_count       0 to 125
+        52     4  u32   block_count       data blocks behind the header
+        56     4  u32   next_zone         SEAL: zone in which the log goes on; else 0
+        60     4  4x    reserved          0
+        64     8  u64   header_xxh3       over these 4096 bytes with this field as 0
+        72    24  24x   reserved2         0
+
+Entry, 32 bytes, little-endian:
+
+    offset  size  type  field        meaning
+    ------  ----  ----  -----------  -----------------------------------------------------------------------
+         0     8  u64   lba          WRITE, FILL, MOVE: block; TRIM, ZERO: first block; BLOB: 1; else 0
+         8     8  u64   version      of the change; ACKNOWLEDGED: cuts are upstream through it
+        16     8  u64   checksum     of the data block; TRIM, ZERO: count of blocks; BLOB: size; else a value
+        24     4  u32   volume_key   1 to 2**24 - 1, see VolumeNote
+        28     1  u8    kind         1 WRITE, 2 FILL, 3 MOVE, 4 TRIM, 5 ZERO, 6 ACKNOWLEDGED,
+                                     7 DROP (clean blocks of the volume are invalid), 8 VOLUME_CLOSED, 9 BLOB
+        29     1  u8    flags        0
+        30     1  u8    sector_mask  0xff; reserved for partial blocks
+        31     1  u8    reserved     0
+
+A BLOB entry is the only entry of a NOTE record; the VolumeNote it announces follows right behind it.
+"""
+
+import struct
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay_cache.format.volume_note import VOLUME_NOTE, VolumeNote, decode_volume_note, encode_volume_note
+from forebay_core.checksums import checksum
+from forebay_core.errors import CorruptionError
+from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
+
+RECORD_MAGIC: Final = 0x52524246
+RECORD_FORMAT_VERSION: Final = 1
+HEADER: Final = struct.Struct("<IHBBQIIQQQIII4xQ24x")
+ENTRY: Final = struct.Struct("<QQQIBBBB")
+ENTRY_DTYPE: Final = np.dtype(
+    [
+        ("lba", "<u8"),
+        ("version", "<u8"),
+        ("checksum", "<u8"),
+        ("volume_key", "<u4"),
+        ("kind", "u1"),
+        ("flags", "u1"),
+        ("sector_mask", "u1"),
+        ("reserved", "u1"),
+    ]
+)
+ENTRY_SIZE: Final = ENTRY.size
+RECORD_ENTRIES_MAX: Final = (BLOCK_SIZE - HEADER.size) // ENTRY_SIZE
+NOTE_OFFSET: Final = HEADER.size + ENTRY_SIZE
+assert HEADER.size == 96
+assert ENTRY_SIZE == ENTRY_DTYPE.itemsize == 32
+assert NOTE_OFFSET + VOLUME_NOTE.size <= BLOCK_SIZE
+
+# Kinds of record.
+DATA: Final = 1
+SEAL: Final = 2
+NOTE: Final = 3
+
+# Kinds of entry.
+WRITE: Final = 1
+FILL: Final = 2
+MOVE: Final = 3
+TRIM: Final = 4
+ZERO: Final = 5
+ACKNOWLEDGED: Final = 6
+DROP: Final = 7
+VOLUME_CLOSED: Final = 8
+BLOB: Final = 9
+
+BLOB_VOLUME: Final = 1
+SECTOR_MASK_ALL: Final = 0xFF
+VOLUME_KEY_MAX: Final = (1 << 24) - 1
+
+EntryArray = npt.NDArray[np.void]
+
+_XXH3_OFFSET: Final = 64
+_U64: Final = struct.Struct("<Q")
+_ZEROS: Final = bytes(BLOCK_SIZE)
+# Kind, flags, mask and reserved read as one word: everything but the kind is fixed.
+_TAIL_FIXED: Final = SECTOR_MASK_ALL << 16
+_SCALAR_ENTRIES_MAX: Final = 8
+
+
+class RecordHeader(NamedTuple):
+    """The fixed fields of one record in their order on disk; `header_xxh3` is ignored when encoding."""
+
+    kind: int
+    flags: int
+    device: int
+    zone: int
+    incarnation: int
+    log_position: int
+    durable_position: int
+    previous_xxh3: int
+    entry_count: int
+    block_count: int
+    next_zone: int
+    header_xxh3: int = 0
+
+    @property
+    def size(self) -> int:
+        """Blocks of the whole record, header included."""
+        return 1 + self.block_count
+
+
+def encode_record(header: RecordHeader, entries: EntryArray | Buffer) -> bytes:
+    """Return the header block. `entries` are `entry_count` packed entries, or one BLOB entry and its note.
+
+    The caller vouches for the entries: only their size is looked at here, because this is the hot path.
+    """
+    packed = entries.tobytes() if isinstance(entries, np.ndarray) else entries
+    size = len(packed)
+    assert header.entry_count * ENTRY_SIZE <= size <= BLOCK_SIZE - HEADER.size
+    assert header.block_count <= header.entry_count
+    block = bytearray(BLOCK_SIZE)
+    HEADER.pack_into(block, 0, RECORD_MAGIC, RECORD_FORMAT_VERSION, *header[:-1], 0)
+    block[HEADER.size : HEADER.size + size] = packed
+    _U64.pack_into(block, _XXH3_OFFSET, checksum(block))
+    return bytes(block)
+
+
+def record_xxh3(block: Buffer) -> int:
+    """Return the checksum stored in an encoded header block: the `previous_xxh3` of the next record."""
+    found: int = _U64.unpack_from(block, _XXH3_OFFSET)[0]
+    return found
+
+
+def encode_note_record(header: RecordHeader, note: VolumeNote) -> bytes:
+    """Return the block of a NOTE record that holds one volume row; `entry_count` of the header must be 1."""
+    assert header.kind == NOTE
+    assert header.entry_count == 1
+    entry = ENTRY.pack(BLOB_VOLUME, 0, VOLUME_NOTE.size, note.volume_key, BLOB, 0, SECTOR_MASK_ALL, 0)
+    return encode_record(header, entry + encode_volume_note(note))
+
+
+def decode_note(block: Buffer, *, place: str) -> VolumeNote:
+    """Return the volume row in the block of a decoded NOTE record whose entry is a BLOB.
+
+    Raises:
+        CorruptionError: the row is not as its table says.
+    """
+    return decode_volume_note(memoryview(block)[NOTE_OFFSET : NOTE_OFFSET + VOLUME_NOTE.size], place=place)
+
+
+def decode_record(block: Buffer, *, place: str) -> tuple[RecordHeader, EntryArray]:
+    """Return the fixed fields and the entries of a header block; the entries are a copy of their own.
+
+    Raises:
+        CorruptionError: a checksum, count, kind, order or extent is not as the tables above say.
+    """
+    copy = bytearray(block)
+    if len(copy) != BLOCK_SIZE:
+        raise CorruptionError(place=place, what="record header size", expected=BLOCK_SIZE, found=len(copy))
+    magic, format_version, *fields = HEADER.unpack_from(copy)
+    if magic != RECORD_MAGIC:
+        raise CorruptionError(place=place, what="record magic", expected=RECORD_MAGIC, found=magic)
+    header = RecordHeader(*fields)
+    _U64.pack_into(copy, _XXH3_OFFSET, 0)
+    found = checksum(copy)
+    if found != header.header_xxh3:
+        raise CorruptionError(place=place, what="record header checksum", expected=header.header_xxh3, found=found)
+    if format_version != RECORD_FORMAT_VERSION:
+        raise CorruptionError(
+            place=place, what="record format version", expected=RECORD_FORMAT_VERSION, found=format_version
+        )
+    _check_header(header, place)
+    entries = np.frombuffer(copy, ENTRY_DTYPE, header.entry_count, HEADER.size)
+    _check_entries(header, entries, place)
+    _check_unused(header, entries, copy, place)
+    return header, entries
+
+
+def _check_header(header: RecordHeader, place: str) -> None:
+    if not DATA <= header.kind <= NOTE or header.flags != 0:
+        raise CorruptionError(
+            place=place, what="record kind and flags", expected="1 to 3, 0", found=(header.kind, header.flags)
+        )
+    entries_max = 0 if header.kind == SEAL else RECORD_ENTRIES_MAX
+    blocks_max = header.entry_count if header.kind == DATA else 0
+    if header.entry_count > entries_max or header.block_count > blocks_max:
+        raise CorruptionError(
+            place=place,
+            what="record counts",
+            expected=f"at most {(entries_max, blocks_max)}",
+            found=(header.entry_count, header.block_count),
+        )
+    if header.kind != SEAL and header.next_zone != 0:
+        raise CorruptionError(place=place, what="record next zone", expected=0, found=header.next_zone)
+
+
+def _check_entries(header: RecordHeader, entries: EntryArray, place: str) -> None:
+    blocks = header.block_count
+    checked = 0
+    if blocks > _SCALAR_ENTRIES_MAX:
+        _check_entries_with_blocks(entries[:blocks], place)
+        checked = blocks
+    for index, (lba, _, value, volume_key, kind, flags, mask, reserved) in enumerate(
+        entries[checked:].tolist(), checked
+    ):
+        if kind in (WRITE, FILL, MOVE):
+            valid = index < blocks and lba <= LBA_MAX
+        else:
+            valid = index >= blocks and _is_state(header, lba, value, kind)
+        if not (valid and 0 < volume_key <= VOLUME_KEY_MAX and (flags, mask, reserved) == (0, SECTOR_MASK_ALL, 0)):
+            raise CorruptionError(
+                place=place, what="record entry", expected="as its table says", found=(index, entries[index].tolist())
+            )
+
+
+def _check_entries_with_blocks(entries: EntryArray, place: str) -> None:
+    """Check many entries with data at once; kind, flags, mask and reserved are compared as one word."""
+    tails = entries.view("<u4").reshape(-1, ENTRY_SIZE // 4)[:, 7]
+    lowest, highest = int(tails.min()), int(tails.max())
+    if lowest < _TAIL_FIXED | WRITE or highest > _TAIL_FIXED | MOVE:
+        raise CorruptionError(
+            place=place, what="record entry kinds", expected="WRITE, FILL or MOVE", found=(lowest, highest)
+        )
+    keys = entries["volume_key"]
+    lowest, highest = int(keys.min()), int(keys.max())
+    if lowest == 0 or highest > VOLUME_KEY_MAX:
+        raise CorruptionError(
+            place=place, what="record volume keys", expected=f"1..{VOLUME_KEY_MAX}", found=(lowest, highest)
+        )
+    highest = int(entries["lba"].max())
+    if highest > LBA_MAX:
+        raise CorruptionError(place=place, what="record lba", expected=f"at most {LBA_MAX}", found=highest)
+
+
+def _is_state(header: RecordHeader, lba: int, value: int, kind: int) -> bool:
+    """Tell whether an entry without data is as its table says."""
+    if kind in (TRIM, ZERO):
+        return value > 0 and lba + value <= LBA_MAX + 1
+    if kind == BLOB:
+        alone = header.kind == NOTE and header.entry_count == 1
+        return alone and lba == BLOB_VOLUME and value == VOLUME_NOTE.size
+    return kind in (ACKNOWLEDGED, DROP, VOLUME_CLOSED) and lba == 0
+
+
+def _check_unused(header: RecordHeader, entries: EntryArray, copy: bytearray, place: str) -> None:
+    end = HEADER.size + header.entry_count * ENTRY_SIZE
+    if header.kind == NOTE and header.entry_count == 1 and int(entries["kind"][0]) == BLOB:
+        end += VOLUME_NOTE.size
+    reserved = copy[60:64] + copy[72 : HEADER.size]
+    if any(reserved) or copy[end:] != _ZEROS[end:]:
+        raise CorruptionError(place=place, what="record unused bytes", expected="zeros", found="others")

@@ -1,0 +1,84 @@
+"""One row of the device's volume table, in NOTE records and in checkpoints.
+
+A volume key is never given to another volume while the log or a checkpoint still names it.
+
+VolumeNote, 336 bytes, little-endian:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0     4  u32   volume_key  1 to 2**24 - 1: the volume's number on this device
+         4     2  u16   flags       bit 0 READ_ONLY; others 0
+         6     2  u16   name_size   bytes of the name, 1 to 257
+         8    16  16s   volume_id   id in the store
+        24     8  u64   size        bytes, whole blocks
+        32     8  u64   epoch       0 for read-only volumes, else as given by the store
+        40   264  264s  name        `volume` or `volume@snapshot`, ASCII, padded with zeros
+       304    32  32x   reserved    0
+"""
+
+import struct
+from typing import Final, NamedTuple
+
+from forebay_core.errors import CorruptionError
+from forebay_core.names import NAME_SIZE_MAX, is_name
+from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, VOLUME_SIZE_MAX, Buffer
+
+VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264s32x")
+READ_ONLY: Final = 1
+EXPORT_NAME_SIZE_MAX: Final = 2 * NAME_SIZE_MAX + 1
+assert VOLUME_NOTE.size == 336
+assert EXPORT_NAME_SIZE_MAX <= 264
+
+_KEY_MAX: Final = (1 << 24) - 1
+_RESERVED_OFFSET: Final = 304
+
+
+class VolumeNote(NamedTuple):
+    """What the device keeps of one volume; `size` in bytes."""
+
+    volume_key: int
+    flags: int
+    volume_id: bytes
+    size: int
+    epoch: int
+    name: str
+
+
+def encode_volume_note(note: VolumeNote) -> bytes:
+    """Return the row's 336 bytes."""
+    name = note.name.encode("ascii")
+    assert _is_valid(note), note
+    return VOLUME_NOTE.pack(note.volume_key, note.flags, len(name), note.volume_id, note.size, note.epoch, name)
+
+
+def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
+    """Return the row; its bytes were covered by a checksum that the caller has compared.
+
+    Raises:
+        CorruptionError: a field is not as the table above says.
+    """
+    if len(row) != VOLUME_NOTE.size:
+        raise CorruptionError(place=place, what="volume row size", expected=VOLUME_NOTE.size, found=len(row))
+    volume_key, flags, name_size, volume_id, size, epoch, padded = VOLUME_NOTE.unpack(row)
+    name = padded[:name_size].decode("ascii", errors="replace")
+    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name)
+    if not _is_valid(note) or name_size != len(name) or any(padded[name_size:]) or any(bytes(row)[_RESERVED_OFFSET:]):
+        raise CorruptionError(place=place, what="volume row", expected="as its table says", found=note)
+    return note
+
+
+def _is_valid(note: VolumeNote) -> bool:
+    return (
+        0 < note.volume_key <= _KEY_MAX
+        and note.flags in (0, READ_ONLY)
+        and len(note.volume_id) == ID_SIZE
+        and note.size % BLOCK_SIZE == 0
+        and note.size <= VOLUME_SIZE_MAX
+        and note.epoch <= EPOCH_MAX
+        and _is_export_name(note.name)
+    )
+
+
+def _is_export_name(name: str) -> bool:
+    volume, at, snapshot = name.partition("@")
+    return is_name(volume) and (is_name(snapshot) if at else True)
