@@ -18,7 +18,9 @@ from forebay_core.errors import WrongUsageError
 from forebay_core.units import BLOCK_SIZE, GIB, KIB, MIB, VOLUME_SIZE_MAX, format_size, parse_size
 
 CONFIG_SIZE_MAX: Final = 1 * MIB
-STORES_MAX: Final = 8
+STORES_MAX: Final = 1
+"""Addresses in `cache.store`; the syntax has room for replicas, the daemon does not know them yet."""
+
 FILL_BLOCKS: Final = (1, 2, 4, 8, 16)
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 PORT_MAX: Final = 65535
@@ -75,14 +77,14 @@ def load_settings(
     Raises:
         WrongUsageError: the file can't be read or is no TOML, or a key or value is wrong or missing.
     """
-    given = _read_tables(path).get(_TABLE_NAMES[table], {}) if path is not None else {}
+    given = _read_tables(path).get(TABLE_NAMES[table], {}) if path is not None else {}
     flags = {key: value for key, value in (overrides or {}).items() if value is not None}
     place = str(path) if path is not None else "settings"
     values = _read_values(place, table, given) | _read_values("flags", table, flags)
     for field in msgspec.structs.fields(table):
         if field.required and field.name not in values:
             raise WrongUsageError(
-                f"{place}: {_TABLE_NAMES[table]}.{field.name} is missing; give {_SETTINGS[table][field.name].allowed}"
+                f"{place}: {TABLE_NAMES[table]}.{field.name} is missing; give {SETTINGS[table][field.name].allowed}"
             )
     return table(**values)
 
@@ -116,16 +118,16 @@ def _read_tables(path: Path) -> dict[str, dict[str, object]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WrongUsageError(f"{path}: is not valid TOML: {str(error).splitlines()[0]}") from error
     for name, table in tables.items():
-        if name not in _TABLE_NAMES.values() or not isinstance(table, dict):
+        if name not in TABLE_NAMES.values() or not isinstance(table, dict):
             raise WrongUsageError(f"{path}: unknown key {_shown(name)}; allowed are the tables [store] and [cache]")
     return tables
 
 
 def _read_values(place: str, table: type[Settings], given: Mapping[str, object]) -> dict[str, Any]:
-    known = _SETTINGS[table]
+    known = SETTINGS[table]
     values: dict[str, Any] = {}
     for key, value in given.items():
-        name = f"{_TABLE_NAMES[table]}.{key}"
+        name = f"{TABLE_NAMES[table]}.{key}"
         if key not in known:
             raise WrongUsageError(f"{place}: unknown key {_shown(name)}; allowed are {', '.join(known)}")
         try:
@@ -211,13 +213,13 @@ _ONE_ADDRESS: Final = Setting(_address, f"HOST:PORT with a port from 0 to {PORT_
 _BOOL: Final = Setting(_flag, "true or false")
 _LOG_LEVEL: Final = Setting(_choice(LOG_LEVELS), " or ".join(LOG_LEVELS))
 
-_TABLE_NAMES: Final[dict[type[Settings], str]] = {StoreSettings: "store", CacheSettings: "cache"}
-_SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
+TABLE_NAMES: Final[dict[type[Settings], str]] = {StoreSettings: "store", CacheSettings: "cache"}
+SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
     StoreSettings: {"data": _PATH, "listen": _ONE_ADDRESS, "key_file": _PATH, "log_level": _LOG_LEVEL},
     CacheSettings: {
         "device": _PATH,
         "run_dir": _PATH,
-        "store": Setting(_addresses, f"1 to {STORES_MAX} addresses HOST:PORT"),
+        "store": Setting(_addresses, "one address HOST:PORT"),
         "size": _size(4 * MIB, VOLUME_SIZE_MAX),
         "format": _BOOL,
         "nbd": _ONE_ADDRESS,
@@ -233,5 +235,5 @@ _SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "log_level": _LOG_LEVEL,
     },
 }
-for _table, _keys in _SETTINGS.items():
+for _table, _keys in SETTINGS.items():
     assert {field.name for field in msgspec.structs.fields(_table)} == set(_keys)
