@@ -150,12 +150,10 @@ def record_xxh3(block: Buffer) -> int:
     return found
 
 
-def encode_note_record(header: RecordHeader, note: VolumeNote) -> bytes:
-    """Return the block of a NOTE record that holds one volume row; `entry_count` of the header must be 1."""
-    assert header.kind == NOTE
-    assert header.entry_count == 1
+def pack_note(note: VolumeNote) -> bytes:
+    """Return the entry area of a NOTE record that holds one volume row; its `entry_count` is 1."""
     entry = ENTRY.pack(BLOB_VOLUME, 0, VOLUME_NOTE.size, note.volume_key, BLOB, 0, SECTOR_MASK_ALL, 0)
-    return encode_record(header, entry + encode_volume_note(note))
+    return entry + encode_volume_note(note)
 
 
 def decode_note(block: Buffer, *, place: str) -> VolumeNote:
