@@ -1,0 +1,237 @@
+"""The device port on real files: bytes, order, locks, sizes, and what a failing disk does."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from forebay_cache.service import device as device_module
+from forebay_cache.service.device import IOV_MAX, FileDevice
+from forebay_cache.service.device_file import DeviceFile, open_device
+from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
+from forebay_core.units import BLOCK_SIZE, MIB, Buffer
+
+SIZE = 4 * MIB
+T = TypeVar("T")
+
+
+def on_device(path: Path, test: Callable[[FileDevice], Coroutine[None, None, T]]) -> T:
+    async def run() -> T:
+        device = FileDevice(open_device(path, SIZE), asyncio.get_running_loop())
+        try:
+            return await test(device)
+        finally:
+            device.close()
+
+    return asyncio.run(run())
+
+
+async def completed(start: Callable[[Callable[[T], None]], None]) -> T:
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    start(future.set_result)
+    assert not future.done(), "completed inside the call"
+    return await asyncio.wait_for(future, 30)
+
+
+async def write(device: FileDevice, offset: int, *buffers: Buffer) -> bool:
+    return await completed(lambda done: device.write(offset, buffers, done))
+
+
+async def read(device: FileDevice, offset: int, size: int) -> Buffer | None:
+    return await completed(lambda done: device.read(offset, size, done))
+
+
+def failing_device(path: str) -> FileDevice:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    return FileDevice(DeviceFile(fd, Path(path), SIZE, True), asyncio.get_running_loop())
+
+
+def test_written_blocks_are_read_back(tmp_path: Path) -> None:
+    blocks = [os.urandom(BLOCK_SIZE) for _ in range(3)]
+
+    async def run(device: FileDevice) -> None:
+        assert await write(device, BLOCK_SIZE, blocks[0], memoryview(blocks[1]), bytearray(blocks[2]))
+        assert await completed(device.sync)
+        assert await read(device, BLOCK_SIZE, 3 * BLOCK_SIZE) == b"".join(blocks)
+        assert device.read_now(2 * BLOCK_SIZE, BLOCK_SIZE) == blocks[1]
+
+    on_device(tmp_path / "device", run)
+
+
+def test_a_write_of_more_buffers_than_one_call_takes_is_whole(tmp_path: Path) -> None:
+    blocks = [bytes([index % 251]) * 512 for index in range(2 * IOV_MAX + 8)]
+
+    async def run(device: FileDevice) -> None:
+        assert await write(device, 0, *blocks)
+        assert await read(device, 0, len(blocks) * 512) == b"".join(blocks)
+
+    on_device(tmp_path / "device", run)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 9, 10, 11, 25])
+def test_a_short_write_is_continued_where_it_stopped(count: int) -> None:
+    buffers = [b"01234", bytearray(b"56789"), memoryview(b"abcdefghijklmno")]
+    whole = b"".join(buffers)
+    assert b"".join(device_module._unwritten(buffers, count)) == whole[count:]
+
+
+def test_writes_are_carried_out_and_completed_in_order(tmp_path: Path) -> None:
+    async def run(device: FileDevice) -> list[int]:
+        order: list[int] = []
+        finished = asyncio.get_running_loop().create_future()
+
+        def note(index: int) -> None:
+            order.append(index)
+            if len(order) == 200:
+                finished.set_result(None)
+
+        for index in range(200):
+            device.write(0, [bytes([index]) * BLOCK_SIZE], lambda ok, index=index: note(index))
+        await asyncio.wait_for(finished, 30)
+        assert await read(device, 0, BLOCK_SIZE) == bytes([199]) * BLOCK_SIZE
+        return order
+
+    assert on_device(tmp_path / "device", run) == list(range(200))
+
+
+def test_completions_run_on_the_thread_of_the_loop(tmp_path: Path) -> None:
+    async def run(device: FileDevice) -> None:
+        here = threading.get_ident()
+        assert here == await completed(lambda done: device.sync(lambda _: done(threading.get_ident())))
+
+    on_device(tmp_path / "device", run)
+
+
+def test_closing_completes_what_was_given(tmp_path: Path) -> None:
+    outcomes: list[bool] = []
+
+    async def run() -> None:
+        device = FileDevice(open_device(tmp_path / "device", SIZE), asyncio.get_running_loop())
+        for index in range(50):
+            device.write(index * BLOCK_SIZE, [b"x" * BLOCK_SIZE], outcomes.append)
+        device.close()
+
+    asyncio.run(run())
+    assert outcomes == [True] * 50
+
+
+def test_after_a_failed_write_everything_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        device = failing_device("/dev/full")
+        try:
+            assert await read(device, 0, BLOCK_SIZE) == bytes(BLOCK_SIZE)
+            assert not await write(device, 8 * BLOCK_SIZE, b"x" * BLOCK_SIZE)
+            assert device.failed
+            assert not await write(device, 0, b"x" * BLOCK_SIZE)
+            assert not await completed(device.sync)
+            assert await read(device, 0, BLOCK_SIZE) is None
+            assert device.read_now(0, BLOCK_SIZE) is None
+        finally:
+            device.close()
+
+    asyncio.run(run())
+    assert "at offset 32768 failed" in caplog.text
+    assert "No space left" in caplog.text
+
+
+def test_after_a_failed_sync_writes_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        device = failing_device("/dev/zero")  # takes writes, can't sync
+        try:
+            assert await write(device, 0, b"x" * BLOCK_SIZE)
+            assert not await completed(device.sync)
+            assert not await write(device, 0, b"x" * BLOCK_SIZE)
+        finally:
+            device.close()
+
+    asyncio.run(run())
+    assert "the device is stopped" in caplog.text
+
+
+def test_a_read_beyond_the_end_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def run(device: FileDevice) -> None:
+        assert await read(device, SIZE - BLOCK_SIZE, 2 * BLOCK_SIZE) is None
+        assert await read(device, SIZE - BLOCK_SIZE, BLOCK_SIZE) is not None
+
+    on_device(tmp_path / "device", run)
+    assert f"ends at offset {SIZE}" in caplog.text
+
+
+def test_a_new_file_is_allocated_in_full(tmp_path: Path) -> None:
+    file = open_device(tmp_path / "device", SIZE)
+    os.close(file.fd)
+    assert file.blank and file.size == SIZE
+    assert (tmp_path / "device").stat().st_blocks * 512 >= SIZE
+
+
+def test_a_sparse_blank_file_is_adopted_and_allocated(tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    with path.open("wb") as sparse:
+        sparse.truncate(SIZE)
+    file = open_device(path, None)
+    os.close(file.fd)
+    assert file.blank and path.stat().st_blocks * 512 >= SIZE
+
+
+def test_a_file_whose_making_was_interrupted_is_made_whole(tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    path.write_bytes(bytes(SIZE // 2))
+    file = open_device(path, SIZE)
+    os.close(file.fd)
+    assert file.size == SIZE == path.stat().st_size
+
+
+def test_a_used_file_keeps_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    path.write_bytes(b"FORE" + bytes(SIZE))
+    file = open_device(path, None)
+    os.close(file.fd)
+    assert not file.blank and file.size == SIZE
+    with pytest.raises(WrongUsageError, match="leave --size out"):
+        open_device(path, 2 * SIZE)
+    assert path.stat().st_size == SIZE + 4
+
+
+def test_a_missing_file_without_size_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(WrongUsageError, match="give --size"):
+        open_device(tmp_path / "device", None)
+    assert not (tmp_path / "device").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    free = os.statvfs(tmp_path)
+    too_much = (free.f_bavail * free.f_frsize // BLOCK_SIZE + 1024 * 1024) * BLOCK_SIZE
+    with pytest.raises(NoSpaceError, match="no space for a cache"):
+        open_device(tmp_path / "device", too_much)
+    assert not (tmp_path / "device").exists()
+
+
+def test_a_folder_or_a_character_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ForebayError, match="can't be opened"):
+        open_device(tmp_path, SIZE)
+    with pytest.raises(WrongUsageError, match="neither a regular file nor a block device"):
+        open_device(Path("/dev/null"), SIZE)
+
+
+def test_a_device_in_use_names_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "device"
+    script = (
+        "import sys, pathlib\n"
+        "from forebay_cache.service.device_file import open_device\n"
+        f"open_device(pathlib.Path(sys.argv[1]), {SIZE})\n"
+        "print('open', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(InUseError, match=r"in use by (process \d+|another process)"):
+            open_device(path, SIZE)
+    os.close(open_device(path, SIZE).fd)
