@@ -22,8 +22,9 @@ Header, 96 bytes, little-endian, then the entry area of 125 * 32 = 4000 bytes, z
         52     4  u32   block_count       data blocks behind the header
         56     4  u32   next_zone         SEAL: zone in which the log goes on; else 0
         60     4  4x    reserved          0
-        64     8  u64   header_xxh3       over these 4096 bytes with this field as 0
-        72    24  24x   reserved2         0
+        64     8  u64   life              drawn at each start, so no record of an earlier life chains to a later one
+        72     8  u64   header_xxh3       over these 4096 bytes with this field as 0
+        80    16  16x   reserved          0
 
 Entry, 32 bytes, little-endian:
 
@@ -55,7 +56,7 @@ from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
 
 RECORD_MAGIC: Final = 0x52524246
 RECORD_FORMAT_VERSION: Final = 1
-HEADER: Final = struct.Struct("<IHBBQIIQQQIII4xQ24x")
+HEADER: Final = struct.Struct("<IHBBQIIQQQIII4xQQ16x")
 ENTRY: Final = struct.Struct("<QQQIBBBB")
 ENTRY_DTYPE: Final = np.dtype(
     [
@@ -98,7 +99,7 @@ VOLUME_KEY_MAX: Final = (1 << 24) - 1
 
 EntryArray = npt.NDArray[np.void]
 
-_XXH3_OFFSET: Final = 64
+_XXH3_OFFSET: Final = 72
 _U64: Final = struct.Struct("<Q")
 _ZEROS: Final = bytes(BLOCK_SIZE)
 # Kind, flags, mask and reserved read as one word: everything but the kind is fixed.
@@ -120,6 +121,7 @@ class RecordHeader(NamedTuple):
     entry_count: int
     block_count: int
     next_zone: int
+    life: int
     header_xxh3: int = 0
 
     @property
@@ -263,6 +265,6 @@ def _check_unused(header: RecordHeader, entries: EntryArray, copy: bytearray, pl
     end = HEADER.size + header.entry_count * ENTRY_SIZE
     if header.kind == NOTE and header.entry_count == 1 and int(entries["kind"][0]) == BLOB:
         end += VOLUME_NOTE.size
-    reserved = copy[60:64] + copy[72 : HEADER.size]
+    reserved = copy[60:64] + copy[80 : HEADER.size]
     if any(reserved) or copy[end:] != _ZEROS[end:]:
         raise CorruptionError(place=place, what="record unused bytes", expected="zeros", found="others")
