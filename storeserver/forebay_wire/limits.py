@@ -3,7 +3,7 @@
 from typing import Final
 
 from forebay_core.frame import FRAME_SIZE_MAX
-from forebay_core.units import MIB
+from forebay_core.units import KIB, MIB
 
 BODY_SIZE_MAX: Final = 1 * MIB
 """Bytes of one message's MessagePack part."""
@@ -39,3 +39,51 @@ assert READ_BLOCKS_MAX * FRAME_SIZE_MAX <= PAYLOAD_SIZE_MAX
 assert HOLES_PER_PART_MAX * 12 < BODY_SIZE_MAX
 assert PIECES_MAX * 28 < BODY_SIZE_MAX
 assert EXTENTS_MAX * 12 < BODY_SIZE_MAX
+
+SERVER_BYTES_IN_FLIGHT_MAX: Final = 16 * BYTES_IN_FLIGHT_MAX
+"""The same over all connections of a server; beyond it a connection has one request at a time."""
+
+HANDSHAKES_MAX: Final = 256
+"""Connections that have not authenticated yet; one more drops the oldest of them."""
+
+READ_BUFFER_SIZE: Final = 128 * KIB
+"""Receive buffer of an authenticated connection; larger messages are received into memory of their own."""
+
+LARGE_MESSAGE_SIZE: Final = 32 * KIB
+"""A message above this that has not arrived whole is received into memory of its own."""
+
+LARGE_START_SIZE: Final = 1 * MIB
+"""Memory a large message gets at first, however large it says it is."""
+
+LARGE_GROWTH: Final = 8
+"""Factor by which that memory grows when it is full of bytes that really arrived."""
+
+RECEIVE_SIZE_MAX: Final = 1 * MIB
+"""Bytes taken from a socket in one step of the event loop."""
+
+BUFFERS_PER_SEND_MAX: Final = 512
+"""Buffers in one gathered write; Linux allows 1024."""
+
+FAILED_TEXT_MAX: Final = 1000
+"""Characters of the text in a Failed."""
+
+LISTEN_BACKLOG: Final = 128
+ACCEPT_RETRY_S: Final = 1.0
+"""Pause after accept failed for want of file descriptors or memory."""
+
+CLOSE_GRACE_S: Final = 5.0
+"""How long a closing server waits for requests in flight and for their answers to be read."""
+
+SOCKET_BUFFER_SIZE: Final = 1 * MIB
+"""Wish for the buffers of Unix sockets; TCP sizes its own."""
+
+KEEPALIVE_IDLE_S: Final = 5
+KEEPALIVE_INTERVAL_S: Final = 3
+KEEPALIVE_PROBES: Final = 3
+PEER_DEAD_AFTER_MS: Final = 15_000
+"""Sent bytes that stay unacknowledged for so long end a TCP connection (TCP_USER_TIMEOUT)."""
+
+assert LARGE_MESSAGE_SIZE < READ_BUFFER_SIZE <= LARGE_START_SIZE
+assert BODY_SIZE_MAX + PAYLOAD_SIZE_MAX <= BYTES_IN_FLIGHT_MAX <= SERVER_BYTES_IN_FLIGHT_MAX
+assert BUFFERS_PER_SEND_MAX <= 1024
+assert KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_PROBES <= PEER_DEAD_AFTER_MS / 1000

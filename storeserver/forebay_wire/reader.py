@@ -1,0 +1,146 @@
+"""Messages out of bytes: small ones from a fixed buffer, large ones received straight into memory of their own.
+
+Invariants:
+    The bytes at [_start, _end) of the buffer have arrived and are not taken yet.
+    While a large message is being received, the buffer is empty and takes nothing.
+    A payload that was handed out is never written to again: small ones are copied out (4 KiB: 0.1 us; a view would
+    keep the whole buffer alive), large ones own their memory.
+    Memory for a message is at most LARGE_START_SIZE or LARGE_GROWTH times the bytes of it that really arrived.
+"""
+
+from typing import Final, NamedTuple
+
+import numpy as np
+from xxhash import xxh3_64
+
+from forebay_core.checksums import checksum
+from forebay_wire.framing import MESSAGE_HEADER, MessageHeader, check_content, decode_header
+from forebay_wire.limits import (
+    LARGE_GROWTH,
+    LARGE_MESSAGE_SIZE,
+    LARGE_START_SIZE,
+    READ_BUFFER_SIZE,
+    RECEIVE_SIZE_MAX,
+)
+
+_HEADER_SIZE: Final = MESSAGE_HEADER.size
+NO_PAYLOAD: Final = memoryview(b"")
+
+
+class RawMessage(NamedTuple):
+    """A message whose checksums are right; the body is not decoded yet. The body is only valid until the next call."""
+
+    header: MessageHeader
+    body: memoryview
+    payload: memoryview
+
+
+class MessageReader:
+    """Where the bytes of an authenticated connection arrive."""
+
+    def __init__(self) -> None:
+        self._buffer = memoryview(bytearray(READ_BUFFER_SIZE))
+        self._start = 0
+        self._end = 0
+        self._large: _LargeMessage | None = None
+
+    def receive_buffer(self) -> memoryview:
+        """Return where the next bytes go. Never empty if `next_message` returned None since the last `received`."""
+        if self._large is not None:
+            return self._large.receive_buffer()
+        if self._start:
+            waiting = self._end - self._start
+            self._buffer[:waiting] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, waiting
+        return self._buffer[self._end :]
+
+    def received(self, count: int) -> None:
+        """Note that `count` bytes arrived in the receive buffer."""
+        if self._large is not None:
+            self._large.received(count)
+        else:
+            self._end += count
+            assert self._end <= READ_BUFFER_SIZE
+
+    def next_message(self) -> RawMessage | None:
+        """Return the next message that has arrived whole, or None.
+
+        Raises:
+            ProtocolError: the bytes are no message, or damaged. The reader is of no use afterwards.
+        """
+        if self._large is not None:
+            return self._finish_large()
+        available = self._end - self._start
+        if available < _HEADER_SIZE:
+            return None
+        header = decode_header(self._buffer, self._start)
+        content_offset = self._start + _HEADER_SIZE
+        content_size = header.body_size + header.payload_size
+        if available >= _HEADER_SIZE + content_size:
+            self._start = content_offset + content_size
+            content = self._buffer[content_offset : self._start]
+            check_content(header, checksum(content))
+            return _message(header, content, copy=True)
+        if content_size > LARGE_MESSAGE_SIZE:
+            self._large = _LargeMessage(header, self._buffer[content_offset : self._end])
+            self._start = self._end = 0
+        return None
+
+    def _finish_large(self) -> RawMessage | None:
+        large = self._large
+        assert large is not None
+        if large.missing:
+            return None
+        self._large = None
+        check_content(large.header, large.digest())
+        return _message(large.header, large.content(), copy=False)
+
+
+class _LargeMessage:
+    """One message that is received into memory of its own, which grows with what arrives."""
+
+    def __init__(self, header: MessageHeader, begin: memoryview) -> None:
+        self.header = header
+        self._size = header.body_size + header.payload_size
+        self._memory = _allocate(min(self._size, LARGE_START_SIZE))
+        self._memory[: begin.nbytes] = begin
+        self._filled = begin.nbytes
+        # Summed as it arrives: the bytes are still in the processor's cache, and no step takes long.
+        self._digest = xxh3_64(begin)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have not arrived yet."""
+        return self._size - self._filled
+
+    def receive_buffer(self) -> memoryview:
+        if self._filled == self._memory.nbytes:
+            grown = _allocate(min(self._size, LARGE_GROWTH * self._filled))
+            grown[: self._filled] = self._memory
+            self._memory = grown
+        return self._memory[self._filled : self._filled + RECEIVE_SIZE_MAX]
+
+    def received(self, count: int) -> None:
+        end = self._filled + count
+        assert end <= self._memory.nbytes
+        self._digest.update(self._memory[self._filled : end])
+        self._filled = end
+
+    def digest(self) -> int:
+        return self._digest.intdigest()
+
+    def content(self) -> memoryview:
+        return self._memory
+
+
+def _message(header: MessageHeader, content: memoryview, *, copy: bool) -> RawMessage:
+    body = content[: header.body_size]
+    if header.payload_size == 0:
+        return RawMessage(header, body, NO_PAYLOAD)
+    payload = content[header.body_size :]
+    return RawMessage(header, body, memoryview(bytes(payload)) if copy else payload.toreadonly())
+
+
+def _allocate(size: int) -> memoryview:
+    # numpy leaves the memory untouched, a bytearray would fill it with zeros first (8 MiB: 0.4 ms).
+    return np.empty(size, np.uint8).data
