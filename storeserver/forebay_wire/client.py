@@ -190,7 +190,7 @@ class WireClient:
         self._next_id = request_id + 1
         self._pending[request_id] = pending
         self._bytes_in_flight += pending.size
-        link.send(buffers)
+        link.send(buffers, now=len(self._pending) == 1)
 
     def _on_answer(self, answer: MessageReceived) -> None:
         pending = self._pending.pop(answer.request_id, None)

@@ -47,16 +47,7 @@ HANDSHAKES_MAX: Final = 256
 """Connections that have not authenticated yet; one more drops the oldest of them."""
 
 READ_BUFFER_SIZE: Final = 128 * KIB
-"""Receive buffer of an authenticated connection; larger messages are received into memory of their own."""
-
-LARGE_MESSAGE_SIZE: Final = 32 * KIB
-"""A message above this that has not arrived whole is received into memory of its own."""
-
-LARGE_START_SIZE: Final = 1 * MIB
-"""Memory a large message gets at first, however large it says it is."""
-
-LARGE_GROWTH: Final = 8
-"""Factor by which that memory grows when it is full of bytes that really arrived."""
+"""Receive buffer of an authenticated connection. A message that fills it gets memory of its own, of its full size."""
 
 RECEIVE_SIZE_MAX: Final = 1 * MIB
 """Bytes taken from a socket in one step of the event loop."""
@@ -83,7 +74,6 @@ KEEPALIVE_PROBES: Final = 3
 PEER_DEAD_AFTER_MS: Final = 15_000
 """Sent bytes that stay unacknowledged for so long end a TCP connection (TCP_USER_TIMEOUT)."""
 
-assert LARGE_MESSAGE_SIZE < READ_BUFFER_SIZE <= LARGE_START_SIZE
 assert BODY_SIZE_MAX + PAYLOAD_SIZE_MAX <= BYTES_IN_FLIGHT_MAX <= SERVER_BYTES_IN_FLIGHT_MAX
 assert BUFFERS_PER_SEND_MAX <= 1024
 assert KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_PROBES <= PEER_DEAD_AFTER_MS / 1000

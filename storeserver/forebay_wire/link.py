@@ -65,8 +65,11 @@ class Link:
         self.send(self._connection.take_outgoing())
         self._set_reading(True)
 
-    def send(self, buffers: Sequence[Buffer]) -> None:
-        """Queue buffers; what is queued in one step of the loop goes out together. They must not change until sent."""
+    def send(self, buffers: Sequence[Buffer], *, now: bool = False) -> None:
+        """Queue buffers; what is queued in one step of the loop goes out together. They must not change until sent.
+
+        With `now` they are sent at once: for the last of a batch, which nothing will follow soon.
+        """
         if self.closed:
             return
         for buffer in buffers:
@@ -74,7 +77,11 @@ class Link:
             if view.nbytes:
                 self._unsent.append(view if view.format == "B" and view.ndim == 1 else view.cast("B"))
                 self.unsent_bytes += view.nbytes
-        if not (self._flush_due or self._writing):
+        if self._writing:
+            return
+        if now:
+            self._flush()
+        elif not self._flush_due:
             self._flush_due = True
             self._loop.call_soon(self._flush)
 

@@ -166,7 +166,7 @@ class Peer:
         link = self._link
         assert link is not None
         if not link.closed:
-            link.send(self._connection.send(request_id, reply, payload))
+            link.send(self._connection.send(request_id, reply, payload), now=self.requests == 1)
 
     def _count(self) -> None:
         """Bring `size` up to date."""
