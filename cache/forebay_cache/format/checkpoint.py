@@ -1,0 +1,421 @@
+"""The checkpoint: a durable image of map, zones and volumes; replay starts where it says.
+
+An area holds one checkpoint; there are two areas, used in turn. Body chunks come first, then the chunk table, then
+an fdatasync, and the header last: so a header that is valid names only chunks that were durable. It is fuzzy: each chunk is true for the
+moment it was copied, all of them at or after the log position that replay starts from.
+Crash: a checkpoint without its header never was; the other area still holds the one before, until its first chunk is
+overwritten, and that is when the newer one has long been durable. A damaged one is told by its checksums.
+
+Area, every part padded with zeros to 4096 bytes:
+
+    header | volume chunks | zone chunks | place chunks | chunk table (u64 xxh3 of each padded chunk, in order)
+
+A chunk holds CHUNK_SIZE bytes, the last of each kind less:
+    volume chunks  the volume table cut into pieces: `volume_count` rows, then all holes, those of the first volume first
+    zone chunks    zone rows, 16 bytes each
+    place chunks   of n places (32768, or the rest): n keys u64, n versions u64, n checksums u64, n use counts u8.
+                   Key 0: empty. A place's four values belong together, because a chunk is copied in one step.
+Places from `place_count` on are empty; so the checkpoint of a blank device has none.
+
+Header, 4096 bytes, little-endian:
+
+    offset  size  type  field               meaning
+    ------  ----  ----  ------------------  --------------------------------------------------------
+         0     4  u32   magic               0x504b4346, "FCKP"
+         4     2  u16   format_version      1
+         6     2  2x    reserved            0
+         8    16  16s   device              device id
+        24     8  u64   sequence            counts checkpoints; the highest valid one wins
+        32     8  u64   log_position        record that replay starts with
+        40     8  u64   previous_xxh3       header_xxh3 of the record before it; 0 for the first
+        48     4  u32   replay_zone         zone of that record
+        52     4  u32   replay_block        block of that record in its zone
+        56     4  u32   replay_incarnation  incarnation of that zone
+        60     4  u32   place_count         places in the body
+        64     4  u32   zone_count          zone rows
+        68     4  u32   volume_count        volume rows
+        72     4  u32   hole_count          holes of all volumes
+        76     4  u32   chunk_count         chunks of the body
+        80     8  u64   table_xxh3          over the padded chunk table
+        88     8  u64   header_xxh3         over these 4096 bytes with this field as 0
+        96  4000  4000x reserved            0
+
+Volume row, 360 bytes, little-endian:
+
+    offset  size  type  field         meaning
+    ------  ----  ----  ------------  -----------------------------------------------------
+         0   336  336s  note          VolumeNote
+       336     8  u64   version       newest change
+       344     8  u64   acknowledged  cuts are upstream through it
+       352     4  u32   hole_count    holes of this volume
+       356     4  4x    reserved      0
+
+Hole, 24 bytes, little-endian: start u64, count u64, version u64 since which the extent reads as zeros.
+
+Zone row, 16 bytes, little-endian: first_position u64 (log position at which it was opened), incarnation u32, state u8,
+three bytes 0.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay_cache.format.volume_note import VOLUME_NOTE, VolumeNote, decode_volume_note, encode_volume_note
+from forebay_core.checksums import checksum
+from forebay_core.errors import CorruptionError
+from forebay_core.units import BLOCK_SIZE, ID_SIZE, LBA_MAX, Buffer
+
+CHECKPOINT_MAGIC: Final = 0x504B4346
+CHECKPOINT_FORMAT_VERSION: Final = 1
+HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQ")
+VOLUME_ROW: Final = struct.Struct(f"<{VOLUME_NOTE.size}sQQI4x")
+HOLE_DTYPE: Final = np.dtype([("start", "<u8"), ("count", "<u8"), ("version", "<u8")])
+ZONE_DTYPE: Final = np.dtype(
+    [("first_position", "<u8"), ("incarnation", "<u4"), ("state", "u1"), ("reserved", "u1", 3)]
+)
+assert HEADER.size == 96
+assert VOLUME_ROW.size == 360
+assert HOLE_DTYPE.itemsize == 24
+assert ZONE_DTYPE.itemsize == 16
+
+PLACE_SIZE: Final = 25
+CHUNK_PLACES: Final = 32768
+CHUNK_SIZE: Final = CHUNK_PLACES * PLACE_SIZE
+CHUNK_ZONES: Final = CHUNK_SIZE // ZONE_DTYPE.itemsize
+VOLUME_COUNT_MAX: Final = 1024
+HOLES_MIN: Final = 4096
+PLACES_PER_HOLE: Final = 16
+assert CHUNK_SIZE % BLOCK_SIZE == 0
+assert CHUNK_SIZE % ZONE_DTYPE.itemsize == 0
+
+U64Array = npt.NDArray[np.uint64]
+U8Array = npt.NDArray[np.uint8]
+RowArray = npt.NDArray[np.void]
+
+_XXH3_OFFSET: Final = 88
+_U64: Final = struct.Struct("<Q")
+
+
+class CheckpointHeader(NamedTuple):
+    """The fixed fields in their order on disk; `chunk_count` and `header_xxh3` are made when encoding."""
+
+    device: bytes
+    sequence: int
+    log_position: int
+    previous_xxh3: int
+    replay_zone: int
+    replay_block: int
+    replay_incarnation: int
+    place_count: int
+    zone_count: int
+    volume_count: int
+    hole_count: int
+    chunk_count: int
+    table_xxh3: int
+    header_xxh3: int = 0
+
+    @property
+    def layout(self) -> "CheckpointLayout":
+        """Where the parts lie."""
+        return CheckpointLayout(
+            place_count=self.place_count,
+            zone_count=self.zone_count,
+            volume_count=self.volume_count,
+            hole_count=self.hole_count,
+        )
+
+
+class Chunk(NamedTuple):
+    """One piece of the body: units `[first, first + count)` of its kind at `offset` of the area.
+
+    A unit is a byte of the volume table, a zone, or a place. `size` in bytes is not padded, `padded_size` is.
+    """
+
+    first: int
+    count: int  # type: ignore[assignment]
+    offset: int
+    size: int
+
+    @property
+    def padded_size(self) -> int:
+        """Bytes on the device."""
+        return _padded(self.size)
+
+
+class CheckpointLayout(NamedTuple):
+    """Offsets inside an area, from the counts alone."""
+
+    place_count: int
+    zone_count: int
+    volume_count: int
+    hole_count: int
+
+    @property
+    def volume_size(self) -> int:
+        """Bytes of the volume table."""
+        return self.volume_count * VOLUME_ROW.size + self.hole_count * HOLE_DTYPE.itemsize
+
+    @property
+    def volume_chunks(self) -> list[Chunk]:
+        """Chunks of the volume table."""
+        return _chunks(self.volume_size, CHUNK_SIZE, 1, BLOCK_SIZE)
+
+    @property
+    def zone_chunks(self) -> list[Chunk]:
+        """Chunks of the zone rows."""
+        return _chunks(self.zone_count, CHUNK_ZONES, ZONE_DTYPE.itemsize, self._zones_offset)
+
+    @property
+    def place_chunks(self) -> list[Chunk]:
+        """Chunks of the places."""
+        return _chunks(self.place_count, CHUNK_PLACES, PLACE_SIZE, self._places_offset)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All chunks in the order of the chunk table."""
+        return [*self.volume_chunks, *self.zone_chunks, *self.place_chunks]
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks there are."""
+        return (
+            -(-self.volume_size // CHUNK_SIZE) - (-self.zone_count // CHUNK_ZONES) - (-self.place_count // CHUNK_PLACES)
+        )
+
+    @property
+    def table(self) -> Chunk:
+        """The chunk table, which lies behind the chunks and is not one of them."""
+        offset = self._places_offset + _padded(self.place_count * PLACE_SIZE)
+        return Chunk(0, self.chunk_count, offset, self.chunk_count * _U64.size)
+
+    @property
+    def size(self) -> int:
+        """Bytes from the start of the area to the end of the table."""
+        table = self.table
+        return table.offset + table.padded_size
+
+    # All chunks of a kind but the last are whole blocks, so a kind takes no more than its own bytes, padded.
+
+    @property
+    def _zones_offset(self) -> int:
+        return BLOCK_SIZE + _padded(self.volume_size)
+
+    @property
+    def _places_offset(self) -> int:
+        return self._zones_offset + _padded(self.zone_count * ZONE_DTYPE.itemsize)
+
+
+class VolumeState(NamedTuple):
+    """One volume of a checkpoint. `holes` is an array of HOLE_DTYPE."""
+
+    note: VolumeNote
+    version: int
+    acknowledged: int
+    holes: RowArray
+
+
+def hole_count_max(place_count: int) -> int:
+    """Return how many holes the area of a device has room for."""
+    return max(HOLES_MIN, place_count // PLACES_PER_HOLE)
+
+
+def area_size(place_count: int, zone_count: int) -> int:
+    """Return the bytes of an area that takes every checkpoint of a device."""
+    return CheckpointLayout(place_count, zone_count, VOLUME_COUNT_MAX, hole_count_max(place_count)).size
+
+
+# Volumes.
+
+
+def encode_volumes(volumes: Sequence[VolumeState]) -> bytes:
+    """Return the volume table: all rows, then all holes."""
+    assert len(volumes) <= VOLUME_COUNT_MAX
+    rows = [
+        VOLUME_ROW.pack(encode_volume_note(volume.note), volume.version, volume.acknowledged, volume.holes.size)
+        for volume in volumes
+    ]
+    return b"".join((*rows, *(volume.holes.tobytes() for volume in volumes)))
+
+
+def decode_volumes(table: Buffer, layout: CheckpointLayout, *, place: str) -> list[VolumeState]:
+    """Return the volumes of the joined volume chunks, without padding.
+
+    Raises:
+        CorruptionError: counts, keys or extents contradict each other.
+    """
+    rows_size = layout.volume_count * VOLUME_ROW.size
+    holes = np.frombuffer(table, HOLE_DTYPE, layout.hole_count, rows_size)
+    _check_holes(holes, place)
+    volumes: list[VolumeState] = []
+    at = 0
+    for packed, version, acknowledged, count in VOLUME_ROW.iter_unpack(memoryview(table)[:rows_size]):
+        note = decode_volume_note(packed, place=place)
+        volumes.append(VolumeState(note, version, acknowledged, holes[at : at + count]))
+        at += count
+    keys = [volume.note.volume_key for volume in volumes]
+    if at != layout.hole_count or len(set(keys)) != len(keys):
+        raise CorruptionError(
+            place=place,
+            what="checkpoint volumes",
+            expected=f"{layout.hole_count} holes, distinct keys",
+            found=(at, keys),
+        )
+    return volumes
+
+
+def _check_holes(holes: RowArray, place: str) -> None:
+    starts, counts = holes["start"], holes["count"]
+    limit = np.uint64(LBA_MAX + 1)
+    if bool(((starts >= limit) | (counts == 0) | (counts > limit - np.minimum(starts, limit))).any()):
+        raise CorruptionError(
+            place=place, what="checkpoint holes", expected="extents of a volume", found="an empty or too large one"
+        )
+
+
+# Zones and places.
+
+
+def encode_zones(rows: RowArray) -> bytes:
+    """Return the chunk of zone rows (ZONE_DTYPE), padded."""
+    assert rows.dtype == ZONE_DTYPE
+    assert rows.size <= CHUNK_ZONES
+    return rows.tobytes().ljust(_padded(rows.nbytes), b"\0")
+
+
+def decode_zones(chunk: Buffer, count: int) -> RowArray:
+    """Return the rows of a verified chunk of zone rows."""
+    return np.frombuffer(chunk, ZONE_DTYPE, count)
+
+
+def encode_places(keys: U64Array, versions: U64Array, checksums: U64Array, counts: U8Array) -> bytes:
+    """Return the chunk of equally long slices of the four arrays, padded: the copy that a fuzzy checkpoint makes."""
+    assert keys.size == versions.size == checksums.size == counts.size <= CHUNK_PLACES
+    padding = bytes(_padded(keys.size * PLACE_SIZE) - keys.size * PLACE_SIZE)
+    return b"".join((keys.data, versions.data, checksums.data, counts.data, padding))
+
+
+def decode_places(chunk: Buffer, count: int) -> tuple[U64Array, U64Array, U64Array, U8Array]:
+    """Return keys, versions, checksums and use counts of a verified chunk of places, as views of it."""
+    view = memoryview(chunk)
+    keys, versions, checksums = (np.frombuffer(view, "<u8", count, 8 * count * part) for part in range(3))
+    return keys, versions, checksums, np.frombuffer(view, np.uint8, count, 24 * count)
+
+
+# Checksums.
+
+
+def encode_table(chunk_sums: Sequence[int]) -> bytes:
+    """Return the chunk table, padded, from the xxh3 of each padded chunk in order."""
+    packed = struct.pack(f"<{len(chunk_sums)}Q", *chunk_sums)
+    return packed.ljust(_padded(len(packed)), b"\0")
+
+
+def decode_table(table: Buffer, header: CheckpointHeader, *, place: str) -> tuple[int, ...]:
+    """Return the xxh3 of each chunk after comparing the padded table with the header.
+
+    Raises:
+        CorruptionError: the table is not the one that the header was written for.
+    """
+    found = checksum(table)
+    if found != header.table_xxh3:
+        raise CorruptionError(place=place, what="checkpoint chunk table", expected=header.table_xxh3, found=found)
+    sums: tuple[int, ...] = struct.unpack_from(f"<{header.chunk_count}Q", table)
+    return sums
+
+
+def verify_chunk(chunk: Buffer, expected_xxh3: int, *, place: str) -> None:
+    """Compare a padded chunk with its sum in the chunk table.
+
+    Raises:
+        CorruptionError: it differs.
+    """
+    found = checksum(chunk)
+    if found != expected_xxh3:
+        raise CorruptionError(place=place, what="checkpoint chunk", expected=expected_xxh3, found=found)
+
+
+# The header.
+
+
+def encode_checkpoint_header(header: CheckpointHeader) -> bytes:
+    """Return the block that makes a checkpoint valid; write it when all else is durable."""
+    assert header.volume_count <= VOLUME_COUNT_MAX
+    block = bytearray(BLOCK_SIZE)
+    fields = header._replace(chunk_count=header.layout.chunk_count, header_xxh3=0)
+    HEADER.pack_into(block, 0, CHECKPOINT_MAGIC, CHECKPOINT_FORMAT_VERSION, *fields)
+    _U64.pack_into(block, _XXH3_OFFSET, checksum(block))
+    return bytes(block)
+
+
+def decode_checkpoint_header(block: Buffer, *, device: bytes, size_max: int, place: str) -> CheckpointHeader:
+    """Return the header of an area of `size_max` bytes.
+
+    Raises:
+        CorruptionError: no header, a damaged one, that of another device, or one that does not fit the area.
+    """
+    copy = bytearray(block)
+    if len(copy) != BLOCK_SIZE:
+        raise CorruptionError(place=place, what="checkpoint header size", expected=BLOCK_SIZE, found=len(copy))
+    magic, format_version, *fields = HEADER.unpack_from(copy)
+    header = CheckpointHeader(*fields)
+    if magic != CHECKPOINT_MAGIC:
+        raise CorruptionError(place=place, what="checkpoint magic", expected=CHECKPOINT_MAGIC, found=magic)
+    _U64.pack_into(copy, _XXH3_OFFSET, 0)
+    found = checksum(copy)
+    if found != header.header_xxh3:
+        raise CorruptionError(place=place, what="checkpoint header checksum", expected=header.header_xxh3, found=found)
+    if (format_version, header.device) != (CHECKPOINT_FORMAT_VERSION, device):
+        raise CorruptionError(
+            place=place,
+            what="checkpoint format version and device",
+            expected=(CHECKPOINT_FORMAT_VERSION, device.hex()),
+            found=(format_version, header.device.hex()),
+        )
+    layout = header.layout
+    if header.volume_count > VOLUME_COUNT_MAX or layout.size > size_max or layout.chunk_count != header.chunk_count:
+        raise CorruptionError(place=place, what="checkpoint counts", expected=f"at most {size_max} bytes", found=layout)
+    if any(copy[6:8]) or any(copy[HEADER.size :]):
+        raise CorruptionError(place=place, what="checkpoint unused bytes", expected="zeros", found="others")
+    return header
+
+
+def choose_checkpoints(
+    blocks: Sequence[Buffer], *, device: bytes, size_max: int, places: Sequence[str]
+) -> list[tuple[int, CheckpointHeader]]:
+    """Return area index and header of each valid checkpoint, newest first; the caller goes on to the next if the
+    body of one is damaged.
+
+    Raises:
+        CorruptionError: no area has a valid header; it is that of the first.
+    """
+    assert len(device) == ID_SIZE
+    found: list[tuple[int, CheckpointHeader]] = []
+    errors: list[CorruptionError] = []
+    for index, (block, place) in enumerate(zip(blocks, places, strict=True)):
+        try:
+            found.append((index, decode_checkpoint_header(block, device=device, size_max=size_max, place=place)))
+        except CorruptionError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return sorted(found, key=lambda one: one[1].sequence, reverse=True)
+
+
+def _chunks(count: int, chunk_count: int, unit_size: int, offset: int) -> list[Chunk]:
+    """Cut `count` units into chunks from `offset` on. All chunks but the last are whole blocks."""
+    return [
+        Chunk(
+            first,
+            min(chunk_count, count - first),
+            offset + first * unit_size,
+            min(chunk_count, count - first) * unit_size,
+        )
+        for first in range(0, count, chunk_count)
+    ]
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK_SIZE) * BLOCK_SIZE
