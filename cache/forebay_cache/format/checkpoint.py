@@ -1,8 +1,8 @@
 """The checkpoint: a durable image of map, zones and volumes; replay starts where it says.
 
-An area holds one checkpoint; there are two areas, used in turn. Body chunks come first, then the chunk table, then
-an fdatasync, and the header last: so a header that is valid names only chunks that were durable. It is fuzzy: each chunk is true for the
-moment it was copied, all of them at or after the log position that replay starts from.
+An area holds one checkpoint; there are two areas, used in turn. Body chunks come first, then the chunk table, then an
+fdatasync, and the header last: so a header that is valid names only chunks that were durable. It is fuzzy: each chunk
+is true for the moment it was copied, all of them at or after the log position that replay starts from.
 Crash: a checkpoint without its header never was; the other area still holds the one before, until its first chunk is
 overwritten, and that is when the newer one has long been durable. A damaged one is told by its checksums.
 
@@ -11,7 +11,7 @@ Area, every part padded with zeros to 4096 bytes:
     header | volume chunks | zone chunks | place chunks | chunk table (u64 xxh3 of each padded chunk, in order)
 
 A chunk holds CHUNK_SIZE bytes, the last of each kind less:
-    volume chunks  the volume table cut into pieces: `volume_count` rows, then all holes, those of the first volume first
+    volume chunks  the volume table cut into pieces: all rows, then all holes, those of the first volume first
     zone chunks    zone rows, 16 bytes each
     place chunks   of n places (32768, or the rest): n keys u64, n versions u64, n checksums u64, n use counts u8.
                    Key 0: empty. A place's four values belong together, because a chunk is copied in one step.
