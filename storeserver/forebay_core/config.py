@@ -22,6 +22,7 @@ STORES_MAX: Final = 1
 """Addresses in `cache.store`; the syntax has room for replicas, the daemon does not know them yet."""
 
 FILL_BLOCKS: Final = (1, 2, 4, 8, 16)
+BOOL_ALLOWED: Final = "true or false"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 PORT_MAX: Final = 65535
 
@@ -63,10 +64,12 @@ SettingsType = TypeVar("SettingsType", StoreSettings, CacheSettings)
 
 
 class Setting(NamedTuple):
-    """How one key is read: `read` returns the value or raises ValueError; `allowed` is for people."""
+    """How one key is read: `read` returns the value or raises ValueError; the texts are for people."""
 
     read: Callable[[object], object]
     allowed: str
+    metavar: str
+    meaning: str
 
 
 def load_settings(
@@ -178,61 +181,78 @@ def _choice(allowed: tuple[str, ...]) -> Callable[[object], str]:
     return read
 
 
-def _size(low: int, high: int) -> Setting:
+def _path_setting(meaning: str) -> Setting:
+    return Setting(_path, "a path", "PATH", meaning)
+
+
+def _address_setting(meaning: str) -> Setting:
+    return Setting(_address, f"HOST:PORT with a port from 0 to {PORT_MAX}", "HOST:PORT", meaning)
+
+
+def _flag_setting(meaning: str) -> Setting:
+    return Setting(_flag, BOOL_ALLOWED, "", meaning)
+
+
+def _log_level(meaning: str) -> Setting:
+    return Setting(_choice(LOG_LEVELS), " or ".join(LOG_LEVELS), "LEVEL", meaning)
+
+
+def _size(low: int, high: int, meaning: str) -> Setting:
     def read(value: object) -> int:
         size = parse_size(value) if isinstance(value, str) else value
         if not isinstance(size, int) or isinstance(size, bool) or not low <= size <= high or size % BLOCK_SIZE:
             raise ValueError(value)
         return size
 
-    return Setting(read, f"a size from {format_size(low)} to {format_size(high)} that is a multiple of {BLOCK_SIZE}")
+    allowed = f"a size from {format_size(low)} to {format_size(high)} that is a multiple of {BLOCK_SIZE}"
+    return Setting(read, allowed, "SIZE", meaning)
 
 
-def _number(low: float, high: float, unit: str = "") -> Setting:
+def _number(low: float, high: float, unit: str, meaning: str) -> Setting:
     def read(value: object) -> float:
         number = float(value) if isinstance(value, str) else value
         if not isinstance(number, int | float) or isinstance(number, bool) or not low <= number <= high:
             raise ValueError(value)
         return float(number)
 
-    return Setting(read, f"a number from {low:g} to {high:g}{unit}")
+    return Setting(read, f"a number from {low:g} to {high:g}{unit}", "NUMBER", meaning)
 
 
-def _whole(allowed: range | tuple[int, ...], text: str) -> Setting:
+def _whole(allowed: range | tuple[int, ...], text: str, meaning: str) -> Setting:
     def read(value: object) -> int:
         number = int(value) if isinstance(value, str) else value
         if not isinstance(number, int) or isinstance(number, bool) or number not in allowed:
             raise ValueError(value)
         return number
 
-    return Setting(read, text)
+    return Setting(read, text, "NUMBER", meaning)
 
-
-_PATH: Final = Setting(_path, "a path")
-_ONE_ADDRESS: Final = Setting(_address, f"HOST:PORT with a port from 0 to {PORT_MAX}")
-_BOOL: Final = Setting(_flag, "true or false")
-_LOG_LEVEL: Final = Setting(_choice(LOG_LEVELS), " or ".join(LOG_LEVELS))
 
 TABLE_NAMES: Final[dict[type[Settings], str]] = {StoreSettings: "store", CacheSettings: "cache"}
 SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
-    StoreSettings: {"data": _PATH, "listen": _ONE_ADDRESS, "key_file": _PATH, "log_level": _LOG_LEVEL},
+    StoreSettings: {
+        "data": _path_setting("folder for segments and index"),
+        "listen": _address_setting("where caches and commands reach the store"),
+        "key_file": _path_setting("file with the key that peers must have; needed beyond loopback"),
+        "log_level": _log_level("least urgent messages to log"),
+    },
     CacheSettings: {
-        "device": _PATH,
-        "run_dir": _PATH,
-        "store": Setting(_addresses, "one address HOST:PORT"),
-        "size": _size(4 * MIB, VOLUME_SIZE_MAX),
-        "format": _BOOL,
-        "nbd": _ONE_ADDRESS,
-        "nbd_allow_remote": _BOOL,
-        "control": _ONE_ADDRESS,
-        "key_file": _PATH,
-        "cut_size_max": _size(1 * MIB, 1 * GIB),
-        "cut_age_s_max": _number(0.1, 3600, " seconds"),
-        "dirty_share_max": _number(0.05, 0.9),
-        "zone_size": _size(256 * KIB, 16 * MIB),
-        "fill_blocks": _whole(FILL_BLOCKS, "1, 2, 4, 8 or 16"),
-        "compression_level": _whole(range(1, 20), "a whole number from 1 to 19"),
-        "log_level": _LOG_LEVEL,
+        "device": _path_setting("cache file or block device"),
+        "run_dir": _path_setting("folder for the sockets nbd.sock and control.sock"),
+        "store": Setting(_addresses, "one address HOST:PORT", "HOST:PORT", "where the store listens"),
+        "size": _size(4 * MIB, VOLUME_SIZE_MAX, "size of the cache file to make"),
+        "format": _flag_setting("make the device a new, empty cache, whatever it holds"),
+        "nbd": _address_setting("serve NBD over TCP here as well"),
+        "nbd_allow_remote": _flag_setting("let NBD listen beyond loopback, where nothing protects it"),
+        "control": _address_setting("answer commands over TCP here as well"),
+        "key_file": _path_setting("file with the key of the store"),
+        "cut_size_max": _size(1 * MIB, 1 * GIB, "a cut closes when it holds so much"),
+        "cut_age_s_max": _number(0.1, 3600, " seconds", "a cut closes when it is so old"),
+        "dirty_share_max": _number(0.05, 0.9, "", "share of the cache that may wait to be destaged"),
+        "zone_size": _size(256 * KIB, 16 * MIB, "size of a zone, chosen when the device is made"),
+        "fill_blocks": _whole(FILL_BLOCKS, "1, 2, 4, 8 or 16", "blocks to fetch around a missing one"),
+        "compression_level": _whole(range(1, 20), "a whole number from 1 to 19", "zstd level of destaged frames"),
+        "log_level": _log_level("least urgent messages to log"),
     },
 }
 for _table, _keys in SETTINGS.items():

@@ -1,0 +1,26 @@
+"""`forebay drain`: destage what was acknowledged so far."""
+
+import argparse
+import asyncio
+
+from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume
+from forebay_tools.connect import cache_client
+from forebay_wire.messages import Done, Drain
+
+
+def add(commands: Commands) -> None:
+    """Declare the command."""
+    parser = add_command(commands, "drain", run, "destage all that was written so far; the volume stays attached")
+    add_volume(parser)
+    add_run_dir(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask the daemon; returns when the store has it all."""
+    return asyncio.run(_run(arguments))
+
+
+async def _run(arguments: argparse.Namespace) -> int:
+    async with cache_client(arguments) as client:
+        await client.ask(Drain(arguments.name), Done)
+    return 0

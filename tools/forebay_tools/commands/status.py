@@ -1,0 +1,183 @@
+"""`forebay status`: how the cache daemon and the store are."""
+
+import argparse
+import asyncio
+import os
+
+from forebay_core.errors import WrongUsageError
+from forebay_core.units import format_size
+from forebay_tools.arguments import (
+    RUN_DIR_VARIABLE,
+    STORE_VARIABLE,
+    Commands,
+    add_command,
+    add_json,
+    add_run_dir,
+    add_store,
+)
+from forebay_tools.connect import cache_client, store_client
+from forebay_tools.printing import Json, say, say_fields, say_json, say_table
+from forebay_wire.messages import CacheStatus, GetCacheStatus, GetStoreStatus, StoreStatus, VolumeStatus
+
+HEAD = ("ATTACHED", "SIZE", "CACHED", "DIRTY", "HITS", "CLIENTS", "URI")
+
+
+def add(commands: Commands) -> None:
+    """Declare the command."""
+    parser = add_command(commands, "status", run, "tell how the cache daemon, its volumes and the store are")
+    add_json(parser)
+    add_run_dir(parser)
+    add_store(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask whom the flags or the environment name, and print."""
+    return asyncio.run(_run(arguments))
+
+
+async def _run(arguments: argparse.Namespace) -> int:
+    ask_cache = arguments.run_dir is not None or RUN_DIR_VARIABLE in os.environ
+    ask_store = arguments.store is not None or STORE_VARIABLE in os.environ
+    if not ask_cache and not ask_store:
+        raise WrongUsageError(
+            f"whose status? use --run-dir DIR or --store HOST:PORT, or set {RUN_DIR_VARIABLE} or {STORE_VARIABLE}"
+        )
+    cache = await _cache_status(arguments) if ask_cache else None
+    store = await _store_status(arguments) if ask_store else None
+    if arguments.json:
+        say_json(
+            {
+                "cache": cache_json(cache) if cache is not None else None,
+                "store": store_json(store) if store is not None else None,
+            }
+        )
+        return 0
+    if cache is not None:
+        _say_cache(cache)
+    if store is not None:
+        say_fields(_store_fields(store))
+    return 0
+
+
+async def _cache_status(arguments: argparse.Namespace) -> CacheStatus:
+    async with cache_client(arguments) as client:
+        answer, _ = await client.ask(GetCacheStatus(), CacheStatus)
+    return answer
+
+
+async def _store_status(arguments: argparse.Namespace) -> StoreStatus:
+    async with store_client(arguments) as client:
+        answer, _ = await client.ask(GetStoreStatus(), StoreStatus)
+    return answer
+
+
+def cache_json(status: CacheStatus) -> dict[str, Json]:
+    """Return what --json prints of a cache daemon: sizes in bytes, counters since its start."""
+    return {
+        "device": status.device,
+        "device_size": status.device_size,
+        "capacity_bytes": status.capacity_bytes,
+        "cached_bytes": status.cached_bytes,
+        "dirty_bytes": status.dirty_bytes,
+        "free_zones": status.free_zones,
+        "hit_blocks": status.hit_blocks,
+        "miss_blocks": status.miss_blocks,
+        "hit_ratio": _ratio(status.hit_blocks, status.hit_blocks + status.miss_blocks),
+        "written_blocks": status.written_blocks,
+        "destaged_plain_bytes": status.destaged_plain_bytes,
+        "destaged_stored_bytes": status.destaged_stored_bytes,
+        "compression_ratio": _ratio(status.destaged_plain_bytes, status.destaged_stored_bytes),
+        "log_bytes": status.log_bytes,
+        "store": status.store,
+        "store_connected": status.store_connected,
+        "error": status.error or None,
+        "volumes": [_volume_json(volume) for volume in status.volumes],
+    }
+
+
+def store_json(status: StoreStatus) -> dict[str, Json]:
+    """Return what --json prints of a store."""
+    return {
+        "volumes": status.volumes,
+        "segments": status.segments,
+        "segment_bytes": status.segment_bytes,
+        "free_bytes": status.free_bytes,
+        "incarnation": status.incarnation,
+        "reads": status.reads,
+        "cuts": status.cuts,
+        "error": status.error or None,
+    }
+
+
+def _volume_json(volume: VolumeStatus) -> dict[str, Json]:
+    return {
+        "name": volume.name,
+        "size": volume.size,
+        "uri": volume.uri,
+        "read_only": volume.read_only,
+        "epoch": volume.epoch,
+        "sequence": volume.sequence,
+        "acknowledged_version": volume.acknowledged_version,
+        "dirty_bytes": volume.dirty_bytes,
+        "cached_bytes": volume.cached_bytes,
+        "hit_blocks": volume.hit_blocks,
+        "miss_blocks": volume.miss_blocks,
+        "hit_ratio": _ratio(volume.hit_blocks, volume.hit_blocks + volume.miss_blocks),
+        "connections": volume.connections,
+        "error": volume.error or None,
+    }
+
+
+def _say_cache(status: CacheStatus) -> None:
+    fields = {
+        "device": f"{status.device}, {format_size(status.device_size)}",
+        "cached": f"{format_size(status.cached_bytes)} of {format_size(status.capacity_bytes)}, "
+        f"{format_size(status.dirty_bytes)} of it dirty, {status.free_zones} zones free",
+        "hits": _hits(status.hit_blocks, status.miss_blocks),
+        "destaged": f"{format_size(status.destaged_plain_bytes)} as {format_size(status.destaged_stored_bytes)}",
+        "store": f"{status.store}, {'connected' if status.store_connected else 'out of reach'}",
+    }
+    if status.error:
+        fields["error"] = status.error
+    say_fields(fields)
+    if status.volumes:
+        say("")
+        say_table(HEAD, [_volume_cells(volume) for volume in status.volumes])
+    for volume in status.volumes:
+        if volume.error:
+            say(f"{volume.name}: {volume.error}")
+
+
+def _store_fields(status: StoreStatus) -> dict[str, str]:
+    fields = {
+        "volumes": str(status.volumes),
+        "segments": f"{status.segments}, {format_size(status.segment_bytes)}",
+        "disk free": format_size(status.free_bytes),
+        "incarnation": str(status.incarnation),
+        "reads": str(status.reads),
+        "cuts": str(status.cuts),
+    }
+    if status.error:
+        fields["error"] = status.error
+    return fields
+
+
+def _volume_cells(volume: VolumeStatus) -> tuple[str, ...]:
+    return (
+        volume.name + (" (read-only)" if volume.read_only else ""),
+        format_size(volume.size),
+        format_size(volume.cached_bytes),
+        format_size(volume.dirty_bytes),
+        _hits(volume.hit_blocks, volume.miss_blocks),
+        str(volume.connections),
+        volume.uri,
+    )
+
+
+def _hits(hit_blocks: int, miss_blocks: int) -> str:
+    ratio = _ratio(hit_blocks, hit_blocks + miss_blocks)
+    return f"{ratio:.1%}" if ratio is not None else "-"
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return round(part / whole, 4) if whole else None
