@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the operation failed, 2 wrong usage, 130 interrupted. What failed is one line on stderr.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
