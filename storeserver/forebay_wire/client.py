@@ -169,6 +169,7 @@ class WireClient:
         """Fail everything that waits."""
         if not self._ready.done():
             self._ready.set_exception(_named(self._name, error))
+            self._ready.exception()  # nobody may be waiting for it: the socket itself did not connect
         self._lost.set_result(error)
         waiting = [*self._pending.values(), *self._waiting]
         self._pending.clear()
