@@ -1,0 +1,395 @@
+"""The transmission phase of one NBD connection, without I/O: requests in, calls to the volume, replies out.
+
+Requests are read out of the receive buffer in place: a payload is a view into it, and the buffer is not reused
+while a volume still has such a view. Replies gather in `out` until the shell sends them.
+
+Invariants:
+    _open holds the reply of exactly the requests that the volume has not answered yet.
+    A request is given to the volume only when all of it has arrived; a refused payload is consumed.
+    account.held covers the length of every READ that is open or unsent.
+Crash: a client connects again; what was acknowledged is the volume's promise.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+from forebay_cache.engine.front import Allocation, Chunk, IoError
+from forebay_cache.engine.nbd_budget import Account
+from forebay_cache.engine.nbd_limits import BATCH_MAX, IN_FLIGHT_MAX, OUT_BUFFERS_MAX, STATUS_DESCRIPTORS_MAX
+from forebay_cache.engine.nbd_negotiation import ReplyStyle, Session
+from forebay_cache.engine.nbd_replies import ExtendedReplies, ReplyEncoder, SimpleReplies, StructuredReplies
+from forebay_cache.engine.nbd_requests import Refused, Request, check_request
+from forebay_cache.format.nbd import (
+    CMD_BLOCK_STATUS,
+    CMD_CACHE,
+    CMD_DISC,
+    CMD_FLAG_DF,
+    CMD_FLAG_FUA,
+    CMD_FLAG_PAYLOAD_LEN,
+    CMD_FLAG_REQ_ONE,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST,
+    REQUEST_MAGIC,
+    NbdError,
+)
+from forebay_cache.format.nbd_options import PAYLOAD_SIZE_MAX
+from forebay_core.errors import ProtocolError
+from forebay_core.units import Buffer
+
+_ENCODERS: Final[dict[ReplyStyle, Callable[[], ReplyEncoder]]] = {
+    ReplyStyle.SIMPLE: SimpleReplies,
+    ReplyStyle.STRUCTURED: StructuredReplies,
+    ReplyStyle.EXTENDED: ExtendedReplies,
+}
+_FAILURES: Final = {
+    IoError.IO: (NbdError.EIO, "the volume could not do it; the daemon's log says why"),
+    IoError.READ_ONLY: (NbdError.EPERM, "the volume is read-only"),
+    IoError.SHUTDOWN: (NbdError.ESHUTDOWN, "the server is stopping"),
+    IoError.NO_SPACE: (NbdError.ENOSPC, "no space left"),
+}
+_STOPPING: Final = Refused(NbdError.ESHUTDOWN, "the server is stopping")
+
+
+class ReceiveBuffer:
+    """Memory that a socket receives into. It may be reused once it is not received into and `payloads` is 0."""
+
+    __slots__ = ("charge", "payloads", "retired", "view")
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+        self.charge = 0  # bytes of it that the connection's account holds
+        self.payloads = 0  # writes that the volume still holds views of
+        self.retired = False  # no more is received into it
+
+
+class Transmission:
+    """One connection's requests and replies.
+
+    `wake` is called when a reply came that no running call will return with; `reuse` when a retired buffer has no
+    payload left in use.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        account: Account,
+        *,
+        wake: Callable[[], None],
+        reuse: Callable[[ReceiveBuffer], None],
+    ) -> None:
+        self._volume = session.volume
+        self._size = session.volume.size
+        self._read_only = session.volume.read_only
+        self._extended = session.style is ReplyStyle.EXTENDED
+        self._fragments = session.style is not ReplyStyle.SIMPLE
+        self._allocation = session.allocation
+        self._encoder = _ENCODERS[session.style]()
+        self._account = account
+        self._wake = wake
+        self._reuse = reuse
+        self._magic = EXTENDED_REQUEST_MAGIC if self._extended else REQUEST_MAGIC
+        self._request = EXTENDED_REQUEST if self._extended else REQUEST
+        self._write_flags = CMD_FLAG_PAYLOAD_LEN if self._extended else 0
+        self._open: dict[int, partial[None]] = {}
+        self._serial = 0
+        self._skip = 0
+        self._skipped: tuple[int, int, Refused] | None = None
+        self._gathering = False
+        self._refusing = False
+        self._muted = False
+        self.out: list[Buffer] = []
+        self.out_size = 0
+        self.out_held = 0
+        self.want = self._request.size
+        self.short = 0
+        self.blocked = False
+        self.more = False
+        self.leaving = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the volume has not answered yet."""
+        return len(self._open)
+
+    def refuse(self) -> None:
+        """Answer every further request with ESHUTDOWN."""
+        self._refusing = True
+
+    def give_up(self) -> None:
+        """Answer what is in flight with ESHUTDOWN; what the volume says later is dropped."""
+        self._refusing = self._muted = True
+        for reply in self._open.values():
+            _serial, cookie, offset = reply.args[:3]
+            self._refuse(cookie, offset, _STOPPING)
+
+    def mute(self) -> None:
+        """The client is gone: drop every further reply."""
+        self._refusing = self._muted = True
+
+    def take_out(self) -> tuple[list[Buffer], int, int]:
+        """Return the gathered buffers, their bytes, and how much of `account.held` is free once they are sent."""
+        out = self.out, self.out_size, self.out_held
+        self.out = []
+        self.out_size = self.out_held = 0
+        return out
+
+    def accept(self, buffer: ReceiveBuffer, at: int, end: int) -> int:
+        """Give the volume the whole requests in `buffer.view[at:end]`; return where the first one left begins.
+
+        Afterwards `want` is how many bytes that one has as far as is known; `blocked` says that a limit stops it
+        until replies come or are sent, with `short` when it is this many bytes of budget; `more` that others should
+        have their turn first; `leaving` that the client said goodbye.
+
+        Raises:
+            ProtocolError: the client broke the rules; close the connection.
+        """
+        self.want = self._request.size
+        self.short = 0
+        self.blocked = self.more = False
+        before = self._serial
+        self._gathering = True
+        try:
+            at += self._consume(end - at)
+            return self._take(buffer, at, end)
+        finally:
+            if self._serial != before:
+                self._volume.kick()
+            self._gathering = False
+
+    def _take(self, buffer: ReceiveBuffer, at: int, end: int) -> int:
+        """The hot loop: everything it uses again and again is a local name."""
+        view, volume, open_, account, out = buffer.view, self._volume, self._open, self._account, self.out
+        unpack, header_size = self._request.unpack_from, self._request.size
+        size, write_flags = self._size, self._write_flags
+        last = self._serial + BATCH_MAX
+        while end - at >= header_size and not self.leaving:
+            magic, flags, command, cookie, offset, length = unpack(view, at)
+            if magic != self._magic:
+                raise ProtocolError(f"request magic {magic:#x}")
+            if len(open_) >= IN_FLIGHT_MAX or len(out) >= OUT_BUFFERS_MAX:
+                self.blocked = True
+                break
+            if self._serial >= last:
+                self.more = True
+                break
+            plain = 0 < length <= PAYLOAD_SIZE_MAX and offset + length <= size and not self._refusing
+            if command == CMD_READ and plain and flags == 0:
+                if account.held + length > account.granted:
+                    self.short, self.blocked = length, True
+                    break
+                account.held += length
+                at += header_size
+                self._serial = serial = self._serial + 1
+                open_[serial] = read_reply = partial(self._read_replied, serial, cookie, offset, length)
+                volume.read(offset, length, read_reply)
+            elif command == CMD_WRITE and plain and flags & ~CMD_FLAG_FUA == write_flags and not self._read_only:
+                stop = at + header_size + length
+                if stop > end:
+                    self.want = header_size + length
+                    break
+                payload = view[at + header_size : stop]
+                at = stop
+                buffer.payloads += 1
+                self._serial = serial = self._serial + 1
+                open_[serial] = reply = partial(self._write_replied, serial, cookie, offset, buffer)
+                volume.write(offset, payload, flags & CMD_FLAG_FUA != 0, reply)
+            elif self._accept_rare(Request(flags, command, cookie, offset, length)):
+                at += header_size
+                at += self._consume(end - at)
+            else:
+                break
+        return at
+
+    def _accept_rare(self, request: Request) -> bool:
+        """Take a request that is neither a plain read nor a plain write; return False if it must wait."""
+        self._serial += 1
+        if request.command == CMD_DISC:
+            self.leaving = True
+            return True
+        payload_size = self._payload_size(request)
+        if payload_size > PAYLOAD_SIZE_MAX:
+            raise ProtocolError(f"a payload of {payload_size} bytes; at most {PAYLOAD_SIZE_MAX}")
+        refused = check_request(
+            request,
+            size=self._size,
+            read_only=self._read_only,
+            extended=self._extended,
+            fragments=self._fragments,
+            allocation=self._allocation,
+        )
+        if self._refusing:
+            refused = _STOPPING
+        if refused is not None:
+            self._refuse_request(request, payload_size, refused)
+        elif request.command == CMD_READ and request.length:
+            return self._read(request)
+        elif request.command == CMD_READ:
+            self.out_size += self._encoder.read_nothing(self.out, request.cookie, request.offset)
+        elif request.command == CMD_FLUSH:
+            self._volume.flush(self._opened(request))
+        elif request.length == 0:
+            self._done(request.cookie, request.offset)
+        else:
+            self._submit(request)
+        return True
+
+    def _submit(self, request: Request) -> None:
+        volume, offset, length = self._volume, request.offset, request.length
+        fua = request.flags & CMD_FLAG_FUA != 0
+        if request.command == CMD_TRIM:
+            volume.trim(offset, length, fua, self._opened(request))
+        elif request.command == CMD_WRITE_ZEROES:
+            volume.write_zeroes(offset, length, fua, self._opened(request))
+        elif request.command == CMD_CACHE:
+            volume.prefetch(offset, length, self._opened(request))
+        else:
+            assert request.command == CMD_BLOCK_STATUS
+            one = request.flags & CMD_FLAG_REQ_ONE != 0
+            serial = self._serial
+            reply = partial(self._allocation_replied, serial, request.cookie, offset, length, one)
+            self._open[serial] = reply
+            volume.allocation(offset, length, reply)
+
+    def _read(self, request: Request) -> bool:
+        _flags, _command, cookie, offset, length = request
+        account, serial = self._account, self._serial
+        if account.held + length > account.granted:
+            self.short, self.blocked = length, True
+            return False
+        account.held += length
+        replied = self._whole_read_replied if request.flags & CMD_FLAG_DF else self._read_replied
+        self._open[serial] = reply = partial(replied, serial, cookie, offset, length)
+        self._volume.read(offset, length, reply)
+        return True
+
+    def _opened(self, request: Request) -> Callable[[IoError], None]:
+        reply = partial(self._replied, self._serial, request.cookie, request.offset)
+        self._open[self._serial] = reply
+        return reply
+
+    def _read_replied(
+        self, serial: int, cookie: int, offset: int, length: int, error: IoError, chunks: Sequence[Chunk]
+    ) -> None:
+        if self._open.pop(serial, None) is None:
+            return
+        if error or self._muted:
+            self._read_failed(cookie, offset, length, error)
+            return
+        self.out_size += self._encoder.read(self.out, cookie, offset, length, chunks)
+        self.out_held += length
+        if not self._gathering:
+            self._wake()
+
+    def _whole_read_replied(
+        self, serial: int, cookie: int, offset: int, length: int, error: IoError, chunks: Sequence[Chunk]
+    ) -> None:
+        if self._open.pop(serial, None) is None:
+            return
+        if error or self._muted:
+            self._read_failed(cookie, offset, length, error)
+            return
+        self.out_size += self._encoder.read_whole(self.out, cookie, offset, length, chunks)
+        self.out_held += length
+        self._woken()
+
+    def _read_failed(self, cookie: int, offset: int, length: int, error: IoError) -> None:
+        self._account.held -= length
+        self._finished(cookie, offset, error)
+
+    def _write_replied(self, serial: int, cookie: int, offset: int, buffer: ReceiveBuffer, error: IoError) -> None:
+        if self._open.pop(serial, None) is None:
+            return
+        buffer.payloads -= 1
+        if buffer.retired and buffer.payloads == 0:
+            self._reuse(buffer)
+        self._finished(cookie, offset, error)
+
+    def _replied(self, serial: int, cookie: int, offset: int, error: IoError) -> None:
+        if self._open.pop(serial, None) is None:
+            return
+        self._finished(cookie, offset, error)
+
+    def _allocation_replied(
+        self,
+        serial: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        one: bool,
+        error: IoError,
+        extents: Sequence[Allocation],
+    ) -> None:
+        if self._open.pop(serial, None) is None:
+            return
+        if error or self._muted:
+            self._finished(cookie, offset, error)
+            return
+        clipped = clip_extents(extents, length, count_max=1 if one else STATUS_DESCRIPTORS_MAX)
+        self.out_size += self._encoder.status(self.out, cookie, offset, clipped)
+        self._woken()
+
+    def _finished(self, cookie: int, offset: int, error: IoError) -> None:
+        if not self._muted:
+            if error:
+                self._refuse(cookie, offset, Refused(*_FAILURES[error]))
+            else:
+                self._done(cookie, offset)
+        if not self._gathering:
+            self._wake()
+
+    def _woken(self) -> None:
+        if not self._gathering:
+            self._wake()
+
+    def _done(self, cookie: int, offset: int) -> None:
+        self.out_size += self._encoder.done(self.out, cookie, offset)
+
+    def _refuse(self, cookie: int, offset: int, refused: Refused) -> None:
+        self.out_size += self._encoder.error(self.out, cookie, offset, refused.error, refused.text)
+
+    def _payload_size(self, request: Request) -> int:
+        has_payload = request.flags & CMD_FLAG_PAYLOAD_LEN if self._extended else request.command == CMD_WRITE
+        return request.length if has_payload else 0
+
+    def _refuse_request(self, request: Request, payload_size: int, refused: Refused) -> None:
+        """Answer with an error, once the payload that comes with the request has gone by."""
+        if payload_size:
+            self._skip = payload_size
+            self._skipped = request.cookie, request.offset, refused
+        else:
+            self._refuse(request.cookie, request.offset, refused)
+
+    def _consume(self, available: int) -> int:
+        """Skip what has arrived of a refused payload; return how much that was."""
+        taken = min(self._skip, available)
+        self._skip -= taken
+        if self._skipped is not None and self._skip == 0:
+            self._refuse(*self._skipped)
+            self._skipped = None
+        return taken
+
+
+def clip_extents(extents: Sequence[Allocation], length: int, *, count_max: int) -> list[Allocation]:
+    """Join neighbours of one state, end where the request ends, and keep at most `count_max`."""
+    clipped: list[Allocation] = []
+    for extent_length, hole in extents:
+        assert extent_length > 0
+        size = min(extent_length, length)
+        if clipped and clipped[-1].hole == hole:
+            clipped[-1] = Allocation(clipped[-1].length + size, hole)
+        elif len(clipped) == count_max:
+            break
+        else:
+            clipped.append(Allocation(size, hole))
+        length -= size
+        if length == 0:
+            break
+    assert clipped
+    return clipped

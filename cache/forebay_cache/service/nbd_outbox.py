@@ -1,0 +1,81 @@
+"""Replies on their way into a socket: many buffers, one sendmsg.
+
+Invariant: the bytes go out exactly once and in order; a batch's `held` is released when its last byte is sent.
+"""
+
+import socket
+from collections import deque
+from typing import Final
+
+from forebay_core.units import Buffer
+
+IOV_MAX: Final = 1024
+
+
+class _Batch:
+    """Buffers that gathered together. The first `index` are sent, and `skip` bytes of the next."""
+
+    __slots__ = ("buffers", "held", "index", "left", "skip")
+
+    def __init__(self, buffers: list[Buffer], size: int, held: int) -> None:
+        self.buffers = buffers
+        self.left = size
+        self.held = held
+        self.index = 0
+        self.skip = 0
+
+    def rest(self) -> list[Buffer]:
+        """Return what one more sendmsg can take."""
+        rest = self.buffers[self.index : self.index + IOV_MAX]
+        if self.skip:
+            rest[0] = memoryview(rest[0])[self.skip :]
+        return rest
+
+    def advance(self, sent: int) -> None:
+        """Note that this many more bytes are out; sent buffers are let go."""
+        self.left -= sent
+        sent += self.skip
+        while self.index < len(self.buffers) and sent >= len(self.buffers[self.index]):
+            sent -= len(self.buffers[self.index])
+            self.buffers[self.index] = b""
+            self.index += 1
+        self.skip = sent
+
+
+class Outbox:
+    """What is not sent yet; true while there is something."""
+
+    def __init__(self, client: socket.socket) -> None:
+        self._client = client
+        self._batches: deque[_Batch] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._batches)
+
+    def put(self, buffers: list[Buffer], size: int, held: int) -> None:
+        """Add buffers of `size` bytes in all; `held` is what `send` returns when they are out."""
+        self._batches.append(_Batch(buffers, size, held))
+
+    def send(self) -> int:
+        """Send what the socket takes; return how much is no longer held.
+
+        Raises:
+            OSError: the client is gone.
+        """
+        released = 0
+        while self._batches:
+            batch = self._batches[0]
+            try:
+                sent = self._client.sendmsg(batch.rest())
+            except (BlockingIOError, InterruptedError):
+                break
+            if sent == batch.left:
+                released += batch.held
+                self._batches.popleft()
+            else:
+                batch.advance(sent)
+        return released
+
+    def clear(self) -> None:
+        """Forget everything: the socket is closed."""
+        self._batches.clear()
