@@ -27,7 +27,11 @@ async def store_client(arguments: argparse.Namespace) -> AsyncIterator[WireClien
     address = parse_address(store_address(arguments))
     path = key_file(arguments)
     key = read_key_file(path) if path is not None else None
-    client = await WireClient.connect(address, key=key, node=os.urandom(ID_SIZE), timeout_s=CONNECT_TIMEOUT_S)
+    node = os.urandom(ID_SIZE)
+    try:
+        client = await WireClient.connect(address, key=key, node=node, timeout_s=CONNECT_TIMEOUT_S)
+    except StoreUnreachableError as error:
+        raise StoreUnreachableError(f"no store answers ({error}); is it running there?") from error
     try:
         yield client
     finally:

@@ -51,7 +51,8 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        return _fail(command, str(error), EXIT_FAILED)
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(command, place + (error.strerror or str(error)), EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail(command, "interrupted", EXIT_INTERRUPTED)
     return code
