@@ -29,7 +29,7 @@ RANGE_SCAN_PLACES_MAX: Final = 32768
 RANGE_SCAN_RATIO: Final = 32
 """One lookup costs about as much as comparing this many places, so a longer extent is found by a scan."""
 
-AGEING_SLICE_PLACES: Final = 262144
+AGEING_SLICE_PLACES: Final = 65536
 """Counts that one call of the policy halves."""
 
 AGEING_HITS_PER_PLACE: Final = 20
@@ -37,6 +37,13 @@ AGEING_HITS_PER_PLACE: Final = 20
 
 COUNT_MAX: Final = 255
 """Largest use count of a place."""
+
+WORTHY_SHARE: Final = 0.5
+"""Share of all places that the policy finds worth keeping when their zone is reclaimed.
+
+Measured 2026-07, Zipf(0.9) over 10 times the cache: hit ratio and blocks written per access are 0.623 and 0.55 at a
+share of 0.3, 0.647 and 0.73 at 0.5, 0.655 and 0.89 at 0.6, 0.662 and 1.19 at 0.7, 0.670 and 4.4 at 0.9.
+"""
 
 assert SCALAR_KEYS_MAX < RANGE_LOOKUPS_MAX
 assert PLACES_MAX < 0xFFFFFFFE
