@@ -94,6 +94,25 @@ def mapped_pieces(pieces: Buffer, requested: Extent) -> list[MappedPiece]:
     return answer
 
 
+def changed_extents(pieces: Buffer, start: int, next_start: int) -> list[Extent]:
+    """Return one page of an answer to Changed that was asked from block `start` on; the next page is at `next_start`.
+
+    Raises:
+        ProtocolError: the pieces are not sorted, lie outside of the page, or the next page leads nowhere.
+    """
+    end = next_start if next_start >= 0 else LBA_MAX + 1
+    if not start < end <= LBA_MAX + 1:
+        raise ProtocolError(f"the page of changes from block {start} goes on at block {next_start}")
+    extents: list[Extent] = []
+    at = start
+    for piece_start, count, _frame, _block, _version in _rows(pieces):
+        if piece_start < at or count == 0 or piece_start + count > end:
+            raise ProtocolError(f"changed piece {piece_start}+{count} lies outside of blocks {at}..{end}")
+        extents.append(Extent(piece_start, count))
+        at = piece_start + count
+    return extents
+
+
 def _rows(pieces: Buffer) -> list[tuple[int, int, int, int, int]]:
     size = memoryview(pieces).nbytes
     if size % PIECE_DTYPE.itemsize or size > PIECES_MAX * PIECE_DTYPE.itemsize:

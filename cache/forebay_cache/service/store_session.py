@@ -1,0 +1,337 @@
+"""The connection to the store that never gives up: connects, opens the volumes again, notices silence, starts over.
+
+Invariants:
+    A volume's session was granted on the connection that `ready` returns with it; both go together.
+    Only the store that answered first is talked to: another UUID under its address is refused until it goes away.
+    Refusals that somebody can mend (wrong store, no space, a store behind) are asked again; FENCED and VOLUME_IN_USE
+    are final, because a writer that lost its epoch must not come back by itself.
+Crash: nothing is kept; the next start opens every volume again.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Final, NamedTuple
+
+from forebay_core.errors import AuthenticationError, ForebayError, ProtocolError, RefusedError, StoreUnreachableError
+from forebay_core.units import DeviceId, Version, VolumeId
+from forebay_wire import messages
+from forebay_wire.address import Address
+from forebay_wire.client import WireClient
+from forebay_wire.messages import Done, Opened, OpenVolume, Ping, ReleaseVolume
+
+CONNECT_TIMEOUT_S: Final = 5.0
+OPEN_TIMEOUT_S: Final = 30.0
+BACKOFF_S_MIN: Final = 0.1
+BACKOFF_S_MAX: Final = 2.0
+STABLE_S: Final = 5.0
+"""A connection that lasted this long makes the next reconnect quick again."""
+
+PING_INTERVAL_S: Final = 5.0
+PING_TIMEOUT_S: Final = 20.0
+"""Silence for this long means a store that hangs; a disk under it may well take seconds."""
+
+REFUSED_RETRY_S: Final = 2.0
+FINAL_CODES: Final = (messages.FENCED, messages.VOLUME_IN_USE)
+assert BACKOFF_S_MIN < BACKOFF_S_MAX <= STABLE_S
+assert PING_INTERVAL_S < PING_TIMEOUT_S
+
+_LOG = logging.getLogger(__name__)
+
+
+class Session(NamedTuple):
+    """The right to change a volume, on one connection."""
+
+    client: WireClient
+    number: int
+
+
+class OpenedVolume:
+    """A volume that is to be open at the store."""
+
+    __slots__ = ("acknowledged", "id", "name", "refusal", "session", "settled")
+
+    def __init__(self, volume_id: VolumeId, name: str, acknowledged: Version) -> None:
+        self.id = volume_id
+        self.name = name
+        self.acknowledged = acknowledged
+        self.session: Session | None = None
+        self.refusal: RefusedError | None = None  # the last one; final if settled
+        self.settled = asyncio.Event()  # there is a session, or a final refusal
+
+    def grant(self, session: Session) -> None:
+        """The store let us have it."""
+        self.session, self.refusal = session, None
+        self.settled.set()
+
+    def suspend(self) -> None:
+        """The connection is gone; a final refusal stays."""
+        if self.session is not None:
+            self.session = None
+            self.settled.clear()
+
+
+class Backoff:
+    """Delays that double up to a bound, spread by `jitter()`, which is from 0 to 1."""
+
+    def __init__(self, jitter: Callable[[], float]) -> None:
+        self._jitter = jitter
+        self._delay_s = BACKOFF_S_MIN
+
+    def reset(self) -> None:
+        """Begin with short delays again."""
+        self._delay_s = BACKOFF_S_MIN
+
+    async def wait(self) -> None:
+        """Wait for the next delay."""
+        delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, BACKOFF_S_MAX)
+        await asyncio.sleep(delay_s * (0.5 + self._jitter() / 2))
+
+
+class StoreSession:
+    """Keeps one authenticated connection, and the attached volumes open on it."""
+
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        *,
+        key: bytes | None,
+        device: DeviceId,
+        jitter: Callable[[], float],
+        on_reopened: Callable[[VolumeId, Opened], None],
+        on_refused: Callable[[VolumeId, str, str], None],
+        ping_interval_s: float = PING_INTERVAL_S,
+        ping_timeout_s: float = PING_TIMEOUT_S,
+    ) -> None:
+        assert addresses
+        self._addresses = tuple(addresses)
+        self._key = key
+        self._device = device
+        self._jitter = jitter
+        self._on_reopened = on_reopened
+        self._on_refused = on_refused
+        self._ping_interval_s = ping_interval_s
+        self._ping_timeout_s = ping_timeout_s
+        self._volumes: dict[VolumeId, OpenedVolume] = {}
+        self._client: WireClient | None = None
+        self._store_uuid: bytes | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.address = str(self._addresses[0])
+        self.error = ""
+
+    @property
+    def connected(self) -> bool:
+        """Whether a store is there."""
+        return self._client is not None and not self._client.closed
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self.spawn(self._run())
+
+    def spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run work until it ends or this is closed."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._over)
+
+    async def close(self) -> None:
+        """Stop everything that is under way, and disconnect."""
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+
+    def backoff(self) -> Backoff:
+        """Return fresh delays."""
+        return Backoff(self._jitter)
+
+    def lost(self, client: WireClient) -> None:
+        """A request found the connection gone."""
+        if self._client is client:
+            self._client = None
+            for volume in self._volumes.values():
+                volume.suspend()
+
+    # --- volumes ----------------------------------------------------------------------------------------------
+
+    def keep_open(self, volume_id: VolumeId, name: str, acknowledged: Version) -> None:
+        """Open a volume that this device holds already, now or as soon as the store is there."""
+        volume = self._volumes[volume_id] = OpenedVolume(volume_id, name, acknowledged)
+        if self._client is not None:
+            self.spawn(self._reopen(self._client, volume))
+
+    async def open_volume(self, name: str, *, take_over: bool, acknowledged: Version) -> Opened:
+        """Open a volume by name and keep it open.
+
+        Raises:
+            StoreUnreachableError: no store is connected.
+            RefusedError: the store says no.
+        """
+        client = self._connected_client()
+        known = next((volume for volume in self._volumes.values() if volume.name == name), None)
+        if known is not None:
+            # From the moment the store does this the old session is fenced, maybe before we read its answer.
+            known.suspend()
+        try:
+            message = OpenVolume(name, self._device, take_over, acknowledged)
+            opened, _ = await client.ask(message, Opened, timeout_s=OPEN_TIMEOUT_S)
+        except BaseException:
+            if known is not None and not known.settled.is_set():
+                self.spawn(self._reopen(client, known))
+            raise
+        volume_id = VolumeId(opened.row.id)
+        volume = self._volumes.setdefault(volume_id, OpenedVolume(volume_id, name, acknowledged))
+        if client is self._client:
+            volume.grant(Session(client, opened.session))
+        return opened
+
+    async def release(self, volume_id: VolumeId, epoch: int) -> None:
+        """Give the volume back to the store and forget it.
+
+        Raises:
+            StoreUnreachableError: no store is connected.
+            RefusedError: the store says no.
+        """
+        volume = self._volumes[volume_id]
+        client = self._connected_client()
+        if volume.session is None:
+            raise StoreUnreachableError(f"{self.address}: volume {volume.name} is not open there; try again")
+        await client.ask(ReleaseVolume(volume_id, epoch, volume.session.number), Done, timeout_s=OPEN_TIMEOUT_S)
+        self.forget(volume_id)
+
+    def forget(self, volume_id: VolumeId) -> None:
+        """Do not open the volume any more; who waits for it is refused."""
+        volume = self._volumes.pop(volume_id, None)
+        if volume is not None:
+            volume.session = None
+            volume.refusal = RefusedError(messages.NOT_ATTACHED, f"volume {volume.name} was detached")
+            volume.settled.set()
+
+    def acknowledge(self, volume_id: VolumeId, version: Version) -> None:
+        """The store stands at this version; it must not be behind it when it comes back."""
+        volume = self._volumes.get(volume_id)
+        if volume is not None:
+            volume.acknowledged = max(volume.acknowledged, version)
+
+    async def ready(self, volume_id: VolumeId) -> Session:
+        """Wait for the connection on which the volume is open.
+
+        Raises:
+            RefusedError: the store's final no.
+        """
+        while (volume := self._volumes.get(volume_id)) is not None:
+            await volume.settled.wait()
+            if volume.session is not None:
+                return volume.session
+            if volume.settled.is_set() and volume.refusal is not None:
+                raise volume.refusal
+        raise RefusedError(messages.NOT_ATTACHED, "the volume is not attached")
+
+    # --- the connection ---------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        backoff = self.backoff()
+        while True:
+            client = await self._connect()
+            if client is not None:
+                began_s = time.monotonic()
+                why = await self._stay(client)
+                if time.monotonic() - began_s > STABLE_S:
+                    backoff.reset()
+                self._report(f"connection to the store at {self.address} lost: {why}")
+            await backoff.wait()
+
+    async def _connect(self) -> WireClient | None:
+        for address in self._addresses:
+            try:
+                client = await WireClient.connect(
+                    address, key=self._key, node=self._device, timeout_s=CONNECT_TIMEOUT_S
+                )
+            except (StoreUnreachableError, AuthenticationError, ProtocolError) as error:
+                self._report(str(error))
+                continue
+            if self._store_uuid not in (None, client.peer.node):
+                self._report(f"another store answers at {address}: {client.peer.node.hex()}; it is not talked to")
+                await client.close()
+                continue
+            self._store_uuid = client.peer.node
+            self.address = str(address)
+            return client
+        return None
+
+    async def _stay(self, client: WireClient) -> ForebayError:
+        """Use the connection until it is lost."""
+        self._client = client
+        self.error = ""
+        _LOG.info("connected to the store at %s", self.address)
+        for volume in self._volumes.values():
+            if not volume.settled.is_set():
+                self.spawn(self._reopen(client, volume))
+        self.spawn(self._ping(client))
+        try:
+            return await client.wait_closed()
+        finally:
+            self.lost(client)
+
+    async def _ping(self, client: WireClient) -> None:
+        try:
+            while True:
+                await asyncio.sleep(self._ping_interval_s)
+                await client.ask(Ping(), Done, timeout_s=self._ping_timeout_s)
+        except (StoreUnreachableError, ProtocolError, RefusedError):
+            await client.close()
+
+    async def _reopen(self, client: WireClient, volume: OpenedVolume) -> None:
+        """Open a volume again until the store agrees, refuses for good, or is gone."""
+        while client is self._client and self._volumes.get(volume.id) is volume:
+            message = OpenVolume(volume.name, self._device, False, volume.acknowledged)
+            try:
+                opened, _ = await client.ask(message, Opened, timeout_s=OPEN_TIMEOUT_S)
+                if await self._is_same(client, volume, opened):
+                    volume.grant(Session(client, opened.session))
+                    self._on_reopened(volume.id, opened)
+                    return
+                text = f"the store at {self.address} has another volume under the name {volume.name}"
+                self._refused(volume, RefusedError(messages.NO_SUCH_VOLUME, text))
+            except RefusedError as error:
+                self._refused(volume, error)
+                if error.code in FINAL_CODES:
+                    volume.settled.set()
+                    return
+            except (StoreUnreachableError, ProtocolError):
+                await client.close()
+                return
+            await asyncio.sleep(REFUSED_RETRY_S)
+
+    async def _is_same(self, client: WireClient, volume: OpenedVolume, opened: Opened) -> bool:
+        """Compare ids; a volume of the same name that is not ours is given back at once."""
+        if opened.row.id == volume.id:
+            return True
+        await client.ask(ReleaseVolume(opened.row.id, opened.epoch, opened.session), Done, timeout_s=OPEN_TIMEOUT_S)
+        return False
+
+    def _refused(self, volume: OpenedVolume, error: RefusedError) -> None:
+        before, volume.refusal = volume.refusal, error
+        if before is None or str(before) != str(error):
+            _LOG.error("the store at %s does not open volume %s: %s", self.address, volume.name, error)
+            self._on_refused(volume.id, error.code, str(error))
+
+    def _connected_client(self) -> WireClient:
+        if self._client is None:
+            raise StoreUnreachableError(f"no store answers at {self.address}: {self.error or 'not connected yet'}")
+        return self._client
+
+    def _report(self, text: str) -> None:
+        if text != self.error:
+            _LOG.warning("%s", text)
+        self.error = text
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "work on the store failed", "exception": error}
+            )

@@ -1,0 +1,213 @@
+"""The store, as the engine sees it: requests that are repeated until they are answered.
+
+Invariants:
+    Every accepted request is completed once, on the loop's thread, never inside the call; after `close` not at all.
+    A change is sent only under the session that its connection granted; what was in flight when the connection was
+    lost is sent again under the next one. Staging twice and committing twice are harmless by the protocol.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final, TypeVar
+
+from forebay_cache.engine.ports import CutIdentity, FetchedPiece, UpstreamRefusal
+from forebay_cache.service.store_session import Session, StoreSession
+from forebay_core.errors import CorruptionError, ProtocolError, RefusedError, StoreUnreachableError
+from forebay_core.extents import Extent, pack
+from forebay_core.units import Buffer, Version, VolumeId
+from forebay_wire import messages
+from forebay_wire.messages import (
+    AnyMessage,
+    Blocks,
+    Changed,
+    Changes,
+    CommitCut,
+    Committed,
+    Done,
+    MapExtents,
+    Mapped,
+    Read,
+    StagePart,
+)
+from forebay_wire.pieces import changed_extents, mapped_pieces, plain_pieces
+
+DECODE_INLINE_SIZE_MAX: Final = 128 * 1024
+"""Larger answers are opened in a thread; below, the way there and back costs more than the work."""
+
+MAP_BLOCKS_MAX: Final = 1 << 28
+"""Blocks of one question about allocation, 1 TiB; the answer may end early anyway."""
+
+T = TypeVar("T")
+FetchDone = Callable[[Sequence[FetchedPiece] | UpstreamRefusal], None]
+
+_LOG = logging.getLogger(__name__)
+
+
+class StoreUpstream:
+    """Implements the engine's `Upstream` port over a StoreSession."""
+
+    def __init__(self, session: StoreSession) -> None:
+        self._session = session
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self.waiting_for_space = ""
+
+    async def close(self) -> None:
+        """Stop; what is under way is never completed."""
+        await self._session.close()
+        self._decoder.shutdown(wait=True, cancel_futures=True)
+
+    def fetch(self, volume: VolumeId, extents: Sequence[Extent], min_version: Version, done: FetchDone) -> None:
+        """See Upstream."""
+        self._session.spawn(self._fetch(volume, extents, min_version, done))
+
+    def allocation(self, volume: VolumeId, extent: Extent, done: FetchDone) -> None:
+        """See Upstream."""
+        self._session.spawn(self._allocation(volume, extent, done))
+
+    def stage(
+        self,
+        cut: CutIdentity,
+        index: int,
+        frames: Sequence[Buffer],
+        holes: Sequence[Extent],
+        done: Callable[[UpstreamRefusal | None], None],
+    ) -> None:
+        """See Upstream."""
+        self._session.spawn(self._stage(cut, index, frames, pack(holes), done))
+
+    def commit(
+        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[Version | UpstreamRefusal], None]
+    ) -> None:
+        """See Upstream."""
+        self._session.spawn(self._commit(cut, part_count, committed_ns, done))
+
+    async def changed(self, volume: VolumeId, since: Version) -> AsyncIterator[Sequence[Extent]]:
+        """Yield, page by page, what was written or trimmed since a version.
+
+        Raises:
+            RefusedError: HISTORY_GONE, or another final no.
+        """
+        start = 0
+        while start >= 0:
+            answer, _ = await self._ask(volume, partial(_changed, volume, since, start), Changes)
+            yield changed_extents(answer.pieces, start, answer.next_start)
+            start = answer.next_start
+
+    # --- one coroutine a request ------------------------------------------------------------------------------
+
+    async def _fetch(self, volume: VolumeId, extents: Sequence[Extent], min_version: Version, done: FetchDone) -> None:
+        message = Read(volume, pack(extents), min_version)
+        try:
+            answer, payload = await self._ask(volume, lambda _: message, Blocks)
+            done(await self._open_pieces(answer, payload, extents, volume))
+        except RefusedError as error:
+            done(UpstreamRefusal(error.code, str(error)))
+        except (CorruptionError, ProtocolError) as error:
+            _LOG.error("volume %s: the store's answer to a read is wrong: %s", volume.hex(), error)
+            done(UpstreamRefusal(messages.CORRUPT, str(error)))
+
+    async def _open_pieces(
+        self, answer: Blocks, payload: memoryview, extents: Sequence[Extent], volume: VolumeId
+    ) -> Sequence[FetchedPiece]:
+        place = f"store {self._session.address} volume {volume.hex()}"
+        decode = partial(plain_pieces, answer.pieces, payload, extents, place=place)
+        if payload.nbytes <= DECODE_INLINE_SIZE_MAX:
+            pieces = decode()
+        else:
+            pieces = await asyncio.get_running_loop().run_in_executor(self._decoder, decode)
+        return [FetchedPiece(piece.extent, piece.plain, Version(piece.version), piece.checksums) for piece in pieces]
+
+    async def _allocation(self, volume: VolumeId, extent: Extent, done: FetchDone) -> None:
+        asked = Extent(extent.start, min(extent.count, MAP_BLOCKS_MAX))
+        message = MapExtents(volume, asked.start, asked.count)
+        try:
+            answer, _ = await self._ask(volume, lambda _: message, Mapped)
+            pieces = mapped_pieces(answer.pieces, asked)
+            done([FetchedPiece(p.extent, None if p.hole else b"", Version(p.version), ()) for p in pieces])
+        except RefusedError as error:
+            done(UpstreamRefusal(error.code, str(error)))
+        except ProtocolError as error:
+            _LOG.error("volume %s: the store's map is wrong: %s", volume.hex(), error)
+            done(UpstreamRefusal(messages.FAILED, str(error)))
+
+    async def _stage(
+        self,
+        cut: CutIdentity,
+        index: int,
+        frames: Sequence[Buffer],
+        holes: bytes,
+        done: Callable[[UpstreamRefusal | None], None],
+    ) -> None:
+        def message(session: int) -> AnyMessage:
+            return StagePart(cut.volume, cut.epoch, session, cut.attempt, index, holes)
+
+        try:
+            await self._ask(cut.volume, message, Done, frames)
+        except RefusedError as error:
+            done(UpstreamRefusal(error.code, str(error)))
+        else:
+            done(None)
+
+    async def _commit(
+        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[Version | UpstreamRefusal], None]
+    ) -> None:
+        def message(session: int) -> AnyMessage:
+            return CommitCut(cut.volume, cut.epoch, session, cut.attempt, part_count, cut.first, cut.last, committed_ns)
+
+        try:
+            answer, _ = await self._ask(cut.volume, message, Committed)
+        except RefusedError as error:
+            done(UpstreamRefusal(error.code, str(error)))
+        else:
+            self._session.acknowledge(cut.volume, Version(answer.version))
+            done(Version(answer.version))
+
+    async def _ask(
+        self,
+        volume: VolumeId,
+        message: Callable[[int], AnyMessage],
+        expect: type[T],
+        payload: Sequence[Buffer] = (),
+    ) -> tuple[T, memoryview]:
+        """Ask until there is an answer.
+
+        Raises:
+            RefusedError: the store's final no.
+        """
+        backoff = self._session.backoff()
+        while True:
+            session = await self._session.ready(volume)
+            try:
+                answer = await session.client.ask(message(session.number), expect, payload)
+            except (StoreUnreachableError, ProtocolError):
+                self._session.lost(session.client)
+            except RefusedError as error:
+                if not await self._may_repeat(volume, session, error):
+                    raise
+                await backoff.wait()
+            else:
+                self.waiting_for_space = ""
+                return answer
+
+    async def _may_repeat(self, volume: VolumeId, session: Session, error: RefusedError) -> bool:
+        match error.code:
+            case messages.NO_SPACE:
+                if not self.waiting_for_space:
+                    _LOG.error("the store at %s has no space: %s", self._session.address, error)
+                self.waiting_for_space = str(error)
+                return True
+            case messages.STOPPING:
+                await session.client.close()
+                return True
+            case messages.FENCED:
+                # Opening the volume again on this connection raises the session: only an old number was fenced.
+                return await self._session.ready(volume) != session
+            case _:
+                return False
+
+
+def _changed(volume: VolumeId, since: Version, start: int, _session: int) -> AnyMessage:
+    return Changed(volume, since, start)
