@@ -54,8 +54,7 @@ class Geometry(NamedTuple):
 
     zone_blocks: int
     zone_count: int
-    checkpoint_offset_a: int
-    checkpoint_offset_b: int
+    checkpoint_offsets: tuple[int, int]
     checkpoint_size: int
     zones_offset: int
 
@@ -65,23 +64,27 @@ class Geometry(NamedTuple):
         return self.zone_count * self.zone_blocks
 
     @property
-    def checkpoint_offsets(self) -> tuple[int, int]:
-        """Both areas."""
-        return self.checkpoint_offset_a, self.checkpoint_offset_b
-
-    @property
     def size(self) -> int:
         """Bytes of the device that are used."""
         return self.zones_offset + self.place_count * BLOCK_SIZE
 
 
 class Superblock(NamedTuple):
-    """A device's root."""
+    """A device's root: `Superblock(device, generation, *geometry, created_ns)`."""
 
     device: bytes
     generation: int
-    geometry: Geometry
+    zone_blocks: int
+    zone_count: int
+    checkpoint_offsets: tuple[int, int]
+    checkpoint_size: int
+    zones_offset: int
     created_ns: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the parts lie."""
+        return Geometry(*self[2:7])
 
 
 class Refusal(enum.Enum):
@@ -133,7 +136,6 @@ def encode_superblock(superblock: Superblock) -> bytes:
     """Return one copy, 4096 bytes."""
     assert len(superblock.device) == ID_SIZE
     assert superblock.generation > 0
-    geometry = superblock.geometry
     block = bytearray(BLOCK_SIZE)
     SUPERBLOCK.pack_into(
         block,
@@ -142,7 +144,11 @@ def encode_superblock(superblock: Superblock) -> bytes:
         SUPERBLOCK_FORMAT_VERSION,
         superblock.device,
         superblock.generation,
-        *geometry,
+        superblock.zone_blocks,
+        superblock.zone_count,
+        *superblock.checkpoint_offsets,
+        superblock.checkpoint_size,
+        superblock.zones_offset,
         superblock.created_ns,
         0,
     )
@@ -161,7 +167,8 @@ def decode_superblock(block: Buffer, *, place: str) -> Superblock:
     copy = bytearray(block)
     if len(copy) != BLOCK_SIZE:
         raise CorruptionError(place=place, what="superblock size", expected=BLOCK_SIZE, found=len(copy))
-    magic, format_version, device, generation, *fields, created_ns, stored = SUPERBLOCK.unpack_from(copy)
+    fields = SUPERBLOCK.unpack_from(copy)
+    magic, format_version, device, generation, zone_blocks, zone_count, area_a, area_b, *rest, stored = fields
     if magic != SUPERBLOCK_MAGIC:
         raise DeviceRefusedError(
             Refusal.FOREIGN,
@@ -180,7 +187,7 @@ def decode_superblock(block: Buffer, *, place: str) -> Superblock:
             f"{place}: format version {format_version}, this program knows {SUPERBLOCK_FORMAT_VERSION}; "
             "use the version of forebay that made it",
         )
-    superblock = Superblock(device, generation, Geometry(*fields), created_ns)
+    superblock = Superblock(device, generation, zone_blocks, zone_count, (area_a, area_b), *rest)
     _check(superblock, copy, place)
     return superblock
 
@@ -236,8 +243,7 @@ def _is_sane(geometry: Geometry) -> bool:
         and geometry.place_count <= PLACE_COUNT_MAX
         and geometry.checkpoint_size % BLOCK_SIZE == 0
         and geometry.checkpoint_size >= area_size(geometry.place_count, geometry.zone_count)
-        and geometry.checkpoint_offset_a == first
-        and geometry.checkpoint_offset_b == first + geometry.checkpoint_size
+        and geometry.checkpoint_offsets == (first, first + geometry.checkpoint_size)
         and geometry.zones_offset == first + 2 * geometry.checkpoint_size
     )
 
@@ -246,5 +252,5 @@ def _geometry(zone_blocks: int, zone_count: int) -> Geometry:
     checkpoint_size = area_size(zone_count * zone_blocks, zone_count)
     first = SUPERBLOCK_COUNT * BLOCK_SIZE
     return Geometry(
-        zone_blocks, zone_count, first, first + checkpoint_size, checkpoint_size, first + 2 * checkpoint_size
+        zone_blocks, zone_count, (first, first + checkpoint_size), checkpoint_size, first + 2 * checkpoint_size
     )
