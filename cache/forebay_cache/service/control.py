@@ -1,0 +1,75 @@
+"""Answers commands: attach, detach, drain, status. Over the socket in the run directory, and over TCP with a key.
+
+A command that a client no longer waits for goes on; every command may be repeated.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from forebay_core.errors import RefusedError
+from forebay_core.units import Buffer
+from forebay_wire import messages
+from forebay_wire.address import Address, UnixPath
+from forebay_wire.messages import AnyMessage, Attach, Attached, CacheStatus, Detach, Done, Drain, GetCacheStatus
+from forebay_wire.peer import Peer
+from forebay_wire.server import WireServer
+
+
+class Commands(Protocol):
+    """What the daemon can be told. Everything may raise a ForebayError."""
+
+    async def attach(self, name: str, *, read_only: bool, take_over: bool) -> str:
+        """Open a volume and serve it; return where."""
+
+    async def detach(self, name: str, *, leave_dirty: bool) -> None:
+        """Destage (unless told to leave it), stop serving, give back."""
+
+    async def drain(self, name: str) -> None:
+        """Destage all that was acknowledged before."""
+
+    def status(self) -> CacheStatus:
+        """Tell how everything is."""
+
+
+class ControlServer:
+    """The servers over the local socket and TCP; the local one needs no key, its folder's mode guards it."""
+
+    def __init__(self, commands: Commands, *, key: bytes | None, device: bytes) -> None:
+        self._commands = commands
+        self._local = WireServer(self._answer, key=None, node=device)
+        self._remote = WireServer(self._answer, key=key, node=device)
+
+    async def listen_unix(self, path: str) -> None:
+        """Listen in the run directory. Raises what WireServer.listen_unix does."""
+        await self._local.listen_unix(UnixPath(path))
+
+    async def listen_tcp(self, address: Address) -> Address:
+        """Listen on TCP and return the real port; beyond loopback only with a key (WrongUsageError)."""
+        return await self._remote.listen_tcp(address)
+
+    async def close(self, grace_s: float) -> None:
+        """Let commands end for `grace_s`, then cancel them."""
+        await self._local.close(grace_s)
+        await self._remote.close(grace_s)
+
+    async def _answer(
+        self, _peer: Peer, message: AnyMessage, _payload: memoryview
+    ) -> tuple[AnyMessage, Sequence[Buffer]]:
+        match message:
+            case Attach():
+                uri = await self._commands.attach(
+                    message.name, read_only=message.read_only, take_over=message.take_over
+                )
+                return Attached(uri), ()
+            case Detach():
+                await self._commands.detach(message.name, leave_dirty=message.leave_dirty)
+            case Drain():
+                await self._commands.drain(message.name)
+            case GetCacheStatus():
+                return self._commands.status(), ()
+            case _:
+                raise RefusedError(
+                    messages.BAD_REQUEST,
+                    f"{type(message).__name__} is for a store; this is a cache daemon",
+                )
+        return Done(), ()
