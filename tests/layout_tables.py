@@ -5,7 +5,7 @@ import struct
 from types import ModuleType
 from typing import NamedTuple
 
-_ROW = re.compile(r"^ +(\d+) +(\d+)  (u8|u16|u32|u64|\d+s) +(\w+)  ")
+_ROW = re.compile(r"^ +(\d+) +(\d+)  (u8|u16|u32|u64|\d+[sx]) +(\w+)  ")
 _CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
 
 

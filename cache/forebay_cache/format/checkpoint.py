@@ -17,7 +17,7 @@ A chunk holds CHUNK_SIZE bytes, the last of each kind less:
                    Key 0: empty. A place's four values belong together, because a chunk is copied in one step.
 Places from `place_count` on are empty; so the checkpoint of a blank device has none.
 
-Header, 4096 bytes, little-endian:
+Header, 96 bytes, little-endian, then zeros up to 4096:
 
     offset  size  type  field               meaning
     ------  ----  ----  ------------------  --------------------------------------------------------
@@ -38,7 +38,6 @@ Header, 4096 bytes, little-endian:
         76     4  u32   chunk_count         chunks of the body
         80     8  u64   table_xxh3          over the padded chunk table
         88     8  u64   header_xxh3         over these 4096 bytes with this field as 0
-        96  4000  4000x reserved            0
 
 Volume row, 360 bytes, little-endian:
 

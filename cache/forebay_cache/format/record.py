@@ -30,12 +30,12 @@ Entry, 32 bytes, little-endian:
 
     offset  size  type  field        meaning
     ------  ----  ----  -----------  -----------------------------------------------------------------------
-         0     8  u64   lba          WRITE, FILL, MOVE: block; TRIM, ZERO: first block; BLOB: 1; else 0
+         0     8  u64   lba          WRITE, FILL, MOVE: block; TRIM, ZERO, DROP: first block; BLOB: 1; else 0
          8     8  u64   version      of the change; ACKNOWLEDGED: cuts are upstream through it
-        16     8  u64   checksum     of the data block; TRIM, ZERO: count of blocks; BLOB: size; else a value
+        16     8  u64   checksum     of the data block; TRIM, ZERO, DROP: count of blocks; BLOB: size; else a value
         24     4  u32   volume_key   1 to 2**24 - 1, see VolumeNote
         28     1  u8    kind         1 WRITE, 2 FILL, 3 MOVE, 4 TRIM, 5 ZERO, 6 ACKNOWLEDGED,
-                                     7 DROP (clean blocks of the volume are invalid), 8 VOLUME_CLOSED, 9 BLOB
+                                     7 DROP (older blocks are stale: the volume changed elsewhere), 9 BLOB
         29     1  u8    flags        0
         30     1  u8    sector_mask  0xff; reserved for partial blocks
         31     1  u8    reserved     0
@@ -90,7 +90,6 @@ TRIM: Final = 4
 ZERO: Final = 5
 ACKNOWLEDGED: Final = 6
 DROP: Final = 7
-VOLUME_CLOSED: Final = 8
 BLOB: Final = 9
 
 BLOB_VOLUME: Final = 1
@@ -253,12 +252,12 @@ def _check_entries_with_blocks(entries: EntryArray, place: str) -> None:
 
 def _is_state(header: RecordHeader, lba: int, value: int, kind: int) -> bool:
     """Tell whether an entry without data is as its table says."""
-    if kind in (TRIM, ZERO):
+    if kind in (TRIM, ZERO, DROP):
         return value > 0 and lba + value <= LBA_MAX + 1
     if kind == BLOB:
         alone = header.kind == NOTE and header.entry_count == 1
         return alone and lba == BLOB_VOLUME and value == VOLUME_NOTE.size
-    return kind in (ACKNOWLEDGED, DROP, VOLUME_CLOSED) and lba == 0
+    return kind == ACKNOWLEDGED and lba == 0
 
 
 def _check_unused(header: RecordHeader, entries: EntryArray, copy: bytearray, place: str) -> None:

@@ -5,7 +5,7 @@ Crash: a torn copy fails its checksum and the other one is used.
 
 Device: superblock A | superblock B | checkpoint area A | checkpoint area B | zones
 
-Superblock, 4096 bytes, little-endian:
+Superblock, 96 bytes, little-endian, then zeros up to 4096:
 
     offset  size  type  field                meaning
     ------  ----  ----  -------------------  ------------------------------------------------------
@@ -22,7 +22,6 @@ Superblock, 4096 bytes, little-endian:
         72     8  u64   zones_offset         bytes
         80     8  u64   created_ns           wall clock at formatting, Unix nanoseconds
         88     8  u64   superblock_xxh3      over these 4096 bytes with this field as 0
-        96  4000  4000x reserved             0
 """
 
 import enum

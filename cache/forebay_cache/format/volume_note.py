@@ -7,7 +7,8 @@ VolumeNote, 336 bytes, little-endian:
     offset  size  type  field       meaning
     ------  ----  ----  ----------  --------------------------------------------------------
          0     4  u32   volume_key  1 to 2**24 - 1: the volume's number on this device
-         4     2  u16   flags       bit 0 READ_ONLY, bit 1 LEFT_DIRTY (detached, not drained)
+         4     2  u16   flags       bit 0 READ_ONLY, bit 1 LEFT_DIRTY (detached, not drained),
+                                   bit 2 CLOSED (detached and released)
          6     2  u16   name_size   bytes of the name, 1 to 257
          8    16  16s   volume_id   id in the store
         24     8  u64   size        bytes, whole blocks
@@ -26,6 +27,7 @@ from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, VOLUME_SIZE_MAX, 
 VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264s32x")
 READ_ONLY: Final = 1
 LEFT_DIRTY: Final = 2
+CLOSED: Final = 4
 EXPORT_NAME_SIZE_MAX: Final = 2 * NAME_SIZE_MAX + 1
 assert VOLUME_NOTE.size == 336
 assert EXPORT_NAME_SIZE_MAX <= 264
@@ -71,7 +73,7 @@ def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
 def _is_valid(note: VolumeNote) -> bool:
     return (
         0 < note.volume_key <= _KEY_MAX
-        and 0 <= note.flags <= READ_ONLY | LEFT_DIRTY
+        and 0 <= note.flags <= READ_ONLY | LEFT_DIRTY | CLOSED
         and len(note.volume_id) == ID_SIZE
         and note.size % BLOCK_SIZE == 0
         and note.size <= VOLUME_SIZE_MAX
