@@ -1,0 +1,247 @@
+"""Records: tables, golden bytes, damage, and that nothing that contradicts itself is accepted."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import layout_tables
+from forebay_cache.format import record, volume_note
+from forebay_cache.format.record import (
+    ENTRY,
+    ENTRY_DTYPE,
+    HEADER,
+    RECORD_ENTRIES_MAX,
+    RecordHeader,
+    decode_note,
+    decode_record,
+    encode_record,
+    pack_note,
+    record_xxh3,
+)
+from forebay_cache.format.volume_note import (
+    CLOSED,
+    EXPORT_NAME_SIZE_MAX,
+    LEFT_DIRTY,
+    READ_ONLY,
+    VOLUME_NOTE,
+    VolumeNote,
+    decode_volume_note,
+    encode_volume_note,
+)
+from forebay_core.checksums import checksum
+from forebay_core.errors import CorruptionError
+from forebay_core.units import BLOCK_SIZE, LBA_MAX, VOLUME_SIZE_MAX
+
+PLAIN = RecordHeader(record.DATA, 0, 0x1122334455667788, 3, 4, 5, 2, 0xAABBCCDDEEFF0011, 2, 1, 0, 0x99)
+NOTE = VolumeNote(7, READ_ONLY, bytes(range(16)), 1 << 30, 9, "vm-1@monday")
+
+
+def entry(
+    kind: int = record.WRITE,
+    lba: int = 10,
+    version: int = 77,
+    value: int = 0x55,
+    key: int = 1,
+    flags: int = 0,
+    mask: int = 0xFF,
+    reserved: int = 0,
+) -> bytes:
+    return ENTRY.pack(lba, version, value, key, kind, flags, mask, reserved)
+
+
+def sealed(block: bytes) -> bytes:
+    """Return the block with a fresh checksum: damage that only the other checks can meet."""
+    bare = block[:72] + bytes(8) + block[80:]
+    return bare[:72] + checksum(bare).to_bytes(8, "little") + bare[80:]
+
+
+def data_record(*entries: bytes, blocks: int, kind: int = record.DATA, next_zone: int = 0) -> bytes:
+    header = PLAIN._replace(kind=kind, entry_count=len(entries), block_count=blocks, next_zone=next_zone)
+    return encode_record(header, b"".join(entries))
+
+
+SAMPLES = {
+    "data": data_record(entry(), entry(record.TRIM, 0, 78, 1 << 40), blocks=1),
+    "full": data_record(*(entry(lba=lba) for lba in range(RECORD_ENTRIES_MAX)), blocks=RECORD_ENTRIES_MAX),
+    "seal": data_record(blocks=0, kind=record.SEAL, next_zone=12),
+    "state": data_record(entry(record.ACKNOWLEDGED, 0), entry(record.DROP, 0), blocks=0),
+    "note": encode_record(PLAIN._replace(kind=record.NOTE, entry_count=1, block_count=0), pack_note(NOTE)),
+}
+
+
+def test_tables_are_the_code() -> None:
+    layout_tables.assert_matches(record, "Header", HEADER)
+    layout_tables.assert_matches(record, "Entry", ENTRY)
+    layout_tables.assert_matches(volume_note, "VolumeNote", VOLUME_NOTE)
+    names = [field.name for field in layout_tables.table(record, "Header") if field.name != "reserved"]
+    assert names[2:] == list(RecordHeader._fields)
+    assert [field.name for field in layout_tables.table(record, "Entry")] == list(ENTRY_DTYPE.names or ())
+    for field in layout_tables.table(record, "Entry"):
+        assert (ENTRY_DTYPE.fields or {})[field.name][1] == field.offset
+
+
+def test_golden_bytes() -> None:
+    assert SAMPLES["data"][:160].hex() == (
+        "4642525201000100887766554433221103000000040000000500000000000000"
+        "02000000000000001100ffeeddccbbaa02000000010000000000000000000000"
+        "9900000000000000" + SAMPLES["data"][72:80].hex() + "00000000000000000000000000000000"
+        "0a000000000000004d00000000000000550000000000000001000000" + "0100ff00"
+        "00000000000000004e0000000000000000000000000100000100000004" + "00ff00"
+    )
+    assert {name: f"{record_xxh3(block):016x}" for name, block in SAMPLES.items()} == {
+        "data": "5ca2593c7f7266a1",
+        "full": "a63ea86fc25eeab0",
+        "seal": "d7fb88893fd0af0d",
+        "state": "193ebcfbd8a0b7fe",
+        "note": "b4917ffa78f6080b",
+    }
+    assert encode_volume_note(NOTE)[:56].hex() == (
+        "0700000001000b00000102030405060708090a0b0c0d0e0f00000040000000000900000000000000"
+        + b"vm-1@monday".hex()
+        + "0000000000"
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_was_encoded_is_decoded(name: str) -> None:
+    header, entries = decode_record(SAMPLES[name], place="zone 3")
+    assert header.header_xxh3 == record_xxh3(SAMPLES[name])
+    note = pack_note(NOTE)[ENTRY.size :] if name == "note" else b""
+    assert encode_record(header, entries.tobytes() + note) == SAMPLES[name]
+    assert header.size == 1 + header.block_count
+
+
+def test_a_volume_row_travels_in_a_note_record() -> None:
+    _, entries = decode_record(SAMPLES["note"], place="zone 3")
+    assert entries["kind"].tolist() == [record.BLOB]
+    assert decode_note(SAMPLES["note"], place="zone 3") == NOTE
+
+
+def test_entries_stay_when_the_block_is_reused() -> None:
+    buffer = bytearray(SAMPLES["data"])
+    _, entries = decode_record(memoryview(buffer), place="zone 3")
+    buffer[:] = bytes(BLOCK_SIZE)
+    assert entries["lba"].tolist() == [10, 0]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_any_flipped_bit_is_detected(name: str) -> None:
+    damaged = bytearray(SAMPLES[name])
+    for bit in range(BLOCK_SIZE * 8):
+        damaged[bit >> 3] ^= 1 << (bit & 7)
+        with pytest.raises(CorruptionError):
+            decode_record(damaged, place="zone 3")
+        damaged[bit >> 3] ^= 1 << (bit & 7)
+
+
+@pytest.mark.parametrize("size", [0, 1, 95, 96, BLOCK_SIZE - 1, BLOCK_SIZE + 1, 2 * BLOCK_SIZE])
+def test_a_block_of_another_size_is_refused(size: int) -> None:
+    with pytest.raises(CorruptionError):
+        decode_record((SAMPLES["data"] * 2)[:size], place="zone 3")
+
+
+MANY = [entry(lba=lba) for lba in range(20)]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        data_record(entry(0), blocks=1),
+        data_record(entry(10, 0), blocks=0),
+        data_record(entry(record.TRIM, 0, 1, 1), entry(), blocks=1),
+        data_record(entry(), entry(), blocks=1),
+        data_record(entry(), entry(record.TRIM, 0, 1, 1), blocks=2),
+        data_record(*MANY, entry(record.TRIM), blocks=21),
+        data_record(*MANY, entry(0), blocks=21),
+        data_record(*MANY, entry(), blocks=20),
+        data_record(entry(lba=LBA_MAX + 1), blocks=1),
+        data_record(*MANY, entry(lba=LBA_MAX + 1), blocks=21),
+        data_record(entry(key=0), blocks=1),
+        data_record(*MANY, entry(key=0), blocks=21),
+        data_record(entry(key=1 << 24), blocks=1),
+        data_record(*MANY, entry(key=1 << 24), blocks=21),
+        data_record(entry(flags=1), blocks=1),
+        data_record(*MANY, entry(flags=1), blocks=21),
+        data_record(entry(mask=0xFE), blocks=1),
+        data_record(*MANY, entry(mask=0x7F), blocks=21),
+        data_record(entry(reserved=1), blocks=1),
+        data_record(*MANY, entry(reserved=0x80), blocks=21),
+        data_record(entry(record.TRIM, 0, 1, 0), blocks=0),
+        data_record(entry(record.ZERO, 1, 1, 1 << 40), blocks=0),
+        data_record(entry(record.TRIM, (1 << 64) - 1, 1, 1), blocks=0),
+        data_record(entry(record.ACKNOWLEDGED, 1), blocks=0),
+        data_record(entry(record.BLOB, record.BLOB_VOLUME, 0, VOLUME_NOTE.size), blocks=0),
+        data_record(entry(), blocks=1, kind=record.NOTE),
+        data_record(entry(record.TRIM, 0, 1, 1), blocks=0, kind=record.SEAL),
+        data_record(entry(), blocks=1, next_zone=1),
+        data_record(entry(), blocks=1, kind=4),
+        data_record(entry(), blocks=1, kind=0),
+        sealed(SAMPLES["data"][:7] + b"\1" + SAMPLES["data"][8:]),
+        sealed(SAMPLES["data"][:4] + b"\2" + SAMPLES["data"][5:]),
+        sealed(SAMPLES["data"][:48] + b"\x7e" + SAMPLES["data"][49:]),
+        sealed(SAMPLES["data"][:48] + b"\xff\xff\xff\xff" * 2 + SAMPLES["data"][56:]),
+        sealed(SAMPLES["data"][:60] + b"\1" + SAMPLES["data"][61:]),
+        sealed(SAMPLES["data"][:80] + b"\1" + SAMPLES["data"][81:]),
+        sealed(SAMPLES["data"][:-1] + b"\1"),
+    ],
+)
+def test_a_sealed_record_that_contradicts_itself_is_refused(block: bytes) -> None:
+    with pytest.raises(CorruptionError) as caught:
+        decode_record(block, place="zone 3 block 17")
+    assert "zone 3 block 17" in str(caught.value)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.binary(max_size=300), st.integers(0, BLOCK_SIZE - 1))
+def test_sealed_rubbish_is_decoded_or_refused(rubbish: bytes, at: int) -> None:
+    block = SAMPLES["data"]
+    block = sealed((block[:at] + rubbish + block[at + len(rubbish) :])[:BLOCK_SIZE])
+    try:
+        header, entries = decode_record(block, place="zone 3")
+    except CorruptionError:
+        return
+    assert header.block_count <= header.entry_count == entries.size <= RECORD_ENTRIES_MAX
+    assert np.isin(entries["kind"][: header.block_count], [1, 2, 3]).all()
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        NOTE,
+        NOTE._replace(
+            volume_key=(1 << 24) - 1, flags=READ_ONLY | LEFT_DIRTY | CLOSED, name="v" * 128 + "@" + "s" * 128
+        ),
+        NOTE._replace(size=VOLUME_SIZE_MAX, epoch=(1 << 20) - 1, flags=0, name="a"),
+        NOTE._replace(size=0),
+    ],
+)
+def test_volume_rows_come_back(note: VolumeNote) -> None:
+    assert decode_volume_note(encode_volume_note(note), place="x") == note
+    assert len(note.name) <= EXPORT_NAME_SIZE_MAX
+
+
+ROW = encode_volume_note(NOTE)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROW[:-1],
+        bytes(4) + ROW[4:],
+        b"\0\0\0\1" + ROW[4:],
+        ROW[:4] + b"\x08" + ROW[5:],
+        ROW[:6] + b"\0" + ROW[7:],
+        ROW[:6] + b"\5" + ROW[7:],
+        ROW[:6] + b"\xff\xff" + ROW[8:],
+        ROW[:24] + b"\1" + ROW[25:],
+        ROW[:39] + b"\1" + ROW[40:],
+        ROW[:40] + b"/" + ROW[41:],
+        ROW[:40] + b"\xff" + ROW[41:],
+        ROW[:60] + b"x" + ROW[61:],
+        ROW[:-1] + b"\1",
+    ],
+)
+def test_a_volume_row_that_contradicts_itself_is_refused(row: bytes) -> None:
+    with pytest.raises(CorruptionError):
+        decode_volume_note(row, place="checkpoint A")
