@@ -7,9 +7,9 @@ anything else (a bug) is logged with its traceback and answered FAILED. Ping is 
 
 Invariants:
     A peer is in _handshakes until it is authenticated, then in _peers until it is gone and its last request ended.
-    At most HANDSHAKES_MAX connections are not authenticated (one more drops the oldest: silent ones can't keep others
-    out), each for at most the handshake's time; at most CONNECTIONS_MAX are.
-    _size == sum of the peers' sizes; at SERVER_BYTES_IN_FLIGHT_MAX only peers without anything in flight may start.
+    A limited number of connections is not authenticated, each for a limited time (one more drops the oldest: silent
+    ones can't keep others out); a limited number is.
+    _size == sum of the peers' sizes; at its limit only peers without anything in flight may start.
 """
 
 import asyncio
@@ -40,6 +40,15 @@ from forebay_wire.sockets import listening_tcp, listening_unix, remote_name, tun
 _LOG: Final = logging.getLogger("forebay.wire")
 
 
+class ServerLimits(NamedTuple):
+    """Bounds of one server."""
+
+    connections: int = CONNECTIONS_MAX
+    handshakes: int = HANDSHAKES_MAX
+    bytes_in_flight: int = SERVER_BYTES_IN_FLIGHT_MAX
+    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
+
+
 class _Handshake(NamedTuple):
     peer: Peer
     timer: asyncio.TimerHandle
@@ -60,14 +69,14 @@ class WireServer:
         key: bytes | None,
         node: bytes,
         on_disconnect: Callable[[Peer], None] | None = None,
-        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+        limits: ServerLimits = ServerLimits(),  # noqa: B008
     ) -> None:
         """`on_disconnect` is called once for each authenticated peer that goes; its requests may still be in work."""
         self._answer = answer
         self._key = key
         self._node = node
         self._on_disconnect = on_disconnect
-        self._handshake_timeout_s = handshake_timeout_s
+        self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._listeners: list[socket.socket] = []
         self._unix_sockets: list[_UnixSocket] = []
@@ -130,12 +139,12 @@ class WireServer:
         """Tell whether a peer may start another request."""
         if self._closing:
             return False
-        return self._size < SERVER_BYTES_IN_FLIGHT_MAX or peer.size == 0
+        return self._size < self._limits.bytes_in_flight or peer.size == 0
 
     def on_size(self, change: int) -> None:
         """Count bytes in flight; when there is room again, those who waited for it go on."""
         self._size += change
-        if self._size >= SERVER_BYTES_IN_FLIGHT_MAX:
+        if self._size >= self._limits.bytes_in_flight:
             self._crowded = True
         elif self._crowded:
             self._crowded = False
@@ -147,7 +156,7 @@ class WireServer:
         """Count an authenticated peer."""
         self._handshakes.pop(peer.id).timer.cancel()
         self._peers[peer.id] = peer
-        if len(self._peers) > CONNECTIONS_MAX:
+        if len(self._peers) > self._limits.connections:
             peer.disconnect("too many connections")
 
     def on_lost(self, peer: Peer, error: ForebayError) -> None:
@@ -211,15 +220,17 @@ class WireServer:
             sock.close()
             return
         connection = Connection(Role.SERVER, key=self._key, node=self._node, nonce=secrets.token_bytes(NONCE_SIZE))
-        if len(self._peers) >= CONNECTIONS_MAX:
-            _LOG.warning("refused %s: more than %d connections", address, CONNECTIONS_MAX)
+        if len(self._peers) >= self._limits.connections:
+            _LOG.warning("refused %s: more than %d connections", address, self._limits.connections)
             _refuse_busy(sock, connection)
             return
-        if len(self._handshakes) >= HANDSHAKES_MAX:
+        if len(self._handshakes) >= self._limits.handshakes:
             next(iter(self._handshakes.values())).peer.disconnect("too many connections that do not authenticate")
         peer = Peer(self._next_id, address, connection, self._answer, self)
         self._next_id += 1
-        timer = self._loop.call_later(self._handshake_timeout_s, peer.disconnect, "it did not authenticate in time")
+        timer = self._loop.call_later(
+            self._limits.handshake_timeout_s, peer.disconnect, "it did not authenticate in time"
+        )
         self._handshakes[peer.id] = _Handshake(peer, timer)
         peer.attach(Link(sock, connection, peer))
 
