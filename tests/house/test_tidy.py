@@ -134,7 +134,8 @@ def undocumented(source: Source, parent: ast.Module | ast.ClassDef) -> Iterator[
 
 
 def is_override(node: Function) -> bool:
-    return any(isinstance(mark, ast.Name) and mark.id in ("override", "overload") for mark in node.decorator_list)
+    marks = [ast.unparse(mark) for mark in node.decorator_list]
+    return any(mark in ("override", "overload") or mark.endswith(".setter") for mark in marks)
 
 
 def test_names_say_something() -> None:

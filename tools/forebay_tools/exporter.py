@@ -110,7 +110,8 @@ class _Export:
         message = Read(self._row.id, pack(extents), self._row.version)
         answer, payload = await self._client.ask(message, Blocks)
         loop = asyncio.get_running_loop()
-        self._done_blocks += await loop.run_in_executor(executor, self._write, answer.pieces, payload, extents)
+        blocks = await loop.run_in_executor(executor, self._write, answer.pieces, payload, extents)
+        self._done_blocks += blocks
         self._progress.reach(self._done_blocks * BLOCK_SIZE)
 
     def _write(self, pieces: bytes, payload: memoryview, extents: list[Extent]) -> int:
