@@ -1,0 +1,255 @@
+"""What a request to change something comes to: facts for the log, nothing to do, or a refusal.
+
+Pure: each function looks at one view of the index in which all earlier changes of the volume show, because a volume's
+changes take turns. So what it returns still holds when its records are durable.
+"""
+
+from typing import Final, NamedTuple
+
+from forebay_core.errors import ProtocolError, RefusedError, WrongUsageError
+from forebay_core.extents import unpack
+from forebay_core.names import check_name
+from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, SEQUENCE_MAX, VOLUME_SIZE_MAX, make_version, sequence_of
+from forebay_store.engine.ports import IndexReader
+from forebay_store.engine.volumes import attempts_of, find_name, find_volume, staged_parts
+from forebay_store.format.part import PartTable
+from forebay_store.format.records import (
+    AttemptForgotten,
+    CutCommitted,
+    CutPart,
+    Record,
+    VolumeCreated,
+    VolumeDeleted,
+    VolumeResized,
+    WriterReleased,
+    WriterTaken,
+)
+from forebay_store.format.rows import NOBODY, VolumeState
+from forebay_store.limits import ATTEMPTS_PER_VOLUME_MAX, STAGED_BYTES_MAX, STAGED_PARTS_MAX
+from forebay_wire import messages
+from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX
+
+_U64_MAX: Final = (1 << 64) - 1
+_TIME_MAX: Final = (1 << 63) - 1
+
+Change = (
+    messages.CreateVolume
+    | messages.ResizeVolume
+    | messages.DeleteVolume
+    | messages.OpenVolume
+    | messages.ReleaseVolume
+    | messages.StagePart
+    | messages.CommitCut
+)
+
+
+class Incoming(NamedTuple):
+    """A request to change something, and what came or was made with it."""
+
+    message: Change
+    part: PartTable | None  # of a StagePart's payload
+    now_ns: int
+    fresh_id: bytes  # for a volume that it may create
+
+
+def create(reader: IndexReader, message: messages.CreateVolume, *, now_ns: int, fresh_id: bytes) -> list[Record]:
+    """Decide on CreateVolume."""
+    _check_size(message.name, message.size)
+    try:
+        check_name(message.name)
+    except WrongUsageError as error:
+        raise RefusedError(messages.BAD_REQUEST, str(error)) from error
+    if find_name(reader, message.name) is not None:
+        raise RefusedError(messages.VOLUME_EXISTS, f"volume {message.name} exists already; choose another name")
+    assert len(fresh_id) == ID_SIZE
+    return [VolumeCreated(fresh_id, message.size, now_ns, message.name)]
+
+
+def resize(reader: IndexReader, message: messages.ResizeVolume) -> list[Record]:
+    """Decide on ResizeVolume."""
+    row = expect_name(reader, message.name)
+    _check_size(message.name, message.size)
+    _check_released(row, "resized")
+    if message.size < row.size:
+        raise RefusedError(
+            messages.BAD_REQUEST,
+            f"volume {message.name} has {row.size} bytes and can't shrink to {message.size}; give a larger size",
+        )
+    return [VolumeResized(row.id, message.size)] if message.size > row.size else []
+
+
+def delete(reader: IndexReader, message: messages.DeleteVolume) -> list[Record]:
+    """Decide on DeleteVolume."""
+    row = expect_name(reader, message.name)
+    _check_released(row, "deleted")
+    return [VolumeDeleted(row.id)]
+
+
+def take(reader: IndexReader, message: messages.OpenVolume) -> list[Record]:
+    """Decide on OpenVolume; nothing to record when the device holds the volume already."""
+    row = expect_name(reader, message.name)
+    if len(message.device) != ID_SIZE or message.device == NOBODY:
+        raise RefusedError(messages.BAD_REQUEST, f"device id of {len(message.device)} bytes: {ID_SIZE} are needed")
+    if message.acknowledged > row.version:
+        raise RefusedError(
+            messages.STORE_BEHIND,
+            f"volume {row.name} stands at version {_show(row.version)} here, but {_show(message.acknowledged)} was "
+            "acknowledged: this store lost commits; don't write, look for the newer copy",
+        )
+    if row.writer == message.device:
+        return []
+    if row.writer and not message.take_over:
+        raise RefusedError(
+            messages.VOLUME_IN_USE,
+            f"volume {row.name} is held by device {row.writer.hex()}; detach it there, or take it over",
+        )
+    if row.epoch >= EPOCH_MAX:
+        raise RefusedError(messages.FAILED, f"volume {row.name} changed hands {EPOCH_MAX} times; copy it to a new one")
+    return [WriterTaken(row.id, row.epoch + 1, message.device)]
+
+
+def release(row: VolumeState) -> list[Record]:
+    """Decide on ReleaseVolume."""
+    return [WriterReleased(row.id, row.epoch)]
+
+
+def commit(reader: IndexReader, row: VolumeState, message: messages.CommitCut) -> list[Record]:
+    """Decide on CommitCut; nothing to record when it is applied already."""
+    _check_commit(message)
+    if make_version(message.epoch, message.last) == row.version:
+        return []
+    stands = sequence_of(row.version)
+    if message.first != stands + 1:
+        raise RefusedError(
+            messages.OUT_OF_ORDER,
+            f"cut {message.first} to {message.last} of volume {row.name} does not follow {stands}, "
+            "the last sequence here",
+        )
+    _check_parts(reader, row, message)
+    return [
+        CutCommitted(
+            row.id,
+            message.epoch,
+            message.attempt,
+            message.part_count,
+            message.first,
+            message.last,
+            message.committed_ns,
+            message.in_sync_version,
+        )
+    ]
+
+
+def stage(message: messages.StagePart, row: VolumeState, part: PartTable) -> CutPart:
+    """Decide on StagePart, but for the limits."""
+    if not 0 <= message.attempt <= _U64_MAX or not 0 <= message.index < PARTS_PER_CUT_MAX:
+        raise RefusedError(
+            messages.BAD_REQUEST,
+            f"part {message.index} of attempt {message.attempt}: at most {PARTS_PER_CUT_MAX} parts",
+        )
+    try:
+        holes = unpack(message.holes, count_max=HOLES_PER_PART_MAX)
+    except ProtocolError as error:
+        raise RefusedError(messages.BAD_REQUEST, str(error)) from error
+    blocks_end = max(part.blocks_end, holes[-1].end if holes else 0)
+    if blocks_end * BLOCK_SIZE > row.size:
+        raise RefusedError(
+            messages.BAD_REQUEST,
+            f"part reaches to block {blocks_end}, volume {row.name} has {row.size // BLOCK_SIZE} blocks",
+        )
+    return CutPart(row.id, message.epoch, message.attempt, message.index, message.holes)
+
+
+def make_way(reader: IndexReader, row: VolumeState, part: CutPart, size: int) -> list[AttemptForgotten]:
+    """Return which of the oldest unfinished cuts are to be forgotten before a part of `size` bytes is staged.
+
+    Raises:
+        RefusedError: the attempt itself is too large.
+    """
+    attempts = attempts_of(reader, row.id)
+    own = [one for one in attempts if (one.epoch, one.attempt) == (part.epoch, part.attempt)]
+    others = [one for one in attempts if (one.epoch, one.attempt) != (part.epoch, part.attempt)]
+    size += sum(one.stored_size for one in own)
+    count = 1 + sum(one.part_count for one in own)
+    if size > STAGED_BYTES_MAX:
+        raise RefusedError(messages.BAD_REQUEST, f"a cut of more than {STAGED_BYTES_MAX} bytes; commit earlier")
+    forgotten: list[AttemptForgotten] = []
+    while others and (
+        len(others) >= ATTEMPTS_PER_VOLUME_MAX
+        or size + sum(one.stored_size for one in others) > STAGED_BYTES_MAX
+        or count + sum(one.part_count for one in others) > STAGED_PARTS_MAX
+    ):
+        oldest = others.pop(0)
+        forgotten.append(AttemptForgotten(row.id, oldest.epoch, oldest.attempt))
+    return forgotten
+
+
+def expect_name(reader: IndexReader, name: str) -> VolumeState:
+    """Return the volume of a name.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    row = find_name(reader, name)
+    if row is None:
+        raise RefusedError(messages.NO_SUCH_VOLUME, f"no volume {name[:128]!r} in this store")
+    return row
+
+
+def expect_volume(reader: IndexReader, volume: bytes) -> VolumeState:
+    """Return the volume of an id.
+
+    Raises:
+        RefusedError: there is none.
+    """
+    row = find_volume(reader, volume) if len(volume) == ID_SIZE else None
+    if row is None:
+        raise RefusedError(messages.NO_SUCH_VOLUME, f"no volume of id {volume[:ID_SIZE].hex()} in this store")
+    return row
+
+
+def _check_size(name: str, size: int) -> None:
+    if not 0 < size <= VOLUME_SIZE_MAX or size % BLOCK_SIZE:
+        raise RefusedError(
+            messages.BAD_REQUEST,
+            f"size {size} of volume {name[:128]!r}: a multiple of {BLOCK_SIZE} up to {VOLUME_SIZE_MAX} is needed",
+        )
+
+
+def _check_released(row: VolumeState, verb: str) -> None:
+    if row.writer:
+        raise RefusedError(
+            messages.VOLUME_IN_USE,
+            f"volume {row.name} is held by device {row.writer.hex()} and can't be {verb}; detach it first",
+        )
+
+
+def _check_commit(message: messages.CommitCut) -> None:
+    if not (
+        0 < message.first <= message.last <= SEQUENCE_MAX
+        and 0 <= message.part_count <= PARTS_PER_CUT_MAX
+        and 0 <= message.attempt <= _U64_MAX
+        and 0 <= message.committed_ns <= _TIME_MAX
+        and 0 <= message.in_sync_version <= _U64_MAX
+    ):
+        raise RefusedError(
+            messages.BAD_REQUEST, f"cut {message.first} to {message.last} in {message.part_count} parts is malformed"
+        )
+
+
+def _check_parts(reader: IndexReader, row: VolumeState, message: messages.CommitCut) -> None:
+    expected = 0
+    for part_index, _ in staged_parts(reader, row.id, message.epoch, message.attempt):
+        if part_index != expected or expected == message.part_count:
+            break
+        expected += 1
+    if expected < message.part_count:
+        raise RefusedError(
+            messages.PARTS_MISSING,
+            f"part {expected} of {message.part_count} of attempt {message.attempt:#x} of volume {row.name} is not "
+            "staged; stage the cut again",
+        )
+
+
+def _show(version: int) -> str:
+    return f"{version >> 44}/{sequence_of(version)}"

@@ -1,0 +1,442 @@
+"""The store's decisions: requests to change something go in, commands come out, completions come back in.
+
+A request that changes a volume waits for its turn: changes of one volume happen one after the other, each begun only
+when the index shows all that came before it. Parts of cuts need no turn: they are invisible. Everything durable goes
+through the log; a part is answered when its segment is durable, a change when the index shows it as well.
+
+Invariants:
+    serials settle in order: refused, or durable and applied.
+    at most one segment is written and at most one change of the index runs at a time.
+    the index lags at most UNAPPLIED_SEGMENTS_MAX segments behind the log.
+Crash: what was answered is in a segment; replay brings the index up.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError, RefusedError
+from forebay_core.units import Buffer, make_version
+from forebay_store.engine import changes
+from forebay_store.engine.apply import LogSegment
+from forebay_store.engine.changes import Change, Incoming
+from forebay_store.engine.log import Log, Written
+from forebay_store.engine.ports import Index, IndexReader
+from forebay_store.engine.rows import volume_row
+from forebay_store.engine.volumes import deleted_volumes
+from forebay_store.format.records import CutPart, Record
+from forebay_store.format.rows import VolumeState
+from forebay_store.format.segment import SegmentName
+from forebay_store.limits import UNAPPLIED_SEGMENTS_MAX, WAITING_PER_VOLUME_MAX
+from forebay_wire import messages
+
+_BUSY: Final = "the store is busy; repeat the request"
+_FULL_INDEX: Final = "the disk under the store is full; the request shows when there is space: repeat it then"
+
+
+class WriteSegment(NamedTuple):
+    """Create this segment, then call `complete_write`."""
+
+    name: SegmentName
+    buffers: list[Buffer]
+    size: int
+
+
+class ApplySegments(NamedTuple):
+    """Apply these durable segments to the index in one transaction, then call `complete_apply`."""
+
+    segments: tuple[LogSegment, ...]
+
+
+class PurgeVolume(NamedTuple):
+    """Remove some head entries of a deleted volume, then call `complete_purge`."""
+
+    volume: bytes
+
+
+class Answer(NamedTuple):
+    """The reply to the request of this ticket."""
+
+    ticket: int
+    message: messages.AnyMessage
+
+
+Command = WriteSegment | ApplySegments | PurgeVolume | Answer
+
+
+@dataclass(slots=True)
+class Turn:
+    """A request that changes a volume; `barrier` and `serial` are those of the records before and of its own."""
+
+    ticket: int
+    incoming: Incoming
+    payload: tuple[Buffer, ...]
+    barrier: int = 0
+    serial: int = 0
+    answered: bool = False
+
+
+class StoreEngine:
+    """Decides for one store. Feed it, then drain `take_commands` and start them."""
+
+    def __init__(self, index: Index, *, store: bytes, newest: SegmentName) -> None:
+        """`newest` is the segment that claimed this incarnation; the index shows it."""
+        self._index = index
+        self._log = Log(store, newest)
+        self._incarnation = newest.incarnation
+        self._commands: list[Command] = []
+        self._turns: dict[str, deque[Turn]] = {}
+        self._owners: dict[int, int | tuple[str, Turn]] = {}  # by serial: the ticket of a part, or a turn
+        self._newest_serials: dict[str, int] = {}  # by volume, of records that are not settled
+        self._unapplied: deque[Written] = deque()
+        self._applying: tuple[Written, ...] = ()
+        self._purging = False
+        self._urgent = 0  # the index is wanted up to this serial
+        self._sessions: dict[bytes, int] = {}
+        self._session = newest.incarnation << 32
+        self._index_full = False
+        self._retry_index = False
+        self._stopping = False
+        self._error = ""
+        self._cuts = 0
+        with index.view() as reader:
+            self._deleted = deque(deleted_volumes(reader))
+        self._advance()
+
+    @property
+    def error(self) -> str:
+        """Why the store refuses changes; empty: it does not."""
+        return self._error
+
+    @property
+    def cuts(self) -> int:
+        """Cuts committed since the start."""
+        return self._cuts
+
+    @property
+    def newest(self) -> SegmentName:
+        """The newest durable segment."""
+        return self._log.newest
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way and the index shows everything; a failed store never gets further."""
+        if self._commands or self._log.writing or self._applying or self._purging:
+            return False
+        stuck = bool(self._error) or (self._index_full and not self._retry_index)
+        return stuck or not (self._log.pending or self._unapplied)
+
+    def take_commands(self) -> list[Command]:
+        """Return what is to be started, in order."""
+        commands, self._commands = self._commands, []
+        return commands
+
+    def submit(self, ticket: int, incoming: Incoming, payload: tuple[Buffer, ...] = ()) -> None:
+        """Take a request; its `Answer` comes now or later. The payload must not change until then."""
+        try:
+            self._admit(sum(memoryview(buffer).nbytes for buffer in payload))
+            with self._index.view() as reader:
+                self._sort(reader, Turn(ticket, incoming, payload))
+        except ForebayError as error:
+            self._answer(ticket, _failed(error))
+        self._advance()
+
+    def stop(self) -> None:
+        """Take no more requests and bring the index up, so that the next start has nothing to replay."""
+        self._stopping = True
+        self._retry_index = True
+        self._deleted.clear()
+        self._advance()
+
+    def complete_write(self, error: ForebayError | None) -> None:
+        """The segment of the last WriteSegment is durable, or nothing of it remains, or nobody knows."""
+        if error is None:
+            self._after_write(self._log.written())
+        elif isinstance(error, NoSpaceError):
+            self._refuse(self._log.refused(), _failed(error))
+        else:
+            self._fail(error)
+        self._advance()
+
+    def complete_apply(self, error: ForebayError | None) -> None:
+        """The segments of the last ApplySegments show in the index, or nothing of them does."""
+        applied, self._applying = self._applying, ()
+        if error is None:
+            self._index_full = False
+            for written in applied:
+                for serial in range(written.first_serial, written.last_serial + 1):
+                    self._finish(serial)
+            self._wake()
+        else:
+            self._unapplied.extendleft(reversed(applied))
+            if isinstance(error, NoSpaceError):
+                self._stop_waiting()
+            else:
+                self._fail(error)
+        self._advance()
+
+    def complete_purge(self, volume: bytes, done: bool, error: ForebayError | None) -> None:
+        """Some of a deleted volume's entries are gone; a full disk leaves the rest for the next start."""
+        self._purging = False
+        if error is not None and not isinstance(error, NoSpaceError):
+            self._fail(error)
+        elif done or error is not None:
+            self._deleted = deque(one for one in self._deleted if one != volume)
+        self._advance()
+
+    # Admission.
+
+    def _admit(self, payload_size: int) -> None:
+        if self._stopping:
+            raise RefusedError(messages.STOPPING, "the store is stopping; repeat the request when it is back")
+        if self._error:
+            raise RefusedError(messages.FAILED, f"the store refuses changes: {self._error}")
+        if self._index_full:
+            self._retry_index = True
+            raise NoSpaceError(_FULL_INDEX)
+        if not self._log.has_room(payload_size):
+            raise RefusedError(messages.FAILED, _BUSY)
+
+    def _sort(self, reader: IndexReader, turn: Turn) -> None:
+        """Stage a part at once if it needs no turn; queue everything else."""
+        message = turn.incoming.message
+        if isinstance(message, messages.StagePart):
+            row = self._expect_writer(reader, message)
+            if self._append_part(reader, turn, row, message):
+                return
+            name = row.name
+        elif isinstance(message, messages.ReleaseVolume | messages.CommitCut):
+            name = changes.expect_volume(reader, message.volume).name
+        else:
+            name = message.name
+        queue = self._turns.setdefault(name, deque())
+        if len(queue) >= WAITING_PER_VOLUME_MAX:
+            raise RefusedError(messages.FAILED, _BUSY)
+        queue.append(turn)
+        if len(queue) == 1:
+            self._come_up(name, turn)
+
+    def _append_part(self, reader: IndexReader, turn: Turn, row: VolumeState, message: messages.StagePart) -> bool:
+        """Put a part into the log, unless an older cut must make way for it."""
+        part = turn.incoming.part
+        assert part is not None
+        record = changes.stage(message, row, part)
+        if changes.make_way(reader, row, record, part.payload_size):
+            return False
+        serial = self._log.append(record, turn.payload, part.entries)
+        self._owners[serial] = turn.ticket
+        self._newest_serials[row.name] = serial
+        return True
+
+    def _expect_writer(
+        self, reader: IndexReader, message: messages.StagePart | messages.CommitCut | messages.ReleaseVolume
+    ) -> VolumeState:
+        row = changes.expect_volume(reader, message.volume)
+        if not row.writer or row.epoch != message.epoch:
+            raise RefusedError(
+                messages.FENCED,
+                f"epoch {message.epoch} of volume {row.name} is over, epoch {row.epoch} is "
+                f"{'held by device ' + row.writer.hex() if row.writer else 'released'}",
+            )
+        if self._sessions.get(row.id) != message.session:
+            raise RefusedError(
+                messages.FENCED, f"session {message.session:#x} of volume {row.name} is over; open the volume again"
+            )
+        return row
+
+    # Turns.
+
+    def _come_up(self, name: str, turn: Turn) -> None:
+        """A turn is the next of its volume: it begins when the index shows what was recorded before."""
+        turn.barrier = self._newest_serials.get(name, 0)
+        self._urgent = max(self._urgent, turn.barrier)
+        if turn.barrier < self._first_unsettled():
+            self._begin(name, turn)
+
+    def _begin(self, name: str, turn: Turn) -> None:
+        try:
+            with self._index.view() as reader:
+                records = self._decide(reader, turn)
+                reply = None if records else self._reply(reader, turn)
+        except ForebayError as error:
+            reply, records = _failed(error), []
+        if reply is not None:
+            self._end(name, turn, reply)
+            return
+        for record in records:
+            if isinstance(record, CutPart):
+                assert turn.incoming.part is not None
+                turn.serial = self._log.append(record, turn.payload, turn.incoming.part.entries)
+            else:
+                turn.serial = self._log.append(record)
+            self._owners[turn.serial] = (name, turn)
+        self._newest_serials[name] = turn.serial
+        self._urgent = max(self._urgent, turn.serial)
+
+    def _decide(self, reader: IndexReader, turn: Turn) -> list[Record]:
+        message: Change = turn.incoming.message
+        match message:
+            case messages.CreateVolume():
+                incoming = turn.incoming
+                return changes.create(reader, message, now_ns=incoming.now_ns, fresh_id=incoming.fresh_id)
+            case messages.ResizeVolume():
+                return changes.resize(reader, message)
+            case messages.DeleteVolume():
+                return changes.delete(reader, message)
+            case messages.OpenVolume():
+                return changes.take(reader, message)
+            case messages.ReleaseVolume():
+                return changes.release(self._expect_writer(reader, message))
+            case messages.CommitCut():
+                return changes.commit(reader, self._expect_writer(reader, message), message)
+            case messages.StagePart():
+                assert turn.incoming.part is not None
+                row = self._expect_writer(reader, message)
+                record = changes.stage(message, row, turn.incoming.part)
+                return [*changes.make_way(reader, row, record, turn.incoming.part.payload_size), record]
+
+    def _reply(self, reader: IndexReader, turn: Turn) -> messages.AnyMessage:
+        """Return the answer to a change that the index shows."""
+        message = turn.incoming.message
+        match message:
+            case messages.CreateVolume() | messages.ResizeVolume():
+                return messages.Volume(volume_row(changes.expect_name(reader, message.name)))
+            case messages.OpenVolume():
+                return self._opened(changes.expect_name(reader, message.name))
+            case messages.CommitCut():
+                already_applied = turn.serial == 0
+                self._cuts += not already_applied
+                return messages.Committed(make_version(message.epoch, message.last), already_applied)
+            case messages.ReleaseVolume():
+                self._sessions.pop(message.volume, None)
+            case messages.DeleteVolume():
+                self._deleted = deque(deleted_volumes(reader))
+            case messages.StagePart():
+                pass
+        return messages.Done()
+
+    def _opened(self, row: VolumeState) -> messages.Opened:
+        self._session += 1
+        self._sessions[row.id] = self._session
+        return messages.Opened(volume_row(row), row.epoch, self._session)
+
+    def _finish(self, serial: int) -> None:
+        """A record shows in the index: if it was the last of a turn, the turn is over."""
+        owner = self._owners.pop(serial, None)
+        if isinstance(owner, tuple) and owner[1].serial == serial and not owner[1].answered:
+            try:
+                with self._index.view() as reader:
+                    reply = self._reply(reader, owner[1])
+            except ForebayError as error:
+                reply = _failed(error)
+            self._end(*owner, reply)
+
+    def _end(self, name: str, turn: Turn, reply: messages.AnyMessage) -> None:
+        if turn.answered:
+            return
+        turn.answered = True
+        self._answer(turn.ticket, reply)
+        queue = self._turns[name]
+        assert queue[0] is turn
+        queue.popleft()
+        if queue:
+            self._come_up(name, queue[0])
+        else:
+            del self._turns[name]
+
+    def _wake(self) -> None:
+        """Begin the turns that waited for records which are settled now."""
+        settled = self._first_unsettled()
+        self._newest_serials = {name: serial for name, serial in self._newest_serials.items() if serial >= settled}
+        for name, queue in list(self._turns.items()):
+            if queue[0].serial == 0 and queue[0].barrier < settled:
+                self._begin(name, queue[0])
+
+    # Log and index.
+
+    def _first_unsettled(self) -> int:
+        if self._applying:
+            return self._applying[0].first_serial
+        return self._unapplied[0].first_serial if self._unapplied else self._log.first_serial
+
+    def _after_write(self, written: Written) -> None:
+        self._unapplied.append(written)
+        for serial in range(written.first_serial, written.last_serial + 1):
+            owner = self._owners.get(serial)
+            if isinstance(owner, int):
+                del self._owners[serial]
+                self._answer(owner, messages.Done())
+
+    def _advance(self) -> None:
+        """Start whatever can be started."""
+        if self._error:
+            return
+        lag = len(self._unapplied) + len(self._applying)
+        if self._log.pending and not self._log.writing and lag < UNAPPLIED_SEGMENTS_MAX:
+            name, built = self._log.start()
+            self._commands.append(WriteSegment(name, built.buffers, built.size))
+        if self._applying or self._purging:
+            return
+        if self._index_wanted():
+            self._retry_index = False
+            self._applying = tuple(self._unapplied)
+            self._unapplied.clear()
+            self._commands.append(ApplySegments(tuple(written.segment for written in self._applying)))
+        elif self._deleted and not self._index_full:
+            self._purging = True
+            self._commands.append(PurgeVolume(self._deleted[0]))
+
+    def _index_wanted(self) -> bool:
+        if not self._unapplied or (self._index_full and not self._retry_index):
+            return False
+        lagging = len(self._unapplied) >= UNAPPLIED_SEGMENTS_MAX // 2
+        return self._stopping or lagging or self._urgent >= self._unapplied[0].first_serial
+
+    # Refusals.
+
+    def _answer(self, ticket: int, message: messages.AnyMessage) -> None:
+        self._commands.append(Answer(ticket, message))
+
+    def _refuse(self, serials: list[int], reply: messages.Failed) -> None:
+        for serial in serials:
+            owner = self._owners.pop(serial, None)
+            if isinstance(owner, int):
+                self._answer(owner, reply)
+            elif owner is not None and owner[1].serial == serial:
+                self._end(*owner, reply)
+        self._wake()
+
+    def _stop_waiting(self) -> None:
+        """The index can't grow: refuse all that waits. What is durable shows when there is space again."""
+        self._index_full = True
+        self._refuse_all(_failed(NoSpaceError(_FULL_INDEX)))
+
+    def _fail(self, error: ForebayError) -> None:
+        """Nobody knows what is durable: refuse everything until the next start has read the log."""
+        self._error = f"{error}; restart the store"
+        self._applying = ()
+        self._refuse_all(messages.Failed(messages.FAILED, f"the store refuses changes: {self._error}"))
+
+    def _refuse_all(self, reply: messages.Failed) -> None:
+        pending = set(self._log.drop_pending())
+        for serial, owner in list(self._owners.items()):
+            if isinstance(owner, int) and (serial in pending or self._error):
+                del self._owners[serial]
+                self._answer(owner, reply)
+        turns = [turn for queue in self._turns.values() for turn in queue]
+        self._turns.clear()
+        for turn in turns:
+            turn.answered = True
+            self._answer(turn.ticket, reply)
+
+
+def _failed(error: ForebayError) -> messages.Failed:
+    match error:
+        case RefusedError():
+            return messages.Failed(error.code, str(error))
+        case NoSpaceError():
+            return messages.Failed(messages.NO_SPACE, str(error))
+        case CorruptionError():
+            return messages.Failed(messages.CORRUPT, str(error))
+        case _:
+            return messages.Failed(messages.FAILED, str(error))

@@ -1,0 +1,58 @@
+"""Every bound of the store, and how the bounds relate."""
+
+from typing import Final
+
+from forebay_core.frame import FRAME_BLOCKS_MAX
+from forebay_core.units import BLOCK_SIZE, GIB, MIB
+from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX, PAYLOAD_SIZE_MAX
+
+SEGMENT_SIZE_MAX: Final = 32 * MIB
+"""Bytes of one segment; the largest record fits with room for its headers."""
+
+SEGMENT_RECORDS_MAX: Final = 16384
+"""Records in one segment: bounds what replay builds at a time."""
+
+PENDING_BYTES_MAX: Final = 512 * MIB
+"""Bytes of records that wait for a segment; requests beyond it are refused and may be repeated."""
+
+PENDING_RECORDS_MAX: Final = 65536
+"""Records that wait for a segment."""
+
+WAITING_PER_VOLUME_MAX: Final = 64
+"""Changes of one volume that wait for their turn."""
+
+UNAPPLIED_SEGMENTS_MAX: Final = 16
+"""Durable segments that the index may lag behind while the store runs."""
+
+ATTEMPTS_PER_VOLUME_MAX: Final = 8
+"""Unfinished cuts of one volume; beyond it the oldest is forgotten."""
+
+STAGED_BYTES_MAX: Final = 1024 * GIB
+"""Stored bytes of all unfinished cuts of one volume."""
+
+STAGED_PARTS_MAX: Final = 2 * PARTS_PER_CUT_MAX
+"""Parts of all unfinished cuts of one volume."""
+
+ROWS_PER_PAGE_MAX: Final = 1024
+"""Volumes in one answer to ListVolumes."""
+
+SCAN_ENTRIES_MAX: Final = 65536
+"""Entries of the head that one page of Changed or MapExtents looks at."""
+
+PURGE_ENTRIES_MAX: Final = 4096
+"""Entries of a deleted volume that one index transaction removes."""
+
+OPEN_FILES_MAX: Final = 128
+"""Segments kept open for reading."""
+
+READ_GAP_MAX: Final = 16384
+"""Bytes between two wanted frames that are read along rather than read around."""
+
+INDEX_SIZE_START: Final = 1024 * GIB
+"""Address space of the index at first; the file is as large as what is in it."""
+
+assert PAYLOAD_SIZE_MAX + HOLES_PER_PART_MAX * 12 + MIB <= SEGMENT_SIZE_MAX
+assert 2 * SEGMENT_SIZE_MAX <= PENDING_BYTES_MAX
+assert SEGMENT_RECORDS_MAX <= PENDING_RECORDS_MAX
+assert SEGMENT_SIZE_MAX < 1 << 32
+assert BLOCK_SIZE * FRAME_BLOCKS_MAX < PAYLOAD_SIZE_MAX

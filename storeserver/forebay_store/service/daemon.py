@@ -1,0 +1,86 @@
+"""The store daemon: opens the data folder, listens, and ends cleanly on SIGTERM and SIGINT."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import sys
+import time
+from typing import Final
+
+from forebay_core.config import StoreSettings
+from forebay_core.errors import WrongUsageError
+from forebay_store.limits import OPEN_FILES_MAX
+from forebay_store.service.opening import OpenStore, open_store
+from forebay_store.service.shell import StoreShell
+from forebay_wire.address import Address, is_loopback, parse_address
+from forebay_wire.auth import read_key_file
+from forebay_wire.limits import CONNECTIONS_MAX
+from forebay_wire.server import WireServer
+
+SWITCH_INTERVAL_S: Final = 0.0005
+"""How long a busy thread (index, reads) keeps the event loop waiting."""
+
+FILES_MAX: Final = CONNECTIONS_MAX + OPEN_FILES_MAX + 128
+
+_LOG: Final = logging.getLogger("forebay.store")
+
+
+def run(settings: StoreSettings) -> int:
+    """Serve the volumes of `settings.data` until told to end; return the exit code.
+
+    Raises:
+        ForebayError: it can't start; the text is one line that says why and what to do.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    address = parse_address(settings.listen)
+    key = None if settings.key_file is None else read_key_file(settings.key_file)
+    if key is None and not is_loopback(address.host):
+        # Said before the folder is touched; the server checks it again.
+        raise WrongUsageError(f"listening on {address} needs a key file: others can reach it; give store.key_file")
+    _raise_file_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    store = open_store(settings.data, now_ns=time.time_ns())
+    try:
+        asyncio.run(_serve(store, address, key))
+    finally:
+        store.close()
+    return 0
+
+
+async def _serve(store: OpenStore, address: Address, key: bytes | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    shell = StoreShell(store)
+    try:
+        server = WireServer(shell.answer, key=key, node=store.folder.store)
+        try:
+            ready = f"store listening on {await server.listen_tcp(address)}"
+            _LOG.info("%s", ready)
+            _tell_parent(ready)
+            await stop.wait()
+            _LOG.info("store stopping")
+        finally:
+            await server.close()
+    finally:
+        await shell.stop()
+        store.index.sync()
+
+
+def _tell_parent(line: str) -> None:
+    """Whoever started us may wait for this line; nobody has to."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(FILES_MAX, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

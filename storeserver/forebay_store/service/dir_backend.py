@@ -1,0 +1,164 @@
+"""Segments as files of one folder.
+
+A segment is written under a temporary name, made durable, and only then linked to its own name, which fails if that
+is taken; the folder is made durable before `create` returns. Invariant: a file under a segment's name is whole.
+Crash: leaves at most a temporary file, which the next start removes.
+After a failed sync nothing is known of what the disk holds (a second one would prove nothing), so creating is refused
+until the backend is opened anew. A full disk is no such failure: the temporary file is thrown away.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError
+from forebay_core.units import Buffer
+from forebay_store.engine.ports import BackendError, SegmentExistsError, SegmentMissingError
+from forebay_store.format.segment import parse_name
+from forebay_store.service.open_files import OpenFiles
+
+TEMPORARY_SUFFIX: Final = ".tmp"
+_BUFFERS_MAX: Final = 512  # of one writev; the kernel takes 1024
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DirBackend:
+    """The six verbs over a folder that this process alone writes to."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open an existing folder."""
+        self._folder = folder
+        self._error = ""
+        self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._files = OpenFiles(folder)
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that a crash left; nobody may be creating segments."""
+        for name in os.listdir(self._folder):
+            if is_temporary(name):
+                os.unlink(self._folder / name)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._files.close()
+        os.close(self._fd)
+
+    def create(self, name: str, buffers: Sequence[Buffer]) -> None:
+        """Write a segment; on return it is durable and whole under its name."""
+        if self._error:
+            raise BackendError(self._error)
+        assert parse_name(name) is not None
+        temporary = self._folder / (name + TEMPORARY_SUFFIX)
+        try:
+            self._write(temporary, buffers)
+            os.link(temporary, self._folder / name)
+        except FileExistsError as error:
+            self._remove(temporary)
+            raise SegmentExistsError(f"segment {name} exists already: does another store write here?") from error
+        except OSError as error:
+            self._remove(temporary)
+            raise self._failure(name, error) from error
+        try:
+            os.unlink(temporary)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._fatal(name, error) from error
+
+    def read_range(self, name: str, offset: int, size: int) -> Buffer:
+        """Return exactly these bytes; waits for the disk."""
+        return self._read(name, offset, size, 0)
+
+    def read_now(self, name: str, offset: int, size: int) -> Buffer | None:
+        """Return the bytes if that needs no wait for the disk, else None; errors are left to `read_range`."""
+        try:
+            return self._read(name, offset, size, os.RWF_NOWAIT)
+        except ForebayError:
+            return None
+
+    def read(self, name: str) -> Buffer:
+        """Return a whole segment."""
+        return self._read(name, 0, self.stat(name), 0)
+
+    def list(self) -> list[str]:
+        """Return the names, sorted."""
+        return sorted(name for name in os.listdir(self._folder) if parse_name(name) is not None)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove segments; the removal is durable on return."""
+        try:
+            for name in names:
+                self._files.forget(name)
+                (self._folder / name).unlink(missing_ok=True)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._fatal(", ".join(names), error) from error
+
+    def stat(self, name: str) -> int:
+        """Return the bytes of a segment."""
+        try:
+            return os.stat(self._folder / name).st_size
+        except OSError as error:
+            raise _read_failure(name, error) from error
+
+    def _write(self, path: Path, buffers: Sequence[Buffer]) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            _write_all(fd, buffers)
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._fatal(path.name, error) from error
+
+    def _failure(self, name: str, error: OSError) -> ForebayError:
+        if error.errno in _FULL:
+            return NoSpaceError(f"the disk under {self._folder} is full; nothing of segment {name} was kept")
+        return self._fatal(name, error)
+
+    def _fatal(self, name: str, error: OSError) -> BackendError:
+        self._error = f"writing segment {name} in {self._folder} failed: {error.strerror}"
+        return BackendError(self._error)
+
+    def _read(self, name: str, offset: int, size: int, flags: int) -> Buffer:
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        try:
+            with self._files.use(name) as fd:
+                at = 0
+                while at < size:
+                    count = os.preadv(fd, [view[at:]], offset + at, flags)
+                    if count == 0:
+                        raise CorruptionError(
+                            place=f"segment {name} offset {offset + at}", what="size", expected=size, found=at
+                        )
+                    at += count
+        except OSError as error:
+            raise _read_failure(name, error) from error
+        return buffer
+
+
+def is_temporary(name: str) -> bool:
+    """Tell whether a file is what a crash left of a segment."""
+    return name.endswith(TEMPORARY_SUFFIX) and parse_name(name.removesuffix(TEMPORARY_SUFFIX)) is not None
+
+
+def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:
+    rest = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    while rest:
+        count = os.writev(fd, rest[:_BUFFERS_MAX])
+        while rest and count >= rest[0].nbytes:
+            count -= rest.pop(0).nbytes
+        if count:
+            rest[0] = rest[0][count:]
+
+
+def _read_failure(name: str, error: OSError) -> ForebayError:
+    if error.errno == errno.ENOENT:
+        return SegmentMissingError(place=f"segment {name}", what="segment", expected="a file", found="nothing")
+    return BackendError(f"reading segment {name} failed: {error.strerror}")

@@ -1,0 +1,260 @@
+"""Checking all of a stopped store's folder; nothing is changed.
+
+Every segment's structure, every frame's stored and plain bytes, that no segment is missing, and that the index is
+what replay of the segments gives. Codes of findings are stable:
+
+    identity-bad        store.toml is missing or damaged
+    unknown-file        nobody knows what it is
+    leftover-file       what a crash left; the next start or rebuild removes it
+    segment-missing     a segment names one before it that is not there, or the index shows one that is not
+    segment-structure   header, footer or a record of a segment is damaged
+    frame-header        a frame's header or tables are damaged
+    frame-stored        a frame's stored bytes are damaged
+    block-plain         a frame opens to other blocks than were put in
+    index-missing       there is no index
+    index-bad           the index can't be read, or is another store's
+    index-differs       a row of the index is not what the segments give
+    index-unchecked     the segments are too damaged to say what the index should hold
+    more                there is more of the same than is listed
+"""
+
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from forebay_core.errors import CorruptionError, ForebayError, InUseError, WrongUsageError
+from forebay_core.frame import FrameHeader, check_stored, decode_header, open_frame
+from forebay_store.engine.ports import IndexReader, SegmentMissingError
+from forebay_store.engine.replay import LoadedSegment, check_previous, load_segment, replay, segment_names
+from forebay_store.engine.volumes import read_applied, read_store, write_store
+from forebay_store.format import segment as segment_format
+from forebay_store.format.layout import PlacedRecord, payload_of
+from forebay_store.format.records import CutPart
+from forebay_store.format.rows import Table
+from forebay_store.format.segment import NO_SEGMENT, parse_name
+from forebay_store.service.dir_backend import DirBackend, is_temporary
+from forebay_store.service.folder import (
+    FOREIGN_ALLOWED,
+    IDENTITY_NAME,
+    LEFTOVER_NAMES,
+    OWN_NAMES,
+    DataFolder,
+    open_folder,
+)
+from forebay_store.service.lmdb_index import LmdbIndex
+
+FINDINGS_MAX: Final = 1000
+INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb"))
+_COMPARED: Final = (Table.META, Table.VOLUMES, Table.NAMES, Table.HEAD, Table.ATTEMPTS, Table.STAGED)
+
+
+class Finding(NamedTuple):
+    """Something that is not as it should be."""
+
+    code: str
+    place: str
+    text: str
+
+
+class Findings:
+    """What was found so far, up to a bound."""
+
+    def __init__(self) -> None:
+        self.rows: list[Finding] = []
+
+    def add(self, code: str, place: str, text: str) -> None:
+        """Note a finding."""
+        if len(self.rows) < FINDINGS_MAX:
+            self.rows.append(Finding(code, place, text))
+        elif len(self.rows) == FINDINGS_MAX:
+            self.rows.append(Finding("more", place, f"more than {FINDINGS_MAX} findings; the rest is not listed"))
+
+    @contextmanager
+    def noting(self, code: str) -> Iterator[None]:
+        """Note what the checks inside raise, and go on behind them."""
+        try:
+            yield
+        except SegmentMissingError as error:
+            self.add("segment-missing", error.place, str(error))
+        except CorruptionError as error:
+            self.add(code, error.place, str(error))
+        except ForebayError as error:
+            self.add(code, "", str(error))
+
+
+def fsck(data: Path) -> list[Finding]:
+    """Return what is wrong with a stopped store's folder; an empty list if nothing is.
+
+    Raises:
+        InUseError: a store runs in it.
+        WrongUsageError: there is no store in it.
+    """
+    findings = Findings()
+    try:
+        folder = open_folder(data)
+    except (InUseError, WrongUsageError):
+        raise
+    except ForebayError as error:
+        return [Finding("identity-bad", str(data / IDENTITY_NAME), str(error))]
+    try:
+        backend = DirBackend(folder.segments)
+        try:
+            _check_names(folder, findings)
+            store = _find_store(folder, backend, findings)
+            if store is not None:
+                _check_segments(backend, store, findings)
+                _check_index(folder, backend, store, findings)
+        finally:
+            backend.close()
+    finally:
+        folder.close()
+    return findings.rows
+
+
+def _check_names(folder: DataFolder, findings: Findings) -> None:
+    for path in sorted(folder.path.iterdir()):
+        if path.name in LEFTOVER_NAMES:
+            findings.add("leftover-file", str(path), "left by a crash")
+        elif path.name not in OWN_NAMES | FOREIGN_ALLOWED:
+            findings.add("unknown-file", str(path), "no part of a store")
+    for path in sorted(folder.segments.iterdir()):
+        if is_temporary(path.name):
+            findings.add("leftover-file", str(path), "left by a crash; it was never acknowledged")
+        elif parse_name(path.name) is None:
+            findings.add("unknown-file", str(path), "no segment's name")
+    if folder.index.is_dir():
+        for path in sorted(folder.index.iterdir()):
+            if path.name not in INDEX_NAMES:
+                findings.add("unknown-file", str(path), "no part of an index")
+
+
+def _find_store(folder: DataFolder, backend: DirBackend, findings: Findings) -> bytes | None:
+    """Return the store's UUID, from the first readable segment if the folder does not say."""
+    if folder.has_identity:
+        return folder.store
+    findings.add("identity-bad", str(folder.path / IDENTITY_NAME), "missing; rebuild-index makes it from the segments")
+    for name in segment_names(backend):
+        place = f"segment {name.text}"
+        try:
+            return segment_format.decode_header(backend.read(name.text), place=place).store
+        except ForebayError:
+            continue  # Reported with its segment, as soon as any tells the store.
+    return None
+
+
+def _check_segments(backend: DirBackend, store: bytes, findings: Findings) -> None:
+    previous = NO_SEGMENT
+    for name in segment_names(backend):
+        loaded: LoadedSegment | None = None
+        with findings.noting("segment-structure"):
+            loaded = load_segment(backend.read(name.text), name, store=store)
+        if loaded is not None:
+            with findings.noting("segment-missing"):
+                check_previous(loaded, previous)
+            for placed in loaded.decoded.placed:
+                if isinstance(placed.record, CutPart):
+                    _check_frames(loaded, placed, findings)
+        previous = name
+
+
+def _check_frames(segment: LoadedSegment, placed: PlacedRecord, findings: Findings) -> None:
+    payload = payload_of(segment.buffer, placed)
+    offset = 0
+    while offset < payload.nbytes:
+        place = f"{segment.place} offset {placed.payload_offset + offset}"
+        header: FrameHeader | None = None
+        with findings.noting("frame-header"):
+            header = decode_header(payload, offset, place=place)
+        if header is None:
+            return  # Where the next frame begins is no longer known.
+        _check_frame(header, payload[offset : offset + header.size], place, findings)
+        offset += header.size
+
+
+def _check_frame(header: FrameHeader, frame: memoryview, place: str, findings: Findings) -> None:
+    stored: memoryview | None = None
+    with findings.noting("frame-stored"):
+        stored = check_stored(header, frame, place=place)
+    if stored is not None and header.cipher == 0:  # Without its key nobody can look into an encrypted frame.
+        with findings.noting("block-plain"):
+            open_frame(header, stored, place=place)
+
+
+def _check_index(folder: DataFolder, backend: DirBackend, store: bytes, findings: Findings) -> None:
+    if not (folder.index / "data.mdb").exists():
+        findings.add("index-missing", str(folder.index), f"run: forebay store rebuild-index --data {folder.path}")
+        return
+    with findings.noting("index-bad"):
+        index = LmdbIndex(folder.index, read_only=True)
+        try:
+            _compare_with_replay(index, backend, store, findings)
+        finally:
+            index.close()
+
+
+def _compare_with_replay(index: LmdbIndex, backend: DirBackend, store: bytes, findings: Findings) -> None:
+    with index.view() as reader:
+        applied, owner = read_applied(reader), read_store(reader)
+    if owner != store:
+        found = "none" if owner is None else str(uuid.UUID(bytes=owner))
+        findings.add("index-bad", "index meta", f"store UUID: expected {uuid.UUID(bytes=store)}, found {found}")
+        return
+    if applied != NO_SEGMENT and applied not in segment_names(backend):
+        findings.add("segment-missing", f"segment {applied.text}", "the newest that the index shows is not there")
+        return
+    scratch = Path(tempfile.mkdtemp(prefix="forebay-fsck-"))
+    try:
+        expected = LmdbIndex(scratch, lasting=False)
+        try:
+            expected.update(lambda writer: write_store(writer, store))
+            replay(backend, expected, store=store, until=applied)
+            with index.view() as is_there, expected.view() as should_be:
+                _compare(is_there, should_be, findings)
+        except CorruptionError as error:
+            findings.add("index-unchecked", error.place, str(error))
+        finally:
+            expected.close()
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _compare(found: IndexReader, expected: IndexReader, findings: Findings) -> None:
+    for table in _COMPARED:
+        for key, is_there, should_be in _join(_rows(found, table), _rows(expected, table)):
+            if is_there != should_be:
+                text = f"the index has {_show(is_there)}, the segments give {_show(should_be)}"
+                findings.add("index-differs", f"index {table.value} {key.hex()}", text)
+
+
+def _rows(reader: IndexReader, table: Table) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the rows; what is left of deleted volumes is on its way out and does not count."""
+    deleted = {key for key, _ in reader.scan(Table.DELETED, b"")} if table is Table.HEAD else set()
+    for key, value in reader.scan(table, b""):
+        if key[:16] not in deleted:
+            yield key, value
+
+
+def _join(
+    left: Iterator[tuple[bytes, bytes]], right: Iterator[tuple[bytes, bytes]]
+) -> Iterator[tuple[bytes, bytes | None, bytes | None]]:
+    """Yield each key of either side with the values of both."""
+    one, other = next(left, None), next(right, None)
+    while one is not None or other is not None:
+        if other is None or (one is not None and one[0] < other[0]):
+            assert one is not None
+            yield one[0], one[1], None
+            one = next(left, None)
+        elif one is None or other[0] < one[0]:
+            yield other[0], None, other[1]
+            other = next(right, None)
+        else:
+            yield one[0], one[1], other[1]
+            one, other = next(left, None), next(right, None)
+
+
+def _show(value: bytes | None) -> str:
+    return "nothing" if value is None else value[:48].hex()

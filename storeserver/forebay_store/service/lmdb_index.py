@@ -1,0 +1,149 @@
+"""The index in LMDB: the port `forebay_store.engine.ports.Index` over one environment.
+
+NOMETASYNC: a power cut may take back the newest transactions, whole ones, and replay makes them again. Never NOSYNC,
+which may leave a damaged file. The map is grown only while no view is open, as LMDB demands.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, TypeVar, cast
+
+import lmdb
+
+from forebay_core.errors import CorruptionError, NoSpaceError
+from forebay_store.engine.ports import BackendError, IndexReader, IndexWriter
+from forebay_store.format.rows import Table
+from forebay_store.limits import INDEX_SIZE_START
+
+Result = TypeVar("Result")
+READERS_MAX: Final = 256
+
+
+class LmdbView:
+    """One transaction; a view when it was begun read-only."""
+
+    def __init__(self, transaction: lmdb.Transaction, tables: dict[Table, lmdb._Database]) -> None:
+        self._transaction = transaction
+        self._tables = tables
+
+    def get(self, table: Table, key: bytes) -> bytes | None:
+        """Return the value of a key."""
+        return cast("bytes | None", self._transaction.get(key, db=self._tables[table]))
+
+    def scan(self, table: Table, key: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Yield keys and values from `key` on."""
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            if cursor.set_range(key):
+                yield from cast("Iterator[tuple[bytes, bytes]]", cursor.iternext(keys=True, values=True))
+
+    def before(self, table: Table, key: bytes) -> tuple[bytes, bytes] | None:
+        """Return the last key before `key` and its value."""
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            found = cursor.prev() if cursor.set_range(key) else cursor.last()
+            return cast("tuple[bytes, bytes]", cursor.item()) if found else None
+
+    def put(self, table: Table, key: bytes, value: bytes) -> None:
+        """Set the value of a key."""
+        self._transaction.put(key, value, db=self._tables[table])
+
+    def delete(self, table: Table, key: bytes) -> None:
+        """Remove a key if it is there."""
+        self._transaction.delete(key, db=self._tables[table])
+
+
+class LmdbIndex:
+    """The index of one store, open in one process."""
+
+    def __init__(
+        self, folder: Path, *, size_start: int = INDEX_SIZE_START, lasting: bool = True, read_only: bool = False
+    ) -> None:
+        """Open the index of a folder; an empty folder gets a new one. One that is not `lasting` is never synced.
+
+        Raises:
+            CorruptionError: the folder holds something else.
+            NoSpaceError: the disk is full.
+        """
+        self._gate = threading.Condition()
+        self._views = 0
+        with _translated(str(folder)):
+            self._environment = lmdb.open(
+                str(folder),
+                map_size=size_start,
+                max_dbs=len(Table),
+                max_readers=READERS_MAX,
+                metasync=False,
+                sync=lasting,
+                writemap=False,
+                meminit=False,
+                mode=0o600,
+                create=not read_only,
+                readonly=read_only,
+                lock=not read_only,
+            )
+            self._folder = folder
+            try:
+                self._tables: dict[Table, lmdb._Database] = {
+                    table: self._environment.open_db(table.value.encode(), create=not read_only) for table in Table
+                }
+            except lmdb.Error:
+                self._environment.close()
+                raise
+
+    def close(self) -> None:
+        """Close; what was committed stays."""
+        self._environment.close()
+
+    def sync(self) -> None:
+        """Make all transactions durable, whatever NOMETASYNC left open."""
+        with _translated(str(self._folder)):
+            self._environment.sync(True)
+
+    @contextmanager
+    def view(self) -> Iterator[IndexReader]:
+        """Open a consistent view."""
+        with self._gate:
+            self._views += 1
+        try:
+            with _translated(str(self._folder)), self._environment.begin(write=False) as transaction:
+                yield LmdbView(transaction, self._tables)
+        finally:
+            with self._gate:
+                self._views -= 1
+                self._gate.notify_all()
+
+    def update(self, change: Callable[[IndexWriter], Result]) -> Result:
+        """Run `change` in one transaction; again in a larger map if it did not fit."""
+        while True:
+            try:
+                with _translated(str(self._folder)), self._environment.begin(write=True) as transaction:
+                    return change(LmdbView(transaction, self._tables))
+            except _MapFullError:
+                self._grow()
+
+    def _grow(self) -> None:
+        with self._gate:
+            self._gate.wait_for(lambda: self._views == 0)
+            self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+
+
+class _MapFullError(Exception):
+    """The map has no room for a transaction, which was taken back."""
+
+
+@contextmanager
+def _translated(place: str) -> Iterator[None]:
+    """Turn the errors of LMDB into ours."""
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise _MapFullError from error
+    except lmdb.DiskError as error:
+        raise NoSpaceError(f"the disk under {place} is full") from error
+    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
+        raise CorruptionError(
+            place=f"index {place}", what="LMDB file", expected="a whole one; run store rebuild-index", found=str(error)
+        ) from error
+    except lmdb.Error as error:
+        raise BackendError(f"index {place} failed: {error}") from error

@@ -1,0 +1,96 @@
+"""Opening a store: lock, identity, index brought up to the segments, incarnation claimed.
+
+After it the index shows every segment, and no other start of this store can have written the segments that follow.
+"""
+
+from pathlib import Path
+
+from forebay_core.errors import CorruptionError, ForebayError
+from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
+from forebay_store.engine.replay import next_incarnation, replay, segment_names
+from forebay_store.engine.volumes import read_store, write_store
+from forebay_store.format.layout import build_segment
+from forebay_store.format.records import StoreClaimed
+from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
+from forebay_store.service.dir_backend import DirBackend
+from forebay_store.service.folder import DataFolder, make_folder
+from forebay_store.service.lmdb_index import LmdbIndex
+
+
+class OpenStore:
+    """What a running store works with."""
+
+    def __init__(self, folder: DataFolder, backend: DirBackend, index: LmdbIndex) -> None:
+        self.folder = folder
+        self.backend = backend
+        self.index = index
+        self.newest = NO_SEGMENT
+
+    def close(self) -> None:
+        """Close everything; the lock goes last."""
+        self.index.close()
+        self.backend.close()
+        self.folder.close()
+
+
+def open_store(path: Path, *, now_ns: int) -> OpenStore:
+    """Open the store of a data folder, or make one.
+
+    Raises:
+        ForebayError: in use, damaged, foreign, or without an index; the text says what to do.
+    """
+    folder = make_folder(path)
+    backend: DirBackend | None = None
+    try:
+        backend = DirBackend(folder.segments)
+        backend.remove_leftovers()
+        index = _open_index(folder, has_segments=bool(backend.list()))
+    except BaseException:
+        if backend is not None:
+            backend.close()
+        folder.close()
+        raise
+    store = OpenStore(folder, backend, index)
+    try:
+        replay(backend, index, store=folder.store)
+        store.newest = claim(backend, index, store=folder.store, now_ns=now_ns)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def claim(backend: DirBackend, index: LmdbIndex, *, store: bytes, now_ns: int) -> SegmentName:
+    """Write the first segment of a new incarnation and show it; return its name."""
+    names = segment_names(backend)
+    name = SegmentName(next_incarnation(names), 0)
+    record = StoreClaimed(now_ns)
+    built = build_segment(SegmentHeader(store, name, names[-1] if names else NO_SEGMENT), [(record, ())])
+    backend.create(name.text, built.buffers)
+    segment = LogSegment(name, [LogRecord(record, built.placed[0].payload_offset, 0, b"")])
+    index.update(lambda writer: apply_segments(writer, [segment]))
+    return name
+
+
+def _open_index(folder: DataFolder, *, has_segments: bool) -> LmdbIndex:
+    hint = f"run: forebay store rebuild-index --data {folder.path}"
+    if not folder.index.is_dir():
+        if has_segments:
+            raise ForebayError(f"the index {folder.index} is missing; {hint}")
+        folder.index.mkdir(mode=0o700)
+    elif has_segments and not (folder.index / "data.mdb").exists():
+        raise ForebayError(f"the index {folder.index} is empty; {hint}")
+    index = LmdbIndex(folder.index)
+    try:
+        with index.view() as reader:
+            found = read_store(reader)
+        if found is None and not has_segments:
+            index.update(lambda writer: write_store(writer, folder.store))
+        elif found != folder.store:
+            raise CorruptionError(
+                place=f"index {folder.index}", what="store UUID", expected=folder.store.hex(), found=found or b""
+            )
+    except BaseException:
+        index.close()
+        raise
+    return index

@@ -1,0 +1,83 @@
+"""Making the index of a stopped store anew, from its segments alone.
+
+The new index grows beside the old one, which goes only when the new one is durable. Crash: in between the index is
+missing, and the store says so; run it again.
+"""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from forebay_core.errors import ForebayError
+from forebay_store.engine.replay import replay, segment_names
+from forebay_store.engine.volumes import write_store
+from forebay_store.format.rows import Table
+from forebay_store.format.segment import decode_header
+from forebay_store.service.dir_backend import DirBackend
+from forebay_store.service.folder import NEW_INDEX_NAME, DataFolder, open_folder, sync_folder
+from forebay_store.service.lmdb_index import LmdbIndex
+
+
+class Summary(NamedTuple):
+    """What a rebuild found."""
+
+    segments: int
+    volumes: int
+    head_entries: int
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return f"index made from {self.segments} segments: {self.volumes} volumes, {self.head_entries} extents"
+
+
+def rebuild_index(data: Path) -> Summary:
+    """Make the index of a data folder anew; a missing identity file comes back from the segments as well.
+
+    Raises:
+        ForebayError: in use, no store, or a segment is damaged or missing (named); the old index is left as it was.
+    """
+    folder = open_folder(data)
+    try:
+        backend = DirBackend(folder.segments)
+        try:
+            if not folder.has_identity:
+                folder.write_identity(_find_store(backend, folder))
+            summary = _build(backend, folder)
+        finally:
+            backend.close()
+        _swap(folder)
+        return summary
+    finally:
+        folder.close()
+
+
+def _build(backend: DirBackend, folder: DataFolder) -> Summary:
+    path = folder.path / NEW_INDEX_NAME
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    index = LmdbIndex(path)
+    try:
+        index.update(lambda writer: write_store(writer, folder.store))
+        segments = replay(backend, index, store=folder.store)
+        index.sync()
+        with index.view() as reader:
+            volumes = sum(1 for _ in reader.scan(Table.VOLUMES, b""))
+            head_entries = sum(1 for _ in reader.scan(Table.HEAD, b""))
+    finally:
+        index.close()
+    return Summary(segments, volumes, head_entries)
+
+
+def _swap(folder: DataFolder) -> None:
+    if folder.index.exists():
+        shutil.rmtree(folder.index)
+    (folder.path / NEW_INDEX_NAME).rename(folder.index)
+    sync_folder(folder.path)
+
+
+def _find_store(backend: DirBackend, folder: DataFolder) -> bytes:
+    names = segment_names(backend)
+    if not names:
+        raise ForebayError(f"{folder.path} holds neither an identity file nor a segment; there is nothing to rebuild")
+    first = names[0].text
+    return decode_header(backend.read(first), place=f"segment {first}").store

@@ -1,0 +1,224 @@
+"""The shell around the engine: starts its commands in threads, brings completions back, and answers requests.
+
+One thread writes segments, one changes the index, a few read; the event loop decides and answers. Invariant: the
+engine is touched from the event loop only.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, assert_never
+
+from forebay_core.errors import ForebayError, RefusedError
+from forebay_core.units import ID_SIZE, KIB, Buffer
+from forebay_store.engine.apply import apply_segments
+from forebay_store.engine.changes import Change, Incoming
+from forebay_store.engine.ports import BackendError
+from forebay_store.engine.queries import Query, answer_query
+from forebay_store.engine.reading import ReadPlan, check_frames, plan_read
+from forebay_store.engine.store import Answer, ApplySegments, Command, PurgeVolume, StoreEngine, WriteSegment
+from forebay_store.engine.volumes import purge_head
+from forebay_store.format.part import PartTable, parse_part
+from forebay_store.format.rows import Table
+from forebay_store.limits import PURGE_ENTRIES_MAX
+from forebay_store.service.opening import OpenStore
+from forebay_wire import messages
+from forebay_wire.peer import Peer
+
+READ_THREADS: Final = 4
+INLINE_SIZE_MAX: Final = 128 * KIB
+"""Bytes that are checked within the event loop; more go to a thread (128 KiB: 20 us of hashing)."""
+
+_LOG: Final = logging.getLogger("forebay.store")
+
+Reply = tuple[messages.AnyMessage, Sequence[Buffer]]
+Done = Callable[[ForebayError | None], None]
+
+
+class StoreShell:
+    """Answers the wire's requests for one open store."""
+
+    def __init__(self, store: OpenStore) -> None:
+        self._store = store
+        self._engine = StoreEngine(store.index, store=store.folder.store, newest=store.newest)
+        self._loop = asyncio.get_running_loop()
+        self._writer = ThreadPoolExecutor(1, "segments")
+        self._indexer = ThreadPoolExecutor(1, "index")
+        self._readers = ThreadPoolExecutor(READ_THREADS, "reads")
+        self._waiting: dict[int, asyncio.Future[messages.AnyMessage]] = {}
+        self._ticket = 0
+        self._reads = 0
+        self._idle = asyncio.Event()
+        self._reported = ""
+        names = store.backend.list()
+        self._segments = len(names)
+        self._segment_bytes = sum(store.backend.stat(name) for name in names)
+        self._pump()
+
+    async def answer(self, peer: Peer, message: messages.AnyMessage, payload: memoryview) -> Reply:
+        """Answer one request; what is raised is answered as Failed by the wire server."""
+        match message:
+            case messages.Read():
+                return await self._read(message)
+            case messages.GetVolume():
+                return self._query(message), ()
+            case messages.ListVolumes() | messages.MapExtents() | messages.Changed():
+                return await self._loop.run_in_executor(self._readers, self._query, message), ()
+            case messages.GetStoreStatus():
+                return await self._status(), ()
+            case messages.StagePart():
+                return await self._change(message, await self._parse(message, payload), (payload,)), ()
+            case (
+                messages.CreateVolume()
+                | messages.ResizeVolume()
+                | messages.DeleteVolume()
+                | messages.OpenVolume()
+                | messages.ReleaseVolume()
+                | messages.CommitCut()
+            ):
+                return await self._change(message, None, ()), ()
+            case _:
+                raise RefusedError(messages.BAD_REQUEST, f"a store does not answer {type(message).__name__}")
+
+    async def stop(self) -> None:
+        """Refuse further changes, finish what is under way and bring the index up."""
+        self._engine.stop()
+        self._pump()
+        await self._idle.wait()
+        self._writer.shutdown()
+        self._indexer.shutdown()
+        self._readers.shutdown()
+
+    # Requests.
+
+    def _query(self, message: Query) -> messages.AnyMessage:
+        with self._store.index.view() as reader:
+            return answer_query(reader, message)
+
+    async def _read(self, message: messages.Read) -> Reply:
+        self._reads += 1
+        with self._store.index.view() as reader:
+            plan = plan_read(reader, message)
+        frames = self._read_now(plan)
+        if frames is None:
+            frames = await self._loop.run_in_executor(self._readers, self._read_slowly, plan)
+        return messages.Blocks(plan.pieces), frames
+
+    def _read_now(self, plan: ReadPlan) -> list[Buffer] | None:
+        """Read what is in the page cache already; None if that would take time."""
+        if sum(read.size for read in plan.reads) > INLINE_SIZE_MAX:
+            return None
+        buffers: list[Buffer] = []
+        for read in plan.reads:
+            buffer = self._store.backend.read_now(read.segment.text, read.offset, read.size)
+            if buffer is None:
+                return None
+            buffers.append(buffer)
+        return check_frames(plan, buffers)
+
+    def _read_slowly(self, plan: ReadPlan) -> list[Buffer]:
+        backend = self._store.backend
+        return check_frames(
+            plan, [backend.read_range(read.segment.text, read.offset, read.size) for read in plan.reads]
+        )
+
+    async def _parse(self, message: messages.StagePart, payload: memoryview) -> PartTable:
+        place = f"part {message.index} of attempt {message.attempt:#x} as received"
+        if payload.nbytes <= INLINE_SIZE_MAX:
+            return parse_part(payload, place=place, stored=True)
+        return await self._loop.run_in_executor(self._readers, lambda: parse_part(payload, place=place, stored=True))
+
+    async def _change(
+        self, message: Change, part: PartTable | None, payload: tuple[Buffer, ...]
+    ) -> messages.AnyMessage:
+        self._ticket += 1
+        ticket = self._ticket
+        future: asyncio.Future[messages.AnyMessage] = self._loop.create_future()
+        self._waiting[ticket] = future
+        incoming = Incoming(message, part, time.time_ns(), secrets.token_bytes(ID_SIZE))
+        self._engine.submit(ticket, incoming, payload)
+        self._pump()
+        try:
+            return await future
+        finally:
+            self._waiting.pop(ticket, None)
+
+    async def _status(self) -> messages.StoreStatus:
+        volumes, free_bytes = await self._loop.run_in_executor(self._readers, self._measure)
+        return messages.StoreStatus(
+            volumes=volumes,
+            segments=self._segments,
+            segment_bytes=self._segment_bytes,
+            free_bytes=free_bytes,
+            incarnation=self._engine.newest.incarnation,
+            reads=self._reads,
+            cuts=self._engine.cuts,
+            error=self._engine.error,
+        )
+
+    def _measure(self) -> tuple[int, int]:
+        """Count volumes and free bytes."""
+        with self._store.index.view() as reader:
+            volumes = sum(1 for _ in reader.scan(Table.VOLUMES, b""))
+        disk = os.statvfs(self._store.folder.path)
+        return volumes, disk.f_bavail * disk.f_frsize
+
+    # Commands.
+
+    def _pump(self) -> None:
+        """Start what the engine wants."""
+        for command in self._engine.take_commands():
+            self._start(command)
+        if self._engine.error and not self._reported:
+            self._reported = self._engine.error
+            _LOG.error("the store refuses changes: %s", self._engine.error)
+        if self._engine.idle:
+            self._idle.set()
+        else:
+            self._idle.clear()
+
+    def _start(self, command: Command) -> None:
+        match command:
+            case Answer():
+                future = self._waiting.get(command.ticket)
+                if future is not None and not future.done():
+                    future.set_result(command.message)
+            case WriteSegment():
+                self._run(self._writer, lambda: self._write(command), self._engine.complete_write)
+            case ApplySegments():
+                self._run(self._indexer, lambda: self._apply(command), self._engine.complete_apply)
+            case PurgeVolume():
+                finished: list[bool] = []
+                self._run(
+                    self._indexer,
+                    lambda: finished.append(self._purge(command)),
+                    lambda error: self._engine.complete_purge(command.volume, finished == [True], error),
+                )
+            case _:
+                assert_never(command)
+
+    def _write(self, command: WriteSegment) -> None:
+        self._store.backend.create(command.name.text, command.buffers)
+        self._segments += 1
+        self._segment_bytes += command.size
+
+    def _apply(self, command: ApplySegments) -> None:
+        self._store.index.update(lambda writer: apply_segments(writer, command.segments))
+
+    def _purge(self, command: PurgeVolume) -> bool:
+        return self._store.index.update(lambda writer: purge_head(writer, command.volume, PURGE_ENTRIES_MAX))
+
+    def _run(self, thread: ThreadPoolExecutor, work: Callable[[], None], done: Done) -> None:
+        future = self._loop.run_in_executor(thread, work)
+        future.add_done_callback(lambda ended: self._completed(ended.exception(), done))
+
+    def _completed(self, error: BaseException | None, done: Done) -> None:
+        if error is not None and not isinstance(error, ForebayError):
+            _LOG.error("a bug in the store", exc_info=error)
+            error = BackendError(f"a bug ({type(error).__name__}: {error})")
+        done(error)
+        self._pump()
