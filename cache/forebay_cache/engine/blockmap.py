@@ -226,6 +226,12 @@ class BlockMap:
         np.subtract.at(self.live_array, linked // self.zone_blocks, _ONE)
         return int(linked.size)
 
+    def unlink_places(self, places: PlaceArray) -> None:
+        """Take distinct linked places out of the map but leave them held, as `unlink` does."""
+        keys = self.key_array.take(places)
+        self.clear_places(places)
+        self.key_array[places] = keys
+
     def clear_zone(self, first_place: int, count: int) -> int:
         """Empty a run of places, whether linked, held or empty; return how many were linked."""
         return self.clear_places(np.arange(first_place, first_place + count, dtype=np.int64))

@@ -2,7 +2,9 @@
 
 from typing import Final
 
+from forebay_cache.format.checkpoint import VOLUME_COUNT_MAX
 from forebay_core.units import LBA_BITS
+from forebay_wire.limits import HOLES_PER_PART_MAX
 
 VOLUME_KEY_BITS: Final = 64 - LBA_BITS
 VOLUME_KEY_MAX: Final = (1 << VOLUME_KEY_BITS) - 1
@@ -45,5 +47,44 @@ Measured 2026-11, Zipf(0.9) over 10 times the cache: hit ratio and blocks writte
 share of 0.3, 0.647 and 0.73 at 0.5, 0.655 and 0.89 at 0.6, 0.662 and 1.19 at 0.7, 0.670 and 4.4 at 0.9.
 """
 
+RECORDS_IN_FLIGHT_MAX: Final = 2
+"""Records given to the device at a time: one being written, one behind it; others gather meanwhile, so they grow."""
+
+ZONES_RESERVED: Final = 3
+"""Free zones that guests and fills may not take: moves, seals and state records need them."""
+
+ZONES_SPARE_MIN: Final = 5
+ZONES_SPARE_MAX: Final = 64
+"""Free zones that reclaim keeps ahead of the writers: a 64th of the device within these bounds."""
+
+VICTIM_CANDIDATES: Final = 8
+"""Zones that are looked at for one victim; one look costs about 20 us."""
+
+PART_BLOCKS: Final = 1024
+"""Blocks of one part of a cut: 4 MiB of plain data in one message."""
+
+PARTS_IN_FLIGHT_MAX: Final = 3
+"""Parts being built or staged, of all volumes."""
+
+HOLES_PER_PART: Final = 32768
+HOLES_KEPT_MAX: Final = 65536
+"""Holes that one volume may know; beyond it trims wait until a cut is acknowledged and clean ones are forgotten."""
+
+QUEUED_BLOCKS_FILL_MAX: Final = 4096
+"""Blocks waiting in the log beyond which what was fetched is not kept."""
+
+ALLOCATION_BLOCKS_MAX: Final = 16384
+"""Blocks that one answer about allocation looks at."""
+
+CHECKPOINT_LOG_BYTES_MAX: Final = 1 << 30
+CHECKPOINT_RECORDS_MAX: Final = 32768
+"""Log written since a checkpoint that makes the next one due: what a restart has to replay."""
+
+VOLUMES_MAX: Final = 1000
+"""Volumes that one device knows, attached or cached; the one that was closed longest ago is forgotten for a new one."""
+
+assert ZONES_RESERVED < ZONES_SPARE_MIN <= ZONES_SPARE_MAX
+assert HOLES_PER_PART + PART_BLOCKS <= HOLES_PER_PART_MAX
+assert VOLUMES_MAX <= VOLUME_COUNT_MAX
 assert SCALAR_KEYS_MAX < RANGE_LOOKUPS_MAX
 assert PLACES_MAX < 0xFFFFFFFE

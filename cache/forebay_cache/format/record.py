@@ -151,6 +151,11 @@ def record_xxh3(block: Buffer) -> int:
     return found
 
 
+def peek_header(block: Buffer) -> RecordHeader:
+    """Return the fixed fields of any 4096 bytes, unchecked: only to guess what they once were."""
+    return RecordHeader(*HEADER.unpack_from(block)[2:])
+
+
 def pack_note(note: VolumeNote) -> bytes:
     """Return the entry area of a NOTE record that holds one volume row; its `entry_count` is 1."""
     entry = ENTRY.pack(BLOB_VOLUME, 0, VOLUME_NOTE.size, note.volume_key, BLOB, 0, SECTOR_MASK_ALL, 0)

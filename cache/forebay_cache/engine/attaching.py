@@ -1,0 +1,185 @@
+"""Attaching and detaching: how what the cache holds of a volume and what the store holds come together.
+
+The store's version decides. Equal: all that is cached is valid. Ahead by our own doing (an acknowledgement was lost):
+taken over. Ahead otherwise: what changed since is dropped, unless we hold changes of our own, which are never merged
+silently. Behind: refused by the store when it is asked with our version.
+
+Invariants:
+    A volume is served only after its row, and what was dropped for it, is durable.
+Crash: the row in the log says whether the volume is attached, held with dirty blocks, or released.
+"""
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from forebay_cache.engine.limits import VOLUMES_MAX
+from forebay_cache.engine.log import Settled
+from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format import record
+from forebay_core.errors import ForebayError
+from forebay_core.extents import Extent
+from forebay_core.units import Epoch, Version, VolumeId, format_size
+
+if TYPE_CHECKING:
+    from forebay_cache.engine.cache import CacheEngine
+
+
+class StoreView(NamedTuple):
+    """What the store said when it granted the right to write."""
+
+    id: VolumeId
+    name: str
+    size: int
+    epoch: Epoch
+    version: Version
+
+
+class Standing(enum.Enum):
+    """How cache and store relate."""
+
+    VALID = "valid"
+    STALE = "stale"  # ask what changed since `acknowledged`
+    CONFLICT = "conflict"
+
+
+class Attaching:
+    """Brings volumes in and lets them go."""
+
+    def __init__(self, engine: "CacheEngine") -> None:
+        self._engine = engine
+
+    def acknowledged(self, volume_id: VolumeId) -> Version:
+        """Return the version to ask the store with; 0 for a volume that the device does not know."""
+        volume = self._engine.by_id(volume_id)
+        return volume.acknowledged if volume is not None else Version(0)
+
+    def compare(self, view: StoreView) -> Standing:
+        """Tell whether what is cached may be served."""
+        volume = self._engine.by_id(view.id)
+        if volume is None or view.version == volume.acknowledged:
+            foreign = volume is not None and volume.has_changes and view.epoch != volume.epoch
+            return Standing.CONFLICT if foreign else Standing.VALID
+        if _is_own_history(volume, view):
+            return Standing.VALID
+        return Standing.CONFLICT if volume.has_changes else Standing.STALE
+
+    def attach(
+        self,
+        view: StoreView,
+        stale: Sequence[Extent],
+        *,
+        read_only: bool,
+        attached: Callable[[CacheVolume | None], None],
+    ) -> None:
+        """Serve a volume from now on. `stale` is what changed since our version; None answers a failed device.
+
+        Raises:
+            ForebayError: it is attached already, or holds changes that the store does not know and would not take.
+        """
+        engine = self._engine
+        volume = engine.by_id(view.id)
+        if volume is not None and volume.attached:
+            raise ForebayError(f"volume {view.name} is attached already")
+        if self.compare(view) is Standing.CONFLICT:
+            assert volume is not None
+            dirty = format_size(volume.dirty_blocks << 12)
+            raise ForebayError(
+                f"volume {view.name} was changed elsewhere while this cache still holds {dirty} of changes that the "
+                f"store has never seen; they are kept on the device and not merged"
+            )
+        if volume is None:
+            self._make_room()
+            volume = CacheVolume(engine, self._next_key(), view.id, view.name, view.size)
+            engine.volumes[volume.key] = volume
+        self._take_over(volume, view)
+        volume.resize(view.name, view.size, read_only=read_only)
+        found = volume
+        self._drop(found, stale, view.version, lambda ok: self._admit(found, ok, attached))
+
+    def reopened(self, volume: CacheVolume, view: StoreView) -> None:
+        """The store granted our epoch again, after a reconnect or a restart: go on destaging."""
+        standing = self.compare(view)
+        if standing is Standing.VALID and view.epoch == volume.epoch:
+            self._take_over(volume, view)
+            self._engine.destage.resume(volume)
+        else:
+            self._engine.destage.stop_volume(
+                volume,
+                f"the store is at epoch {view.epoch}, version {view.version:#x}, this cache at epoch {volume.epoch}, "
+                f"version {volume.acknowledged:#x}: the volume was changed elsewhere; detach and attach it again",
+            )
+
+    def detach(self, volume: CacheVolume, *, leave_dirty: bool, settled: Settled) -> None:
+        """Stop serving. The fronts have closed it; without `leave_dirty` it is drained and released upstream."""
+        volume.attached = False
+        volume.held = leave_dirty
+        volume.destaging = False
+        volume.error = ""
+        self._note(volume, settled)
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _take_over(self, volume: CacheVolume, view: StoreView) -> None:
+        volume.take_epoch(view.epoch)
+        volume.adopt(view.version)
+        volume.destaging = True
+        volume.error = ""
+        volume.warning = ""
+
+    def _drop(self, volume: CacheVolume, stale: Sequence[Extent], version: Version, settled: Settled) -> None:
+        """Make the stale blocks vanish, twice: a move of one that is under way may be logged behind the first time,
+        and replay, which begins anywhere, must meet a drop behind it."""
+        if not stale:
+            settled(True)
+            return
+
+        def append(behind: Settled) -> None:
+            log = self._engine.log
+            for extent in stale[:-1]:
+                log.add_event(record.DROP, volume.key, extent.start, version, extent.count)
+            log.add_event(record.DROP, volume.key, stale[-1].start, version, stale[-1].count, behind)
+            log.kick()
+
+        for extent in stale:
+            self._engine.fetches.touch(volume, extent)
+        append(lambda ok: append(settled) if ok else settled(False))
+
+    def _admit(self, volume: CacheVolume, ok: bool, attached: Callable[[CacheVolume | None], None]) -> None:
+        volume.attached = volume.held = ok
+        if not ok:
+            attached(None)
+            return
+        self._note(volume, lambda noted: attached(volume if noted else None))
+
+    def _note(self, volume: CacheVolume, settled: Settled) -> None:
+        log = self._engine.log
+
+        def written(ok: bool) -> None:
+            if ok:
+                log.when_durable(log.applied.position, settled)
+            else:
+                settled(False)
+
+        log.add_note(volume.note(), written)
+
+    def _next_key(self) -> int:
+        return max(self._engine.volumes, default=0) + 1
+
+    def _make_room(self) -> None:
+        """Forget the released volume with the lowest key when the table is full."""
+        engine = self._engine
+        if len(engine.volumes) < VOLUMES_MAX:
+            return
+        for key, volume in sorted(engine.volumes.items()):
+            if not volume.held:
+                for places in engine.map.remove_range(key << 40, 1 << 40, below=(1 << 64) - 1):
+                    engine.policy.removed(places)
+                del engine.volumes[key]
+                return
+        raise ForebayError(f"{VOLUMES_MAX} volumes are attached to this cache; detach one first")
+
+
+def _is_own_history(volume: CacheVolume, view: StoreView) -> bool:
+    """Tell whether a store that moved on did so only by what this device sent."""
+    return view.epoch == volume.epoch and volume.acknowledged < view.version <= volume.version

@@ -1,0 +1,274 @@
+"""The engine of the cache daemon: one device, all its volumes, no I/O of its own.
+
+It is called by fronts (through `CacheVolume`), by the shell's completions, and by `tick`; it calls the ports. All on
+one thread, none of it waits.
+
+Invariants:
+    After `failed` is set nothing is written any more and every request is answered with an error.
+    `dirty_blocks` is never less than the blocks that are newer than upstream.
+Crash: `recovery.recover` makes what this class starts from.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay_cache.engine.allocations import Allocations
+from forebay_cache.engine.apply import Apply
+from forebay_cache.engine.attaching import Attaching
+from forebay_cache.engine.checkpoints import Checkpoints
+from forebay_cache.engine.destage import Destage
+from forebay_cache.engine.fetches import Fetches
+from forebay_cache.engine.limits import HOLES_KEPT_MAX, QUEUED_BLOCKS_FILL_MAX, ZONES_RESERVED
+from forebay_cache.engine.log import Log, Settled
+from forebay_cache.engine.policy import AgedFrequency, Policy
+from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
+from forebay_cache.engine.reads import Reads
+from forebay_cache.engine.reclaim import Reclaim
+from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
+from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.engine.writes import Writes
+from forebay_cache.format import record
+from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY
+from forebay_core.extents import Extent
+from forebay_core.units import LBA_BITS, Epoch, Version, VolumeId
+
+
+class EngineSettings(NamedTuple):
+    """What an admin may set. `fill_blocks` divides 240; times are nanoseconds."""
+
+    cut_blocks_max: int = 65536
+    cut_age_ns_max: int = 10_000_000_000
+    dirty_share_max: float = 0.6
+    fill_blocks: int = 4
+    retry_ns: int = 2_000_000_000
+
+
+class _Timer(NamedTuple):
+    due_ns: int
+    act: Callable[[], None]
+
+
+class CacheEngine:
+    """State shared by the parts, and what the shell calls. `life` is random for each start of the daemon."""
+
+    def __init__(
+        self,
+        recovered: Recovered,
+        *,
+        device: Device,
+        upstream: Upstream,
+        builder: Builder,
+        settings: EngineSettings,
+        life: int,
+        report: Callable[[str], None],
+    ) -> None:
+        self.superblock = recovered.superblock
+        self.map = recovered.map
+        self.zones = recovered.zones
+        self.zones_offset = recovered.zones.zones_offset
+        self.device = device
+        self.upstream = upstream
+        self.builder = builder
+        self.settings = settings
+        self.life = life
+        self.report = report
+        self.failed = ""
+        self.policy: Policy = AgedFrequency(recovered.map.place_count)
+        self.policy.restore(0, recovered.counts)
+        self.volumes: dict[int, CacheVolume] = {}
+        self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
+        self.dirty_blocks = 0
+        self.log = Log(device, self.zones, device_tag=device_tag(self.superblock), life=life, apply=Apply(self))
+        self.reads = Reads(self)
+        self.writes = Writes(self)
+        self.fetches = Fetches(
+            upstream, unit_blocks=settings.fill_blocks, pending=self.writes.changing, offer=self._offer
+        )
+        self.allocations = Allocations(self)
+        self.destage = Destage(self)
+        self.reclaim = Reclaim(self)
+        self.checkpoints = Checkpoints(self, recovered.kept)
+        self.attaching = Attaching(self)
+        self._timers: list[_Timer] = []
+        self._now_ns = 0
+        self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
+        for volume in recovered.volumes.values():
+            self._recover_volume(volume)
+        self._find_dirty_blocks()
+        self._start_point = recovered.point
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to write. The device was synced since it was recovered."""
+        self.log.begin(self._start_point)
+        self.checkpoints.want()
+
+    def tick(self, now_ns: int, wall_ns: int) -> None:
+        """Let time pass: called about every 50 ms with a monotonic and the wall clock."""
+        self._now_ns = now_ns
+        due = [timer for timer in self._timers if timer.due_ns <= now_ns]
+        self._timers = [timer for timer in self._timers if timer.due_ns > now_ns]
+        for timer in due:
+            timer.act()
+        self.count_dirty_blocks()
+        self.destage.tick(now_ns, wall_ns)
+        self.checkpoints.step()
+        self.policy.step()
+        self.reclaim.kick()
+        self.log.kick()
+        self.resume_writers()
+
+    def after(self, delay_ns: int, act: Callable[[], None]) -> None:
+        """Act at the first tick after so many nanoseconds."""
+        self._timers.append(_Timer(self._now_ns + delay_ns, act))
+
+    def stop(self, settled: Settled) -> None:
+        """Make everything acknowledged durable and leave a fresh checkpoint; fronts are closed already."""
+        self.log.kick()
+        self.checkpoints.want(settled)
+
+    def fail(self, reason: str) -> None:
+        """The device can't be trusted any more: stop, and answer everybody who waits."""
+        if not self.failed:
+            self.failed = reason
+            self.report(f"the cache device failed and is not used any more: {reason}; restart to recover")
+            self.log.fail()
+            self.writes.fail()
+            self.destage.fail()
+
+    # --- volumes ----------------------------------------------------------------------------------------------
+
+    def attached(self) -> list[CacheVolume]:
+        """Return the volumes that fronts may serve."""
+        return [volume for volume in self.volumes.values() if volume.attached]
+
+    def by_id(self, volume_id: VolumeId) -> CacheVolume | None:
+        """Return a volume that the device knows, attached or not."""
+        return next((volume for volume in self.volumes.values() if volume.id == volume_id), None)
+
+    def held(self) -> list[CacheVolume]:
+        """Return the volumes whose epoch is ours: the attached ones and those left dirty."""
+        return [volume for volume in self.volumes.values() if volume.held]
+
+    def set_acknowledged(self, volume_key: int, version: Version) -> None:
+        """Keep the array of acknowledged versions, by volume key, in step."""
+        if volume_key >= self.acknowledged_versions.size:
+            grown = np.zeros(2 * volume_key, np.uint64)
+            grown[: self.acknowledged_versions.size] = self.acknowledged_versions
+            self.acknowledged_versions = grown
+        self.acknowledged_versions[volume_key] = version
+
+    def cached_blocks(self) -> dict[int, int]:
+        """Return mapped blocks by volume key; looks at every place, for status only."""
+        keys = self.map.key_array
+        counts = np.bincount((keys[keys != 0] >> np.uint64(LBA_BITS)).astype(np.int64))
+        return {key: int(counts[key]) for key in self.volumes if key < counts.size}
+
+    # --- services to the parts --------------------------------------------------------------------------------
+
+    def has_room(self, volume: CacheVolume) -> bool:
+        """Tell whether one more change of a guest may be appended; if not, see to it that it soon may."""
+        if (
+            len(self.zones.free) > ZONES_RESERVED
+            and self.dirty_blocks < self._dirty_max
+            and len(volume.holes) < HOLES_KEPT_MAX
+        ):
+            return True
+        self.reclaim.kick()
+        self.destage.relieve()
+        return False
+
+    def record_applied(self) -> None:
+        """A record is in the map: let those go on who waited for it or for room."""
+        self.writes.applied()
+        self.reclaim.kick()
+        self.resume_writers()
+
+    def resume_writers(self) -> None:
+        """There may be room again."""
+        self.writes.resume()
+
+    def hold_zones(self, places: npt.NDArray[np.int64]) -> list[int]:
+        """Keep the zones of these places as they are until `release_zones`."""
+        zones: list[int] = np.unique(places // self.zones.zone_blocks).tolist()
+        for zone in zones:
+            self.zones.readers[zone] += 1
+        return zones
+
+    def release_zones(self, zones: Sequence[int]) -> None:
+        """Undo `hold_zones`."""
+        for zone in zones:
+            self.zones.readers[zone] -= 1
+
+    def count_dirty_blocks(self) -> None:
+        """Count anew; in between `dirty_blocks` only grows."""
+        self.dirty_blocks = sum(volume.dirty_blocks for volume in self.volumes.values())
+
+    def drop_block(self, key: int, place: int) -> None:
+        """Forget a clean block."""
+        self.policy.removed(np.array([place]))
+        self.map.remove(key)
+
+    def report_corruption(
+        self, volume: CacheVolume, lba: int, place: int, expected: int, found: int | None, *, clean: bool
+    ) -> None:
+        """Say where a block is bad and what becomes of it."""
+        then = "it is fetched again" if clean else "only this copy existed; reading it is an error"
+        what = "it can't be read" if found is None else f"expected checksum {expected:#x}, found {found:#x}"
+        self.report(
+            f"corrupt block {lba} of volume {volume.name} at offset {self.zones.offset_of(place)}: {what}; {then}"
+        )
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _offer(self, volume: CacheVolume, piece: FetchedPiece) -> None:
+        """Keep what was fetched, if there is room for it."""
+        if self.failed or volume.key not in self.volumes:
+            return
+        find = self.map.find
+        first = volume.key << LBA_BITS
+        absent = [lba for lba in range(piece.extent.start, piece.extent.end) if find(first | lba) < 0]
+        if piece.plain is None:
+            if len(volume.holes) < HOLES_KEPT_MAX // 2:
+                for lba in absent:
+                    volume.holes.add_where_absent(Extent(lba, 1), piece.version)
+            return
+        if len(self.zones.free) <= ZONES_RESERVED + 1 or self.log.queued_blocks > QUEUED_BLOCKS_FILL_MAX:
+            return
+        view = memoryview(piece.plain)
+        for lba in absent:
+            i = lba - piece.extent.start
+            self.log.seal_if_full()
+            batch, _ = self.log.data_batch()
+            self.log.add_data(batch, record.FILL, volume.key, lba, piece.version, piece.checksums[i])
+            batch.buffers.append(view[i << 12 : (i + 1) << 12])
+        self.log.seal_if_full()
+        self.log.kick()
+
+    def _recover_volume(self, found: RecoveredVolume) -> None:
+        note = found.note
+        volume = CacheVolume(self, note.volume_key, VolumeId(note.volume_id), note.name, note.size)
+        volume.resize(note.name, note.size, read_only=bool(note.flags & READ_ONLY))
+        volume.epoch = Epoch(note.epoch)
+        volume.attached = not note.flags & (LEFT_DIRTY | CLOSED)
+        volume.held = not note.flags & CLOSED
+        volume.version = volume.applied = Version(max(found.version, found.acknowledged))
+        volume.acknowledged = Version(found.acknowledged)
+        volume.holes = found.holes
+        self.volumes[note.volume_key] = volume
+
+    def _find_dirty_blocks(self) -> None:
+        """List what is newer than upstream, for all volumes at once."""
+        keys = self.map.key_array
+        volume_keys = (keys >> np.uint64(LBA_BITS)).astype(np.int64)
+        known = volume_keys < self.acknowledged_versions.size
+        acknowledged = self.acknowledged_versions.take(np.where(known, volume_keys, 0))
+        dirty = np.flatnonzero((keys != 0) & (self.map.version_array > acknowledged))
+        for key, volume in self.volumes.items():
+            mine = keys[dirty[volume_keys[dirty] == key]] & np.uint64((1 << LBA_BITS) - 1)
+            volume.dirty.frombytes(mine.tobytes())
+        self.count_dirty_blocks()

@@ -1,0 +1,203 @@
+"""Writing checkpoints: chunk by chunk while the log goes on, so nobody waits for one.
+
+A checkpoint is fuzzy: what it holds of a place may be newer than the log position that replay starts from, never
+older; replaying what came since makes it exact. The two areas are used in turn.
+
+Invariants:
+    The header is written when a sync has covered all chunks, and with them every record that a chunk shows.
+    `replay_position` is that of the older of the two checkpoints on the device: either may be needed.
+Crash: a checkpoint without its header never was.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from forebay_cache.engine.limits import CHECKPOINT_LOG_BYTES_MAX, CHECKPOINT_RECORDS_MAX
+from forebay_cache.engine.log import LogPoint, Settled
+from forebay_cache.format import checkpoint
+from forebay_cache.format.checkpoint import CheckpointHeader, CheckpointLayout, Chunk, VolumeState
+from forebay_core.checksums import checksum
+from forebay_core.units import Buffer
+
+if TYPE_CHECKING:
+    from forebay_cache.engine.cache import CacheEngine
+    from forebay_cache.engine.volume import CacheVolume
+
+
+class Kept(NamedTuple):
+    """A checkpoint that is on the device."""
+
+    sequence: int
+    area: int
+    position: int
+    zone: int
+
+
+class _Pass:
+    """One checkpoint in the making."""
+
+    def __init__(self, area: int, sequence: int, point: LogPoint, volumes: list[VolumeState], place_count: int) -> None:
+        self.area = area
+        self.sequence = sequence
+        self.point = point
+        self.volume_table = checkpoint.encode_volumes(volumes)
+        self.volume_count = len(volumes)
+        self.hole_count = sum(volume.holes.size for volume in volumes)
+        self.place_count = place_count
+        self.chunks: list[Chunk] = []
+        self.sums: list[int] = []
+
+
+class Checkpoints:
+    """Decides when, and writes one at a time."""
+
+    def __init__(self, engine: "CacheEngine", kept: list[Kept]) -> None:
+        self._engine = engine
+        self._kept = sorted(kept, reverse=True)[:2]
+        self._pass: _Pass | None = None
+        self._writing = False
+        self._wanted = False
+        self._settled: list[Settled] = []
+        self._log_bytes = 0
+        self._records = 0
+        zone_bytes = engine.zones.zone_blocks << 12
+        self._log_bytes_max = min(CHECKPOINT_LOG_BYTES_MAX, max(1, engine.zones.zone_count // 16) * zone_bytes)
+        self.bytes_written = 0
+
+    @property
+    def replay_position(self) -> int:
+        """Zones opened at or behind this log position are needed for replay."""
+        return self._kept[-1].position
+
+    @property
+    def replay_zones(self) -> tuple[int, ...]:
+        """Zones in which a replay would begin."""
+        return tuple(kept.zone for kept in self._kept)
+
+    def want(self, settled: Settled | None = None) -> None:
+        """Make a checkpoint soon; `settled` is told of one that begins after this call."""
+        self._wanted = True
+        if settled is not None:
+            self._settled.append(settled)
+        self.step()
+
+    def step(self) -> None:
+        """Go one step further; called at every tick, and in a row while somebody wants the checkpoint."""
+        engine = self._engine
+        if self._writing or engine.failed:
+            return
+        if self._pass is None:
+            if self._wanted or self._is_due():
+                self._begin()
+            return
+        self._write_next(self._pass)
+
+    def _is_due(self) -> bool:
+        log = self._engine.log
+        return (
+            log.bytes_written - self._log_bytes >= self._log_bytes_max
+            or log.records_written - self._records >= CHECKPOINT_RECORDS_MAX
+        )
+
+    def _begin(self) -> None:
+        engine = self._engine
+        newest = self._kept[0]
+        volumes = [_state_of(volume) for volume in engine.volumes.values()]
+        used = np.flatnonzero(engine.map.live_array)
+        place_count = (int(used[-1]) + 1) * engine.zones.zone_blocks if used.size else 0
+        area = 1 - newest.area
+        self._pass = _Pass(area, newest.sequence + 1, engine.log.applied, volumes, place_count)
+        self._pass.chunks = self._layout(self._pass).chunks
+        self._log_bytes = engine.log.bytes_written
+        self._records = engine.log.records_written
+        self._wanted = False
+        self.step()
+
+    def _layout(self, one: _Pass) -> CheckpointLayout:
+        return CheckpointLayout(one.place_count, self._engine.zones.zone_count, one.volume_count, one.hole_count)
+
+    def _write_next(self, one: _Pass) -> None:
+        if len(one.sums) < len(one.chunks):
+            chunk = one.chunks[len(one.sums)]
+            block = self._content(one, chunk)
+            one.sums.append(checksum(block))
+            self._write(one, chunk.offset, block, self._written)
+        else:
+            table = checkpoint.encode_table(one.sums)
+            self._write(one, self._layout(one).table.offset, table, lambda: self._sync_body(one, checksum(table)))
+
+    def _content(self, one: _Pass, chunk: Chunk) -> bytes:
+        engine = self._engine
+        layout = self._layout(one)
+        if chunk in layout.volume_chunks:
+            return one.volume_table[chunk.first : chunk.first + chunk.count].ljust(chunk.padded_size, b"\0")
+        part = slice(chunk.first, chunk.first + chunk.count)
+        if chunk in layout.zone_chunks:
+            zones = engine.zones
+            rows = np.zeros(chunk.count, checkpoint.ZONE_DTYPE)
+            rows["first_position"] = np.frombuffer(zones.first_positions, np.uint64)[part]
+            rows["incarnation"] = np.frombuffer(zones.incarnations, np.uint32)[part]
+            rows["state"] = np.frombuffer(zones.states, np.uint8)[part]
+            return checkpoint.encode_zones(rows)
+        table = engine.map
+        keys = np.where(table.linked_mask(chunk.first, chunk.count), table.key_array[part], np.uint64(0))
+        counts = engine.policy.counts[part]
+        return checkpoint.encode_places(keys, table.version_array[part], table.checksum_array[part], counts)
+
+    def _write(self, one: _Pass, offset: int, block: Buffer, then: Callable[[], None]) -> None:
+        self._writing = True
+        self.bytes_written += len(block)
+
+        def done(ok: bool) -> None:
+            self._writing = False
+            if ok:
+                then()
+            else:
+                self._engine.fail("a checkpoint could not be written")
+
+        self._engine.device.write(self._engine.superblock.checkpoint_offsets[one.area] + offset, [block], done)
+
+    def _written(self) -> None:
+        if self._settled or self._wanted:
+            self.step()
+
+    def _sync_body(self, one: _Pass, table_xxh3: int) -> None:
+        self._writing = True
+        self._engine.log.barrier(lambda ok: self._write_header(one, table_xxh3) if ok else None)
+
+    def _write_header(self, one: _Pass, table_xxh3: int) -> None:
+        engine = self._engine
+        header = CheckpointHeader(
+            device=engine.superblock.device,
+            sequence=one.sequence,
+            log_position=one.point.position,
+            previous_xxh3=one.point.chain,
+            replay_zone=one.point.zone,
+            replay_block=one.point.block,
+            replay_incarnation=engine.zones.incarnations[one.point.zone],
+            place_count=one.place_count,
+            zone_count=engine.zones.zone_count,
+            volume_count=one.volume_count,
+            hole_count=one.hole_count,
+            chunk_count=0,
+            table_xxh3=table_xxh3,
+        )
+        block = checkpoint.encode_checkpoint_header(header)
+        self._write(one, 0, block, lambda: engine.log.barrier(lambda ok: self._complete(one) if ok else None))
+
+    def _complete(self, one: _Pass) -> None:
+        self._kept = [Kept(one.sequence, one.area, one.point.position, one.point.zone), self._kept[0]]
+        self._pass = None
+        settled, self._settled = self._settled, []
+        for tell in settled:
+            tell(True)
+        self._engine.reclaim.kick()
+        if self._wanted:
+            self.step()
+
+
+def _state_of(volume: "CacheVolume") -> VolumeState:
+    holes = np.array([(h.start, h.end - h.start, h.version) for h in volume.holes], checkpoint.HOLE_DTYPE)
+    return VolumeState(volume.note(), volume.applied, volume.acknowledged, holes)

@@ -1,0 +1,176 @@
+"""Fetches under way: blocks that reads miss are asked for once, in aligned units, and offered to the cache.
+
+Invariants:
+    A block that was written or trimmed since its unit's fetch began is in `touched`: what the fetch brings for it is
+    given to those who waited before, never inserted, and no later read joins the unit for it.
+    A unit is in `_units` exactly while reads may join it.
+Crash: nothing is kept; a fetch that was under way never happened.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from forebay_cache.engine.ports import FetchedPiece, Upstream, UpstreamRefusal
+from forebay_core.extents import Extent, from_blocks
+from forebay_core.units import BLOCK_SIZE, LBA_BITS
+from forebay_wire.limits import READ_BLOCKS_MAX
+
+if TYPE_CHECKING:
+    from forebay_cache.engine.volume import CacheVolume
+
+Arrived = Callable[[Sequence[FetchedPiece] | UpstreamRefusal], None]
+
+
+class Unit:
+    """One aligned run of blocks being fetched."""
+
+    __slots__ = ("extent", "key", "touched", "volume", "waiting")
+
+    def __init__(self, volume: "CacheVolume", key: int, extent: Extent) -> None:
+        self.volume = volume
+        self.key = key
+        self.extent = extent
+        self.touched = 0  # a bit for each block
+        self.waiting: list[tuple[Extent, Arrived]] = []
+
+    def touch(self, extent: Extent) -> None:
+        """These blocks changed."""
+        self.touched |= self._bits(extent)
+
+    def touches(self, extent: Extent) -> bool:
+        """Whether a block of the extent changed since the fetch began."""
+        return self.touched & self._bits(extent) != 0
+
+    def untouched(self) -> list[Extent]:
+        """Return the blocks that did not change."""
+        start = self.extent.start
+        return from_blocks([start + bit for bit in range(self.extent.count) if not self.touched >> bit & 1])
+
+    def _bits(self, extent: Extent) -> int:
+        common = self.extent.intersect(extent)
+        return 0 if common is None else ((1 << common.count) - 1) << common.start - self.extent.start
+
+
+class Fetches:
+    """All units under way. `offer` gets each untouched piece that arrives."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        *,
+        unit_blocks: int,
+        pending: Callable[[int, Extent], Sequence[Extent]],
+        offer: Callable[["CacheVolume", FetchedPiece], None],
+    ) -> None:
+        assert READ_BLOCKS_MAX % unit_blocks == 0
+        self._upstream = upstream
+        self._unit_blocks = unit_blocks
+        self._pending = pending
+        self._offer = offer
+        self._units: dict[int, Unit] = {}
+        self.under_way = 0
+
+    def want(self, volume: "CacheVolume", extent: Extent, arrived: Arrived) -> int:
+        """Fetch the blocks of an extent that is in neither cache nor hole map.
+
+        `arrived` runs once for each unit that the extent touches, later, with pieces clipped to the extent, or with
+        a refusal. Returns how many times it will run.
+        """
+        fresh: list[Unit] = []
+        count = 0
+        for key, whole in self._units_of(volume, extent):
+            wanted = extent.intersect(whole)
+            assert wanted is not None
+            unit = self._units.get(key)
+            if unit is None or unit.touches(wanted):
+                unit = Unit(volume, key, whole)
+                for changing in self._pending(volume.key, whole):
+                    unit.touch(changing)
+                self._units[key] = unit
+                fresh.append(unit)
+            unit.waiting.append((wanted, arrived))
+            count += 1
+        for at in range(0, len(fresh), READ_BLOCKS_MAX // self._unit_blocks):
+            self._fetch(volume, fresh[at : at + READ_BLOCKS_MAX // self._unit_blocks])
+        return count
+
+    def touch(self, volume: "CacheVolume", extent: Extent) -> None:
+        """Blocks were written or trimmed: what is under way for them is stale for everybody who comes later."""
+        if not self._units:
+            return
+        if extent.count > self._unit_blocks * len(self._units):
+            keys = [key for key, unit in self._units.items() if unit.volume is volume]
+        else:
+            keys = [key for key, _ in self._units_of(volume, extent)]
+        for key in keys:
+            unit = self._units.get(key)
+            if unit is not None:
+                unit.touch(extent)
+
+    def _units_of(self, volume: "CacheVolume", extent: Extent) -> Iterator[tuple[int, Extent]]:
+        size = self._unit_blocks
+        for start in range(extent.start - extent.start % size, extent.end, size):
+            yield volume.key << LBA_BITS | start, Extent(start, min(size, volume.block_count - start))
+
+    def _fetch(self, volume: "CacheVolume", units: list[Unit]) -> None:
+        self.under_way += 1
+        extents = [unit.extent for unit in units]
+        self._upstream.fetch(
+            volume.id, extents, volume.acknowledged, lambda answer: self._arrived(volume, units, answer)
+        )
+
+    def _arrived(
+        self, volume: "CacheVolume", units: list[Unit], answer: Sequence[FetchedPiece] | UpstreamRefusal
+    ) -> None:
+        self.under_way -= 1
+        for unit in units:
+            if self._units.get(unit.key) is unit:
+                del self._units[unit.key]
+        if isinstance(answer, UpstreamRefusal):
+            for unit in units:
+                for _, arrived in unit.waiting:
+                    arrived(answer)
+            return
+        cursor = _Pieces(answer)
+        for unit in units:
+            pieces = cursor.take(unit.extent)
+            for extent in unit.untouched():
+                for piece in clip(pieces, extent):
+                    self._offer(volume, piece)
+            for wanted, arrived in unit.waiting:
+                arrived(clip(pieces, wanted))
+
+
+class _Pieces:
+    """Hands out the pieces of an answer unit by unit; both are sorted."""
+
+    def __init__(self, pieces: Sequence[FetchedPiece]) -> None:
+        self._pieces = pieces
+        self._index = 0
+
+    def take(self, extent: Extent) -> list[FetchedPiece]:
+        first = self._index
+        while self._index < len(self._pieces) and self._pieces[self._index].extent.start < extent.end:
+            self._index += 1
+        taken = clip(self._pieces[first : self._index], extent)
+        if self._index > first and self._pieces[self._index - 1].extent.end > extent.end:
+            self._index -= 1  # this one goes on in the next unit
+        return taken
+
+
+def clip(pieces: Sequence[FetchedPiece], extent: Extent) -> list[FetchedPiece]:
+    """Return what of the pieces lies inside the extent; no bytes are copied."""
+    clipped = []
+    for piece in pieces:
+        common = piece.extent.intersect(extent)
+        if common is not None:
+            clipped.append(piece if common == piece.extent else _slice(piece, common))
+    return clipped
+
+
+def _slice(piece: FetchedPiece, part: Extent) -> FetchedPiece:
+    if piece.plain is None:
+        return piece._replace(extent=part)
+    first = part.start - piece.extent.start
+    plain = memoryview(piece.plain)[first * BLOCK_SIZE : (first + part.count) * BLOCK_SIZE]
+    return FetchedPiece(part, plain, piece.version, piece.checksums[first : first + part.count])

@@ -1,0 +1,315 @@
+"""The log: entries are gathered into records, records are written in order and applied in order.
+
+A batch is a record in the making; its place on the device is fixed when it begins, so every entry knows its place at
+once. It is sealed when it is full, when an entry does not fit its order, or when the shell says that no more requests
+are at hand and the device has nothing to do.
+
+Invariants:
+    Records are applied, and their writers told, in the order of their log positions, and only when written: replay
+    stops at a hole, so a record behind one would be lost.
+    `durable` <= `applied` <= `position`; a sync covers what was applied when it began.
+    Data entries stand before others in a record; a data entry that comes behind another one begins a new record.
+    The last block of a zone is kept for its SEAL.
+Crash: what was written as an unbroken chain of records is found again; the rest was never acknowledged.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX
+from forebay_cache.engine.ports import Device
+from forebay_cache.engine.zones import ZoneTable
+from forebay_cache.format import record
+from forebay_cache.format.volume_note import VolumeNote
+from forebay_core.units import BLOCK_SIZE, Buffer
+
+Settled = Callable[[bool], None]
+"""Told once: True when what was asked for is so, False when the device failed."""
+
+
+class Entry(NamedTuple):
+    """One entry of a batch. `source` is the place a MOVE copies from, -1 otherwise."""
+
+    kind: int
+    volume_key: int
+    start: int
+    version: int
+    checksum: int
+    place: int
+    source: int
+
+
+class LogPoint(NamedTuple):
+    """A place in the log: the record that comes next, where it goes, and the chain it continues."""
+
+    position: int
+    zone: int
+    block: int
+    chain: int
+
+
+class Batch:
+    """A record in the making, on its way to the device, or waiting to be applied."""
+
+    __slots__ = ("after", "block", "buffers", "data_count", "entries", "kind", "packed", "settled", "written", "zone")
+
+    def __init__(self, zone: int, block: int) -> None:
+        self.kind: int = record.DATA
+        self.zone = zone
+        self.block = block
+        self.entries: list[Entry] = []
+        self.packed = bytearray()
+        self.buffers: list[Buffer] = []
+        self.data_count = 0
+        self.settled: list[Settled] = []
+        self.written = False
+        self.after = LogPoint(0, 0, 0, 0)
+
+
+class Log:
+    """Appends to the zones of one device. `apply` is told of each written record, in order."""
+
+    def __init__(
+        self, device: Device, zones: ZoneTable, *, device_tag: int, life: int, apply: Callable[[Batch], None]
+    ) -> None:
+        self._device = device
+        self._zones = zones
+        self._device_tag = device_tag
+        self._life = life
+        self._apply = apply
+        self._next = LogPoint(0, 0, 0, 0)  # where the next sealed record goes
+        self._batch: Batch | None = None
+        self._sealed: deque[Batch] = deque()
+        self._in_flight: deque[Batch] = deque()
+        self._waiting: deque[tuple[int, Settled]] = deque()
+        self._barriers: list[Settled] = []
+        self._syncing = False
+        self.queued_blocks = 0
+        self.applied = self._next
+        self.durable = 0
+        self.failed = False
+        self.bytes_written = 0
+        self.records_written = 0
+
+    # --- starting ---------------------------------------------------------------------------------------------
+
+    def begin(self, point: LogPoint) -> None:
+        """Go on behind the last valid record; the zone of `point` is open.
+
+        `life` is in every record, so nothing that an earlier life left behind this point can chain to what is written
+        now; a zone that was begun is sealed, so that nothing is written beside its old records. What is on the device
+        must be durable.
+        """
+        self._next = self.applied = point
+        self.durable = point.position
+        if point.block > 0:
+            self._seal_zone()
+
+    # --- appending --------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Log position of the record that is sealed next."""
+        return self._next.position
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is gathered, queued or under way."""
+        return not (self._batch or self._sealed or self._in_flight)
+
+    def data_batch(self) -> tuple[Batch, int]:
+        """Return the batch that takes the next data block, and how many blocks it has room for."""
+        batch = self._batch
+        if batch is None or len(batch.entries) > batch.data_count:
+            batch = self._fresh_batch()
+        return batch, self._room(batch)
+
+    def add_data(
+        self, batch: Batch, kind: int, volume_key: int, lba: int, version: int, checksum: int, source: int = -1
+    ) -> int:
+        """Add the entry of one data block; the caller adds the bytes to `batch.buffers`. Returns the place."""
+        place = self._zones.place_at(batch.zone, batch.block) + 1 + batch.data_count
+        batch.data_count += 1
+        batch.packed += record.ENTRY.pack(lba, version, checksum, volume_key, kind, 0, 0xFF, 0)
+        batch.entries.append(Entry(kind, volume_key, lba, version, checksum, place, source))
+        self.queued_blocks += 1
+        return place
+
+    def seal_if_full(self) -> None:
+        """Send the batch on its way when nothing more fits."""
+        batch = self._batch
+        if batch is not None and self._room(batch) == 0:
+            self._seal()
+
+    def add_event(
+        self, kind: int, volume_key: int, start: int, version: int, value: int, settled: Settled | None = None
+    ) -> None:
+        """Add an entry without data: a trim, zeroes, an acknowledgement, a drop."""
+        batch = self._batch
+        if batch is None or len(batch.entries) >= record.RECORD_ENTRIES_MAX:
+            batch = self._fresh_batch()
+        batch.packed += record.ENTRY.pack(start, version, value, volume_key, kind, 0, 0xFF, 0)
+        batch.entries.append(Entry(kind, volume_key, start, version, value, -1, -1))
+        if settled is not None:
+            batch.settled.append(settled)
+
+    def add_note(self, note: VolumeNote, settled: Settled) -> None:
+        """Append a record that holds one volume's row."""
+        batch = self._fresh_batch()
+        batch.kind = record.NOTE
+        batch.packed += record.pack_note(note)
+        batch.entries.append(Entry(record.BLOB, note.volume_key, record.BLOB_VOLUME, 0, 0, -1, -1))
+        batch.settled.append(settled)
+        self._seal()
+
+    def kick(self) -> None:
+        """Submit what is gathered unless the device has enough to do; then it goes when that is done."""
+        if self._batch is not None and len(self._in_flight) < RECORDS_IN_FLIGHT_MAX and not self._sealed:
+            self._seal()
+
+    # --- durability -------------------------------------------------------------------------------------------
+
+    def when_durable(self, position: int, settled: Settled) -> None:
+        """Tell when all records below `position` are durable. Callers pass `applied.position`, which only grows."""
+        if self.failed:
+            settled(False)
+        elif position <= self.durable:
+            settled(True)
+        else:
+            assert position <= self.applied.position
+            self._waiting.append((position, settled))
+            self._sync()
+
+    def barrier(self, settled: Settled) -> None:
+        """Tell when everything written to the device before this call is durable, checkpoints included."""
+        if self.failed:
+            settled(False)
+        else:
+            self._barriers.append(settled)
+            self._sync()
+
+    def _sync(self) -> None:
+        if self._syncing or not (self._waiting or self._barriers) or self.failed:
+            return
+        self._syncing = True
+        target = self.applied.position
+        barriers, self._barriers = self._barriers, []
+        self._device.sync(lambda ok: self._synced(target, barriers, ok))
+
+    def _synced(self, target: int, barriers: list[Settled], ok: bool) -> None:
+        self._syncing = False
+        if not ok:
+            self._barriers += barriers
+            self.fail()
+            return
+        self.durable = max(self.durable, target)
+        for settled in barriers:
+            settled(True)
+        while self._waiting and self._waiting[0][0] <= target:
+            self._waiting.popleft()[1](True)
+        self._sync()
+
+    # --- records ----------------------------------------------------------------------------------------------
+
+    def _room(self, batch: Batch) -> int:
+        free = self._zones.zone_blocks - 2 - batch.block - batch.data_count
+        return min(free, record.RECORD_ENTRIES_MAX - len(batch.entries))
+
+    def _fresh_batch(self) -> Batch:
+        if self._batch is not None:
+            self._seal()
+        if self._next.block + 2 >= self._zones.zone_blocks:
+            self._seal_zone()
+        self._batch = Batch(self._next.zone, self._next.block)
+        return self._batch
+
+    def _seal(self) -> None:
+        batch = self._batch
+        assert batch is not None
+        self._batch = None
+        self._write(batch, next_zone=0)
+
+    def _seal_zone(self) -> None:
+        """End the open zone: its SEAL names the zone where the log goes on."""
+        point = self._next
+        seal = Batch(point.zone, point.block)
+        seal.kind = record.SEAL
+        zone = self._zones.open_next(point.position + 1)
+        self._write(seal, next_zone=zone)
+        self._next = seal.after = LogPoint(self._next.position, zone, 0, self._next.chain)
+
+    def _write(self, batch: Batch, *, next_zone: int) -> None:
+        if self.failed:
+            for settled in batch.settled:
+                settled(False)
+            return
+        point = self._next
+        header = record.encode_record(
+            record.RecordHeader(
+                batch.kind,
+                0,
+                self._device_tag,
+                batch.zone,
+                self._zones.incarnations[batch.zone],
+                point.position,
+                self.durable,
+                point.chain,
+                len(batch.entries),
+                batch.data_count,
+                next_zone,
+                self._life,
+            ),
+            batch.packed,
+        )
+        batch.buffers.insert(0, header)
+        chain = record.record_xxh3(header)
+        self._next = LogPoint(point.position + 1, point.zone, point.block + 1 + batch.data_count, chain)
+        batch.after = self._next
+        self._sealed.append(batch)
+        self._submit()
+
+    def _submit(self) -> None:
+        while self._sealed and len(self._in_flight) < RECORDS_IN_FLIGHT_MAX and not self.failed:
+            batch = self._sealed.popleft()
+            self._in_flight.append(batch)
+            self.bytes_written += (1 + batch.data_count) * BLOCK_SIZE
+            self.records_written += 1
+            offset = self._zones.offset_of(self._zones.place_at(batch.zone, batch.block))
+            self._device.write(offset, batch.buffers, partial(self._written, batch))
+
+    def _written(self, batch: Batch, ok: bool) -> None:
+        if not ok:
+            self.fail()
+        if self.failed:
+            return
+        batch.written = True
+        while self._in_flight and self._in_flight[0].written:
+            first = self._in_flight.popleft()
+            self.queued_blocks -= first.data_count
+            self.applied = first.after
+            if first.kind == record.SEAL:
+                self._zones.close(first.zone)
+            self._apply(first)
+            for settled in first.settled:
+                settled(True)
+        self._submit()
+        if not self._in_flight and self._batch is not None:
+            self._seal()
+
+    def fail(self) -> None:
+        """The device failed: nothing more is written, everybody waiting is told."""
+        if self.failed:
+            return
+        self.failed = True
+        waiting = [settled for _, settled in self._waiting] + self._barriers
+        for batch in (*self._in_flight, *self._sealed, *((self._batch,) if self._batch else ())):
+            waiting += batch.settled
+        self._waiting.clear()
+        self._barriers.clear()
+        self._in_flight.clear()
+        self._sealed.clear()
+        self._batch = None
+        for settled in waiting:
+            settled(False)

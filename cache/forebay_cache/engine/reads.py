@@ -1,0 +1,262 @@
+"""Reads: hits from the device, holes without it, misses through a fetch; every block is compared with its checksum.
+
+Invariants:
+    A read pins the zones it reads from until the bytes are there, so a place is not filled anew under it.
+    A clean block that does not match its checksum leaves the map and is fetched again; a dirty one is an error.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from forebay_cache.engine.front import Chunk, IoError, ReadReply, Reply
+from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
+from forebay_core.checksums import checksum
+from forebay_core.extents import Extent
+from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
+from forebay_wire.limits import READ_BLOCKS_MAX
+
+if TYPE_CHECKING:
+    from forebay_cache.engine.cache import CacheEngine
+    from forebay_cache.engine.volume import CacheVolume
+
+_IN_BLOCK = BLOCK_SIZE - 1
+
+
+class _Read:
+    """One read whose parts arrive in any order; `parts` maps a first lba to count and bytes."""
+
+    __slots__ = ("extent", "failed", "length", "offset", "parts", "reply", "waiting")
+
+    def __init__(self, extent: Extent, offset: int, length: int, reply: ReadReply) -> None:
+        self.extent = extent
+        self.offset = offset
+        self.length = length
+        self.reply = reply
+        self.parts: dict[int, tuple[int, Buffer | None]] = {}
+        self.waiting = 1
+        self.failed = False
+
+    def arrived(self) -> None:
+        """One of the parts that `waiting` counts is here; the last one answers."""
+        self.waiting -= 1
+        if self.waiting == 0:
+            if self.failed:
+                self.reply(IoError.IO, ())
+            else:
+                self.reply(IoError.OK, self._chunks())
+
+    def _chunks(self) -> list[Chunk]:
+        chunks = []
+        skip = self.offset & _IN_BLOCK
+        left = self.length
+        for lba in sorted(self.parts):
+            count, buffer = self.parts[lba]
+            length = min(left, (count << BLOCK_SHIFT) - skip)
+            if buffer is not None and length != count << BLOCK_SHIFT:
+                buffer = memoryview(buffer)[skip : skip + length]
+            chunks.append(Chunk(length, buffer))
+            left -= length
+            skip = 0
+        assert left == 0
+        return chunks
+
+
+class Reads:
+    """Answers reads of all volumes."""
+
+    def __init__(self, engine: "CacheEngine") -> None:
+        self._engine = engine
+        self.corrupt_blocks = 0
+
+    def read(self, volume: "CacheVolume", offset: int, length: int, reply: ReadReply) -> None:
+        """See FrontVolume.read."""
+        first = offset >> BLOCK_SHIFT
+        count = (offset + length - 1 >> BLOCK_SHIFT) - first + 1
+        if volume.error or self._engine.failed:
+            reply(IoError.IO, ())
+        elif count > 1 or not self._read_one_now(volume, first, offset, length, reply):
+            request = _Read(Extent(first, count), offset, length, reply)
+            self._collect(volume, request)
+            request.arrived()
+
+    def prefetch(self, volume: "CacheVolume", offset: int, length: int, reply: Reply) -> None:
+        """See FrontVolume.prefetch: fetch what is missing, step by step; the bytes go nowhere else."""
+        if volume.error or self._engine.failed:
+            reply(IoError.IO)
+            return
+        end = (offset + length - 1 >> BLOCK_SHIFT) + 1
+        self._prefetch(volume, offset >> BLOCK_SHIFT, end, reply)
+
+    # --- hits -------------------------------------------------------------------------------------------------
+
+    def _read_one_now(self, volume: "CacheVolume", lba: int, offset: int, length: int, reply: ReadReply) -> bool:
+        """Answer a read inside one block if its place is in memory: the hottest path of the daemon."""
+        engine = self._engine
+        place = engine.map.find(volume.key << LBA_BITS | lba)
+        if place < 0:
+            return False
+        buffer = engine.device.read_now(engine.zones_offset + (place << BLOCK_SHIFT), BLOCK_SIZE)
+        if buffer is None or checksum(buffer) != engine.map.checksums[place]:
+            return False
+        volume.hit_blocks += 1
+        engine.policy.hit(place)
+        if length != BLOCK_SIZE:
+            skip = offset & _IN_BLOCK
+            buffer = memoryview(buffer)[skip : skip + length]
+        reply(IoError.OK, (Chunk(length, buffer),))
+        return True
+
+    def _collect(self, volume: "CacheVolume", request: _Read) -> None:
+        engine = self._engine
+        extent = request.extent
+        places = engine.map.find_run(volume.key << LBA_BITS | extent.start, extent.count).tolist()
+        at = 0
+        while at < extent.count:
+            run = _run_length(places, at)
+            part = Extent(extent.start + at, run)
+            if places[at] >= 0:
+                self._read_run(volume, request, part, places[at])
+            else:
+                self._read_absent(volume, request, part)
+            at += run
+
+    def _read_run(self, volume: "CacheVolume", request: _Read, part: Extent, place: int) -> None:
+        """Read blocks that lie one behind the other on the device."""
+        engine = self._engine
+        volume.hit_blocks += part.count
+        engine.policy.hit_run(place, part.count)
+        sums = engine.map.checksums[place : place + part.count].tolist()
+        offset = engine.zones_offset + (place << BLOCK_SHIFT)
+        buffer = engine.device.read_now(offset, part.count << BLOCK_SHIFT)
+        if buffer is not None and not _mismatches(buffer, sums):
+            request.parts[part.start] = (part.count, buffer)
+            return
+        zone = place // engine.zones.zone_blocks
+        engine.zones.readers[zone] += 1
+        request.waiting += 1
+
+        def done(answer: Buffer | None) -> None:
+            engine.zones.readers[zone] -= 1
+            bad = range(part.count) if answer is None else _mismatches(answer, sums)
+            if answer is not None and not bad:
+                request.parts[part.start] = (part.count, answer)
+            else:
+                self._repair(volume, request, part, place, answer, sums)
+            request.arrived()
+
+        engine.device.read(offset, part.count << BLOCK_SHIFT, done)
+
+    def _repair(
+        self,
+        volume: "CacheVolume",
+        request: _Read,
+        part: Extent,
+        place: int,
+        answer: Buffer | None,
+        sums: Sequence[int],
+    ) -> None:
+        """Give out the good blocks of a run; forget clean bad ones and fetch them; fail on a dirty bad one."""
+        bad = set(range(part.count) if answer is None else _mismatches(answer, sums))
+        for i in range(part.count):
+            lba = part.start + i
+            if i not in bad:
+                assert answer is not None
+                block = memoryview(answer)[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
+                request.parts[lba] = (1, block)
+                continue
+            self._replace(volume, request, lba, place + i, sums[i], answer and memoryview(answer)[i << BLOCK_SHIFT :])
+
+    def _replace(
+        self, volume: "CacheVolume", request: _Read, lba: int, place: int, expected: int, rest: Buffer | None
+    ) -> None:
+        """Get a block whose bytes at `place` are bad from wherever it may be good."""
+        engine = self._engine
+        key = volume.key << LBA_BITS | lba
+        mapped = engine.map.find(key)
+        block = Extent(lba, 1)
+        if mapped < 0:
+            self._read_absent(volume, request, block)
+        elif mapped != place:
+            self._read_run(volume, request, block, mapped)  # it was moved while it was read
+        else:
+            clean = engine.map.versions[place] <= volume.acknowledged
+            found = checksum(memoryview(rest)[:BLOCK_SIZE]) if rest is not None else None
+            engine.report_corruption(volume, lba, place, expected, found, clean=clean)
+            self.corrupt_blocks += 1
+            if clean:
+                engine.drop_block(key, place)
+                self._read_absent(volume, request, block)
+            else:
+                request.failed = True
+
+    # --- holes and misses -------------------------------------------------------------------------------------
+
+    def _read_absent(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
+        """Read blocks that have no place: holes that we know, the rest from the store."""
+        at = part.start
+        for hole in volume.holes.overlapping(part):
+            if hole.start > at:
+                self._fetch(volume, request, Extent(at, hole.start - at))
+            start = max(at, hole.start)
+            end = min(hole.end, part.end)
+            request.parts[start] = (end - start, None)
+            volume.hit_blocks += end - start
+            at = end
+        if at < part.end:
+            self._fetch(volume, request, Extent(at, part.end - at))
+
+    def _fetch(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
+        volume.miss_blocks += part.count
+
+        def arrived(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
+            if isinstance(answer, UpstreamRefusal):
+                self._engine.report(f"volume {volume.name}: a read was refused by the store: {answer.text}")
+                request.failed = True
+            else:
+                for piece in answer:
+                    request.parts[piece.extent.start] = (piece.extent.count, piece.plain)
+            request.arrived()
+
+        request.waiting += self._engine.fetches.want(volume, part, arrived)
+
+    def _prefetch(self, volume: "CacheVolume", start: int, end: int, reply: Reply) -> None:
+        extent = Extent(start, min(READ_BLOCKS_MAX, end - start))
+
+        def got(error: IoError, _: Sequence[Chunk]) -> None:
+            if error != IoError.OK or extent.end == end:
+                reply(error)
+            else:
+                self._prefetch(volume, extent.end, end, reply)
+
+        request = _Read(extent, extent.start << BLOCK_SHIFT, extent.count << BLOCK_SHIFT, got)
+        places = self._engine.map.find_run(volume.key << LBA_BITS | extent.start, extent.count).tolist()
+        at = 0
+        while at < extent.count:
+            run = _run_length(places, at)
+            part = Extent(extent.start + at, run)
+            if places[at] >= 0:
+                request.parts[part.start] = (run, None)
+            else:
+                self._read_absent(volume, request, part)
+            at += run
+        request.arrived()
+
+
+def _run_length(places: Sequence[int], at: int) -> int:
+    """Return how many blocks from `at` on are absent, or lie one behind the other on the device."""
+    first = places[at]
+    end = at + 1
+    if first < 0:
+        while end < len(places) and places[end] < 0:
+            end += 1
+    else:
+        while end < len(places) and places[end] == first + end - at:
+            end += 1
+    return end - at
+
+
+def _mismatches(buffer: Buffer, sums: Sequence[int]) -> list[int]:
+    view = memoryview(buffer)
+    return [
+        i for i, expected in enumerate(sums) if checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]) != expected
+    ]

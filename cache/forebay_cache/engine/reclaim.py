@@ -1,0 +1,224 @@
+"""Reclaiming zones: a victim's worthy clean blocks and all its dirty and pinned ones are moved to the log's end, the
+rest is dropped, and once that is durable the zone is filled anew. So the SSD is written sequentially when it is full.
+
+Invariants:
+    A zone that replay from the newest checkpoint would read is no victim.
+    A zone is freed only when a sync has covered all that superseded or moved its blocks.
+    Moved blocks keep version and checksum; a block that changed while it was moved is not touched.
+    Guests stop at ZONES_RESERVED free zones, moves go on below it; a victim fills less than it frees.
+Crash: a moved block is found at either place; of equal versions the later record wins.
+"""
+
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay_cache.engine.limits import (
+    VICTIM_CANDIDATES,
+    ZONES_RESERVED,
+    ZONES_SPARE_MAX,
+    ZONES_SPARE_MIN,
+)
+from forebay_cache.engine.log import Batch, Settled
+from forebay_cache.format import record
+from forebay_core.checksums import checksum
+from forebay_core.units import BLOCK_SHIFT, LBA_BITS, LBA_MAX, Buffer
+
+if TYPE_CHECKING:
+    from forebay_cache.engine.cache import CacheEngine
+
+PlaceArray = npt.NDArray[np.int64]
+
+
+class _Victim(NamedTuple):
+    zone: int
+    keep: PlaceArray
+
+
+class Reclaim:
+    """Keeps some zones free."""
+
+    def __init__(self, engine: "CacheEngine") -> None:
+        self._engine = engine
+        self.spare = min(ZONES_SPARE_MAX, max(ZONES_SPARE_MIN, engine.zones.zone_count // 64))
+        self._busy = 0  # zones being emptied or waiting for the sync that frees them
+        self._empty: list[int] = []  # wait to be synced together
+        self._lingering: list[int] = []  # synced, but somebody still reads from them
+        self.moved_blocks = 0
+        self.dropped_blocks = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no zone is being emptied."""
+        return self._busy == 0
+
+    def kick(self) -> None:
+        """Take one more victim unless enough zones are free or on their way; called after every applied record."""
+        engine = self._engine
+        self._release_lingering()
+        if engine.failed or len(engine.zones.free) + self._busy >= self.spare:
+            return
+        victim = self._choose()
+        if victim is None:
+            engine.checkpoints.want()
+            self._free_empty()
+            return
+        self._busy += 1
+        engine.zones.begin_emptying(victim.zone)
+        if victim.keep.size:
+            self._move(victim)
+        else:
+            self._clear(victim.zone)
+
+    # --- choosing ---------------------------------------------------------------------------------------------
+
+    def _choose(self) -> _Victim | None:
+        """Return the zone with the fewest blocks to keep among the oldest ones, widening the search if all are bad.
+
+        When zones are really short, clean blocks are kept nowhere: only what is dirty must not be lost.
+        """
+        zones = self._engine.zones
+        strict = len(zones.free) > ZONES_RESERVED
+        oldest = [zone for zone in islice(zones.full, VICTIM_CANDIDATES) if self._may_empty(zone)]
+        best = self._best(oldest, worthy=strict)
+        if best is None or best.keep.size > zones.zone_blocks * 3 // 4:
+            rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, None) if self._may_empty(zone))
+            better = self._best(list(islice(rest, 8 * VICTIM_CANDIDATES)), worthy=False)
+            best = min((v for v in (best, better) if v is not None), key=lambda v: v.keep.size, default=None)
+        if best is not None and best.keep.size >= zones.zone_blocks - 3:
+            return None  # nothing would be gained
+        return best
+
+    def _may_empty(self, zone: int) -> bool:
+        zones, checkpoints = self._engine.zones, self._engine.checkpoints
+        return (
+            zones.readers[zone] == 0
+            and zones.first_positions[zone] < checkpoints.replay_position
+            and zone not in checkpoints.replay_zones
+        )
+
+    def _best(self, candidates: list[int], *, worthy: bool) -> _Victim | None:
+        best: _Victim | None = None
+        for zone in candidates:
+            keep = self._to_keep(zone, worthy=worthy)
+            if best is None or keep.size < best.keep.size:
+                best = _Victim(zone, keep)
+        return best
+
+    def _to_keep(self, zone: int, *, worthy: bool) -> PlaceArray:
+        engine = self._engine
+        first, count = engine.zones.place_at(zone, 0), engine.zones.zone_blocks
+        places = slice(first, first + count)
+        keys = engine.map.key_array[places]
+        held = keys != 0
+        if not held.any():
+            return np.empty(0, np.int64)
+        linked = engine.map.linked_mask(first, count)
+        keep = held & ~linked  # pinned
+        versions = engine.map.version_array[places]
+        dirty = versions > engine.acknowledged_versions.take((keys >> np.uint64(LBA_BITS)).astype(np.int64))
+        keep |= linked & dirty
+        if worthy:
+            keep |= linked & engine.policy.worthy(first, count)
+        return np.flatnonzero(keep) + first
+
+    # --- moving -----------------------------------------------------------------------------------------------
+
+    def _move(self, victim: _Victim) -> None:
+        """Read what is kept, run by run, and append it; when all is applied and durable the zone is empty."""
+        engine = self._engine
+        breaks = np.flatnonzero(np.diff(victim.keep) != 1) + 1
+        runs = [run.tolist() for run in np.split(victim.keep, breaks)]
+        left = len(runs)
+
+        def moved(ok: bool) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 and ok and not engine.failed:
+                self._clear(victim.zone)
+
+        for places in runs:
+            self._move_run(places, moved)
+
+    def _move_run(self, places: list[int], moved: Settled) -> None:
+        engine = self._engine
+
+        def done(answer: Buffer | None) -> None:
+            if answer is None:
+                engine.report(f"zone {places[0] // engine.zones.zone_blocks} can't be read and is left as it is")
+            elif not engine.failed:
+                self._append(places, memoryview(answer), moved)
+
+        engine.device.read(engine.zones.offset_of(places[0]), len(places) << BLOCK_SHIFT, done)
+
+    def _append(self, places: list[int], view: memoryview, moved: Settled) -> None:
+        """Append the blocks that are still wanted. Dirty ones go as they are: a bad one stays an error."""
+        engine = self._engine
+        log, table = engine.log, engine.map
+        last: Batch | None = None
+        for i, place in enumerate(places):
+            key = table.keys[place]
+            block = view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
+            if key == 0 or not self._is_sound(key, place, block):
+                continue
+            log.seal_if_full()
+            batch, _ = log.data_batch()
+            volume_key, lba = key >> LBA_BITS, key & LBA_MAX
+            log.add_data(batch, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
+            batch.buffers.append(block)
+            self.moved_blocks += 1
+            last = batch
+        if last is None:
+            moved(True)
+        else:
+            last.settled.append(moved)
+            log.seal_if_full()
+            log.kick()
+
+    def _is_sound(self, key: int, place: int, block: memoryview) -> bool:
+        """Compare a block with its checksum; forget it if it is bad and the store has it."""
+        engine = self._engine
+        expected, found = engine.map.checksums[place], checksum(block)
+        if expected == found:
+            return True
+        volume = engine.volumes[key >> LBA_BITS]
+        clean = engine.map.is_linked(place) and engine.map.versions[place] <= volume.acknowledged
+        engine.report_corruption(volume, key & LBA_MAX, place, expected, found, clean=clean)
+        if clean:
+            engine.drop_block(key, place)
+        return not clean
+
+    def _clear(self, zone: int) -> None:
+        engine = self._engine
+        first, count = engine.zones.place_at(zone, 0), engine.zones.zone_blocks
+        linked = np.flatnonzero(engine.map.linked_mask(first, count)) + first
+        engine.policy.removed(linked)
+        self.dropped_blocks += int(linked.size)
+        engine.map.clear_zone(first, count)
+        engine.zones.emptied(zone)
+        self._empty.append(zone)
+        if len(self._empty) >= self.spare // 4 or len(engine.zones.free) <= ZONES_RESERVED + 1:
+            self._free_empty()
+
+    def _free_empty(self) -> None:
+        zones, self._empty = self._empty, []
+        log = self._engine.log
+        if zones:
+            log.when_durable(log.applied.position, lambda ok: self._synced(zones) if ok else None)
+
+    def _synced(self, zones: list[int]) -> None:
+        self._lingering += zones
+        self._release_lingering()
+        self._engine.resume_writers()
+
+    def _release_lingering(self) -> None:
+        if not self._lingering:
+            return
+        zones = self._engine.zones
+        for zone in self._lingering:
+            if zones.readers[zone] == 0:
+                zones.freed(zone)
+                self._busy -= 1
+        self._lingering = [zone for zone in self._lingering if zones.readers[zone] > 0]

@@ -1,0 +1,404 @@
+"""Recovery: the newest checkpoint that is whole, then every record that was written since.
+
+Before it the caller syncs the device, so that what is read now is what a power cut would leave. Records behind the
+highest known durable position count only as long as they chain and their data match their checksums: what survives
+of unflushed writes is a prefix. Below that position a mismatch is bit rot: the device is refused, never shortened.
+
+Invariants:
+    Of several places for one block the highest version wins; of equal versions the later record.
+    Replaying a record over a state that shows it already changes nothing.
+Source: write-ahead logging with fuzzy checkpoints, as in Mohan et al., ARIES, 1992 (redo only).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay_cache.engine.blockmap import BlockMap, choose_bucket_count
+from forebay_cache.engine.checkpoints import Kept
+from forebay_cache.engine.holes import HoleMap
+from forebay_cache.engine.log import LogPoint
+from forebay_cache.engine.zones import ZoneTable
+from forebay_cache.format import checkpoint, record
+from forebay_cache.format import superblock as superblock_format
+from forebay_cache.format.record import EntryArray, RecordHeader
+from forebay_cache.format.superblock import Superblock
+from forebay_cache.format.volume_note import VolumeNote
+from forebay_core.checksums import checksum
+from forebay_core.errors import CorruptionError
+from forebay_core.extents import Extent
+from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
+
+ReadDevice = Callable[[int, int], Buffer]
+"""Read `size` bytes at a byte offset of the device, waiting for them."""
+
+FIRST_POSITION: Final = 1
+
+
+class RecoveredVolume(NamedTuple):
+    """One volume as the device knows it."""
+
+    note: VolumeNote
+    version: int
+    acknowledged: int
+    holes: HoleMap
+
+
+class Recovered(NamedTuple):
+    """All that was on the device."""
+
+    superblock: Superblock
+    map: BlockMap
+    zones: ZoneTable
+    counts: npt.NDArray[np.uint8]
+    volumes: dict[int, RecoveredVolume]
+    kept: list[Kept]
+    point: LogPoint
+    findings: list[str]
+    records_replayed: int
+
+
+class _Record(NamedTuple):
+    zone: int
+    block: int
+    header: RecordHeader
+    entries: EntryArray
+    note: VolumeNote | None
+
+
+def blank_device(superblock: Superblock) -> list[tuple[int, bytes]]:
+    """Return what makes an empty device, as (offset, bytes); the superblocks are last and want a sync before them."""
+    geometry = superblock.geometry
+    header = checkpoint.CheckpointHeader(
+        device=superblock.device,
+        sequence=1,
+        log_position=FIRST_POSITION,
+        previous_xxh3=0,
+        replay_zone=0,
+        replay_block=0,
+        replay_incarnation=0,
+        place_count=0,
+        zone_count=geometry.zone_count,
+        volume_count=0,
+        hole_count=0,
+        chunk_count=0,
+        table_xxh3=0,
+    )
+    rows = checkpoint.encode_zones(np.zeros(geometry.zone_count, checkpoint.ZONE_DTYPE))
+    chunks = [rows[c.offset - BLOCK_SIZE :][: c.padded_size] for c in header.layout.zone_chunks]
+    table = checkpoint.encode_table([checksum(chunk) for chunk in chunks])
+    header = header._replace(table_xxh3=checksum(table))
+    area = geometry.checkpoint_offsets[0]
+    writes = [(area + c.offset, chunk) for c, chunk in zip(header.layout.zone_chunks, chunks, strict=True)]
+    writes.append((area + header.layout.table.offset, table))
+    writes.append((area, checkpoint.encode_checkpoint_header(header)))
+    writes.append((geometry.checkpoint_offsets[1], bytes(BLOCK_SIZE)))
+    block = superblock_format.encode_superblock(superblock)
+    return [*writes, (BLOCK_SIZE, block), (0, block)]
+
+
+def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0) -> Recovered:
+    """Return the state of a device that was synced and that nobody writes to.
+
+    Raises:
+        CorruptionError: no checkpoint is whole, or a record that was durable is damaged.
+    """
+    geometry = superblock.geometry
+    offsets = geometry.checkpoint_offsets
+    names = tuple(f"checkpoint area {area} at offset {offset}" for area, offset in enumerate(offsets))
+    candidates = checkpoint.choose_checkpoints(
+        [read(offset, BLOCK_SIZE) for offset in offsets],
+        device=superblock.device,
+        size_max=geometry.checkpoint_size,
+        places=names,
+    )
+    findings: list[str] = []
+    for index, (area, header) in enumerate(candidates):
+        try:
+            replay = _load(read, superblock, area, header, place=names[area], bucket_seed=bucket_seed)
+        except CorruptionError as error:
+            if index + 1 == len(candidates):
+                raise
+            findings.append(f"{error}; the older checkpoint is used")
+            continue
+        kept = [Kept(h.sequence, a, h.log_position, h.replay_zone) for a, h in candidates[index:]]
+        return replay.run(kept, findings)
+    raise AssertionError("unreachable")
+
+
+class _Replay:
+    """The state that records are applied to."""
+
+    def __init__(self, read: ReadDevice, superblock: Superblock, *, bucket_seed: int) -> None:
+        geometry = superblock.geometry
+        self.read = read
+        self.superblock = superblock
+        self.zones = ZoneTable(
+            zone_count=geometry.zone_count, zone_blocks=geometry.zone_blocks, zones_offset=geometry.zones_offset
+        )
+        self.map = BlockMap(
+            geometry.place_count,
+            zone_blocks=geometry.zone_blocks,
+            bucket_count=choose_bucket_count(geometry.place_count, bucket_seed),
+        )
+        self.counts = np.zeros(geometry.place_count, np.uint8)
+        self.volumes: dict[int, RecoveredVolume] = {}
+        self.start = LogPoint(FIRST_POSITION, 0, 0, 0)
+
+    def run(self, kept: list[Kept], findings: list[str]) -> Recovered:
+        """Apply the log and settle the zones."""
+        records, end = self._collect()
+        for one in records:
+            self._apply(one)
+        self._settle(end, kept)
+        return Recovered(
+            self.superblock,
+            self.map,
+            self.zones,
+            self.counts,
+            self.volumes,
+            kept,
+            end,
+            findings,
+            len(records),
+        )
+
+    # --- walking the log --------------------------------------------------------------------------------------
+
+    def _collect(self) -> tuple[list[_Record], LogPoint]:
+        """Return the valid records from the start of replay on, and the point behind the last one."""
+        records = list(self._walk())
+        durable = max((one.header.durable_position for one in records), default=0)
+        end = self._end_of(records)
+        self._refuse_rot(end)
+        for index, one in enumerate(records):
+            if one.header.log_position >= durable and not self._matches(one):
+                return records[:index], self._end_of(records[:index])
+        return records, end
+
+    def _end_of(self, records: list[_Record]) -> LogPoint:
+        if not records:
+            return self.start
+        last = records[-1]
+        header = last.header
+        zone, block = last.zone, last.block + header.size
+        if header.kind == record.SEAL:
+            zone, block = header.next_zone, 0
+        return LogPoint(header.log_position + 1, zone, block, header.header_xxh3)
+
+    def _walk(self) -> Iterator[_Record]:
+        """Yield the records that chain."""
+        point = self.start
+        blocks = memoryview(b"")
+        loaded = -1
+        while point.block < self.zones.zone_blocks and point.zone < self.zones.zone_count:
+            if point.zone != loaded:
+                loaded = point.zone
+                blocks = memoryview(self._read_blocks(loaded, 0, self.zones.zone_blocks))
+            one = self._decode(blocks, point)
+            if one is None:
+                return
+            yield one
+            point = self._end_of([one])
+
+    def _decode(self, blocks: memoryview, point: LogPoint) -> _Record | None:
+        header_block = blocks[point.block << BLOCK_SHIFT : (point.block + 1) << BLOCK_SHIFT]
+        place = f"zone {point.zone} block {point.block}"
+        try:
+            header, entries = record.decode_record(header_block, place=place)
+            note = record.decode_note(header_block, place=place) if header.kind == record.NOTE else None
+        except CorruptionError:
+            return None
+        if (
+            header.device != device_tag(self.superblock)
+            or header.zone != point.zone
+            or header.log_position != point.position
+            or header.previous_xxh3 != point.chain
+            or point.block + header.size > self.zones.zone_blocks
+        ):
+            return None
+        return _Record(point.zone, point.block, header, entries, note)
+
+    def _matches(self, one: _Record) -> bool:
+        """Compare the data blocks of a record, which may have been torn, with their checksums."""
+        count = one.header.block_count
+        if count == 0:
+            return True
+        view = memoryview(self._read_blocks(one.zone, one.block + 1, count))
+        sums = one.entries["checksum"][:count].tolist()
+        return all(
+            checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]) == expected for i, expected in enumerate(sums)
+        )
+
+    def _refuse_rot(self, end: LogPoint) -> None:
+        """Tell a log that ends here from one that is damaged here.
+
+        The log ends normally at a torn record or at something old. It is damaged if a later record exists that was
+        made when the missing one was known durable. All zones are searched only if what stands here looks like ours.
+        """
+        missing = f"zone {end.zone} block {end.block}"
+        rest = memoryview(self._read_blocks(end.zone, end.block, self.zones.zone_blocks - end.block))
+        blocks = [rest[at : at + BLOCK_SIZE] for at in range(BLOCK_SIZE, rest.nbytes, BLOCK_SIZE)]
+        if rest.nbytes and self._looks_like_next(rest[:BLOCK_SIZE], end):
+            blocks += [memoryview(self._read_blocks(zone, 0, 1)) for zone in range(self.zones.zone_count)]
+        for block in blocks:
+            header = self._later_header(block)
+            if header is not None and header.log_position > end.position and header.durable_position > end.position:
+                raise CorruptionError(
+                    place=missing,
+                    what="log record",
+                    expected=f"log position {end.position}, durable when record {header.log_position} was written",
+                    found="a damaged record",
+                )
+
+    def _looks_like_next(self, block: memoryview, end: LogPoint) -> bool:
+        fields = record.peek_header(block)
+        return (
+            fields.log_position == end.position
+            or fields.previous_xxh3 == end.chain != 0
+            or (fields.device == device_tag(self.superblock) and fields.durable_position > end.position)
+        )
+
+    def _later_header(self, block: memoryview) -> RecordHeader | None:
+        if record.peek_header(block).device != device_tag(self.superblock):
+            return None
+        try:
+            return record.decode_record(block, place="")[0]
+        except CorruptionError:
+            return None
+
+    def _read_blocks(self, zone: int, block: int, count: int) -> Buffer:
+        offset = self.zones.offset_of(self.zones.place_at(zone, block))
+        return self.read(offset, count << BLOCK_SHIFT) if count else b""
+
+    # --- applying ---------------------------------------------------------------------------------------------
+
+    def _apply(self, one: _Record) -> None:
+        header = one.header
+        if one.block == 0:
+            self._enter(one)
+        if one.note is not None:
+            self._note(one.note)
+            return
+        first_place = self.zones.place_at(one.zone, one.block) + 1
+        for index, (start, version, value, volume_key, kind, *_) in enumerate(one.entries.tolist()):
+            volume = self.volumes.get(volume_key)
+            if volume is None:
+                continue  # forgotten since
+            if index < header.block_count:
+                self._place(volume, kind, start, version, value, first_place + index)
+            elif kind == record.ACKNOWLEDGED:
+                self._set(volume._replace(acknowledged=max(volume.acknowledged, version)))
+            else:
+                self._zero(volume, kind, Extent(start, value), version)
+
+    def _enter(self, one: _Record) -> None:
+        """The zone was opened anew: nothing of what it held before counts."""
+        self.map.clear_zone(self.zones.place_at(one.zone, 0), self.zones.zone_blocks)
+        self.zones.incarnations[one.zone] = one.header.incarnation
+        self.zones.first_positions[one.zone] = one.header.log_position
+
+    def _note(self, note: VolumeNote) -> None:
+        known = self.volumes.get(note.volume_key)
+        if known is None:
+            self._set(RecoveredVolume(note, 0, 0, HoleMap()))
+        else:
+            self._set(known._replace(note=note))
+
+    def _set(self, volume: RecoveredVolume) -> None:
+        self.volumes[volume.note.volume_key] = volume
+
+    def _place(
+        self, volume: RecoveredVolume, kind: int, lba: int, version: int, block_checksum: int, place: int
+    ) -> None:
+        key = volume.note.volume_key << LBA_BITS | lba
+        if kind == record.WRITE and version > volume.version:
+            self._set(volume._replace(version=version))
+        mapped = self.map.find(key)
+        if mapped == place or (mapped >= 0 and self.map.versions[mapped] > version):
+            return
+        hole = volume.holes.find(lba) if len(volume.holes) else None
+        if hole is not None and hole.version > version:
+            return
+        if hole is not None:
+            volume.holes.remove(Extent(lba, 1))
+        if self.map.keys[place]:
+            self.map.remove(self.map.keys[place])
+        self.map.insert(key, version, block_checksum, place)
+        if mapped >= 0:
+            self.counts[place] = self.counts[mapped]
+
+    def _zero(self, volume: RecoveredVolume, kind: int, extent: Extent, version: int) -> None:
+        key = volume.note.volume_key << LBA_BITS | extent.start
+        for _ in self.map.remove_range(key, extent.count, below=version):
+            pass
+        if kind == record.DROP:
+            volume.holes.remove(extent)
+            return
+        volume.holes.add(extent, version)
+        if version > volume.version:
+            self._set(volume._replace(version=version))
+
+    def _settle(self, end: LogPoint, kept: list[Kept]) -> None:
+        """A zone is free unless it holds something or a replay from a kept checkpoint would read it."""
+        oldest = min(one.position for one in kept)
+        live = np.flatnonzero(self.map.live_array).tolist()
+        replayed = [zone for zone in range(self.zones.zone_count) if self.zones.first_positions[zone] >= oldest]
+        filled = {*live, *replayed, *(one.zone for one in kept)} - {end.zone}
+        order = self.zones.first_positions
+        self.zones.settle(filled=sorted(filled, key=lambda zone: order[zone]), open_zone=end.zone)
+        if end.block == 0:
+            self.zones.incarnations[end.zone] += 1
+            self.zones.first_positions[end.zone] = end.position
+
+
+def device_tag(superblock: Superblock) -> int:
+    """Return the part of the device's id that every record carries."""
+    return int.from_bytes(superblock.device[:8], "little")
+
+
+def _load(
+    read: ReadDevice,
+    superblock: Superblock,
+    area: int,
+    header: checkpoint.CheckpointHeader,
+    *,
+    place: str,
+    bucket_seed: int,
+) -> _Replay:
+    """Return the state that one checkpoint holds."""
+    replay = _Replay(read, superblock, bucket_seed=bucket_seed)
+    base = superblock.checkpoint_offsets[area]
+    layout = header.layout
+    sums = iter(
+        checkpoint.decode_table(read(base + layout.table.offset, layout.table.padded_size), header, place=place)
+    )
+
+    def chunk_of(chunk: checkpoint.Chunk) -> Buffer:
+        block = read(base + chunk.offset, chunk.padded_size)
+        checkpoint.verify_chunk(block, next(sums), place=f"{place} + {chunk.offset}")
+        return block
+
+    table = b"".join(bytes(memoryview(chunk_of(chunk))[: chunk.size]) for chunk in layout.volume_chunks)
+    for state in checkpoint.decode_volumes(table, layout, place=place):
+        holes = HoleMap()
+        for start, count, version in state.holes.tolist():
+            holes.add(Extent(start, count), version)
+        volume = RecoveredVolume(state.note, state.version, state.acknowledged, holes)
+        replay.volumes[state.note.volume_key] = volume
+    for chunk in layout.zone_chunks:
+        rows = checkpoint.decode_zones(chunk_of(chunk), chunk.count)
+        for zone, row in enumerate(rows.tolist(), chunk.first):
+            replay.zones.first_positions[zone], replay.zones.incarnations[zone] = row[0], row[1]
+    for chunk in layout.place_chunks:
+        part = slice(chunk.first, chunk.first + chunk.count)
+        keys, versions, checksums, counts = checkpoint.decode_places(chunk_of(chunk), chunk.count)
+        replay.map.key_array[part] = keys
+        replay.map.version_array[part] = versions
+        replay.map.checksum_array[part] = checksums
+        replay.counts[part] = counts
+        replay.map.link_places(chunk.first, chunk.count)
+    replay.start = LogPoint(header.log_position, header.replay_zone, header.replay_block, header.previous_xxh3)
+    return replay

@@ -1,0 +1,166 @@
+"""One volume of the cache: who it is, where its history stands, and what of it is not upstream yet.
+
+Invariants:
+    `acknowledged` <= every closed cut's last version <= `applied` <= `version`, all of one packed order.
+    A mapped block is dirty exactly if its version is newer than `acknowledged`.
+    `dirty` lists the lba of each block that became dirty since the last cut closed (a trimmed one may still be listed).
+Crash: rebuilt from checkpoint and records; all that is dirty then belongs to the open cut.
+"""
+
+from array import array
+from typing import TYPE_CHECKING
+
+from forebay_cache.engine.destage import Cut
+from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
+from forebay_cache.engine.holes import HoleMap
+from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY, VolumeNote
+from forebay_core.units import BLOCK_SIZE, Buffer, Epoch, Version, VolumeId, make_version, sequence_of
+
+if TYPE_CHECKING:
+    from forebay_cache.engine.cache import CacheEngine
+
+
+class CacheVolume:
+    """State of one volume and the requests that a front may make of it (FrontVolume)."""
+
+    def __init__(self, engine: "CacheEngine", key: int, volume_id: VolumeId, name: str, size: int) -> None:
+        assert size % BLOCK_SIZE == 0
+        self._engine = engine
+        self.key = key
+        self.id = volume_id
+        self._name = name
+        self._size = size
+        self._read_only = False
+        self.epoch = Epoch(0)
+        self.attached = False
+        self.held = False  # attached, or detached with its dirty blocks and epoch kept
+        self.destaging = False  # the store granted our epoch and we may send
+        self.error = ""
+        self.warning = ""
+        self.version = Version(0)  # of the newest change given out
+        self.applied = Version(0)  # of the newest change that is in the map
+        self._acknowledged = Version(0)
+        self.holes = HoleMap()
+        self.dirty = array("Q")
+        self.cuts: list[Cut] = []
+        self.opened_ns = 0  # when the open cut got its first change; 0: it has none
+        self.connections = 0
+        self.hit_blocks = 0
+        self.miss_blocks = 0
+
+    # --- what a front sees ------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Name in the store and of the export."""
+        return self._name
+
+    @property
+    def size(self) -> int:
+        """Bytes, whole blocks."""
+        return self._size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether changes are refused."""
+        return self._read_only
+
+    def read(self, offset: int, length: int, reply: ReadReply) -> None:
+        """See FrontVolume."""
+        self._engine.reads.read(self, offset, length, reply)
+
+    def write(self, offset: int, payload: Buffer, fua: bool, reply: Reply) -> None:
+        """See FrontVolume."""
+        self._engine.writes.write(self, offset, payload, fua, reply)
+
+    def flush(self, reply: Reply) -> None:
+        """See FrontVolume."""
+        self._engine.writes.flush(self, reply)
+
+    def trim(self, offset: int, length: int, fua: bool, reply: Reply) -> None:
+        """See FrontVolume."""
+        self._engine.writes.trim(self, offset, length, fua, reply)
+
+    def write_zeroes(self, offset: int, length: int, fua: bool, reply: Reply) -> None:
+        """See FrontVolume."""
+        self._engine.writes.write_zeroes(self, offset, length, fua, reply)
+
+    def prefetch(self, offset: int, length: int, reply: Reply) -> None:
+        """See FrontVolume."""
+        self._engine.reads.prefetch(self, offset, length, reply)
+
+    def allocation(self, offset: int, length: int, reply: AllocationReply) -> None:
+        """See FrontVolume."""
+        self._engine.allocations.allocation(self, offset, length, reply)
+
+    def kick(self) -> None:
+        """See FrontVolume."""
+        self._engine.log.kick()
+
+    def connected(self) -> None:
+        """See FrontVolume."""
+        self.connections += 1
+
+    def disconnected(self) -> None:
+        """See FrontVolume."""
+        self.connections -= 1
+
+    # --- state ------------------------------------------------------------------------------------------------
+
+    @property
+    def acknowledged(self) -> Version:
+        """Newest version that is upstream; the engine keeps all volumes' in one array as well."""
+        return self._acknowledged
+
+    @acknowledged.setter
+    def acknowledged(self, version: Version) -> None:
+        self._acknowledged = version
+        self._engine.set_acknowledged(self.key, version)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the volume."""
+        return self._size // BLOCK_SIZE
+
+    @property
+    def dirty_blocks(self) -> int:
+        """Upper bound of blocks that are not upstream."""
+        return len(self.dirty) + sum(cut.block_count for cut in self.cuts)
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether anything, holes and clean overwrites included, is not upstream yet."""
+        return self.applied > self.acknowledged
+
+    @property
+    def closed_version(self) -> Version:
+        """Newest version that a closed cut holds; equals `acknowledged` when there is none."""
+        return self.cuts[-1].last_version if self.cuts else self.acknowledged
+
+    def next_version(self) -> Version:
+        """Number one more change, at the moment when it is appended."""
+        self.version = make_version(self.epoch, sequence_of(self.version) + 1)
+        return self.version
+
+    def take_epoch(self, epoch: Epoch) -> None:
+        """The store granted this epoch; the sequence goes on."""
+        assert epoch >= self.epoch
+        self.epoch = epoch
+
+    def adopt(self, version: Version) -> None:
+        """The store stands at this version, and we have nothing newer."""
+        self.version = max(self.version, version)
+        self.applied = max(self.applied, version)
+        self.acknowledged = max(self.acknowledged, version)
+
+    def resize(self, name: str, size: int, *, read_only: bool) -> None:
+        """Take over what the store says about a volume that is being attached."""
+        self._name = name
+        self._size = size
+        self._read_only = read_only
+
+    def note(self) -> VolumeNote:
+        """Return the row for log and checkpoint."""
+        detached = 0 if self.attached else LEFT_DIRTY if self.held else CLOSED
+        flags = (READ_ONLY if self._read_only else 0) | detached
+        return VolumeNote(self.key, flags, self.id, self._size, self.epoch, self._name)

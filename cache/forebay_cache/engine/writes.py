@@ -1,0 +1,306 @@
+"""Changes that guests ask for: writes, trims, zeroes, and the flush that makes them durable.
+
+A change gets its version when it is appended, never while it waits. A partial block is read, merged and written as a
+whole block, which is repeated if the block changed meanwhile.
+
+Invariants:
+    `pending` maps the key of each appended, not yet applied block to its newest batch; `_events` lists the extents of
+    appended trims and zeroes in log order.
+    A request that waits for room holds nothing but its payload; waiting requests keep their order.
+Crash: what was not applied was not acknowledged.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from forebay_cache.engine.front import Chunk, IoError, Reply
+from forebay_cache.engine.log import Batch, Settled
+from forebay_cache.format import record
+from forebay_core.checksums import checksum
+from forebay_core.extents import Extent
+from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from forebay_cache.engine.cache import CacheEngine
+    from forebay_cache.engine.volume import CacheVolume
+
+_IN_BLOCK = BLOCK_SIZE - 1
+
+
+class Writes:
+    """Appends changes to the log."""
+
+    def __init__(self, engine: "CacheEngine") -> None:
+        self._engine = engine
+        self._waiting: deque[_Parked] = deque()
+        self._merging: list[_Parked] = []
+        self._events: deque[tuple[int, Extent]] = deque()
+        self.pending: dict[int, Batch] = {}
+        self.written_blocks = 0
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    def write(self, volume: "CacheVolume", offset: int, payload: Buffer, fua: bool, reply: Reply) -> None:
+        """See FrontVolume.write."""
+        if self._refuse(volume, reply):
+            return
+        settled = self._settler(fua, reply)
+        view = memoryview(payload)
+        if (offset | view.nbytes) & _IN_BLOCK:
+            self._in_turn(volume, settled, lambda: self._write_unaligned(volume, offset, view, settled))
+        elif self._waiting or not self._engine.has_room(volume):
+            self._park(volume, settled, lambda: self._append(volume, offset >> BLOCK_SHIFT, view, settled))
+        else:
+            self._append(volume, offset >> BLOCK_SHIFT, view, settled)
+
+    def trim(self, volume: "CacheVolume", offset: int, length: int, fua: bool, reply: Reply) -> None:
+        """See FrontVolume.trim: the blocks that are only partly inside stay."""
+        if self._refuse(volume, reply):
+            return
+        settled = self._settler(fua, reply)
+        start = -(-offset >> BLOCK_SHIFT)
+        extent = Extent(start, (offset + length >> BLOCK_SHIFT) - start)
+        if extent.count > 0:
+            self._in_turn(volume, settled, lambda: self._append_event(volume, record.TRIM, extent, settled))
+        else:
+            settled(True)
+
+    def write_zeroes(self, volume: "CacheVolume", offset: int, length: int, fua: bool, reply: Reply) -> None:
+        """See FrontVolume.write_zeroes."""
+        if self._refuse(volume, reply):
+            return
+        settled = self._settler(fua, reply)
+        self._in_turn(volume, settled, lambda: self._zero(volume, offset, length, settled))
+
+    def flush(self, volume: "CacheVolume", reply: Reply) -> None:
+        """See FrontVolume.flush: what was acknowledged is what is applied."""
+        if volume.error or self._engine.failed:
+            reply(IoError.IO)
+        else:
+            log = self._engine.log
+            log.when_durable(log.applied.position, lambda ok: reply(IoError.OK if ok else IoError.IO))
+
+    def resume(self) -> None:
+        """There may be room again: carry on with waiting requests, in order."""
+        while self._waiting and self._engine.has_room(self._waiting[0].volume):
+            self._waiting.popleft().go_on()
+        self._engine.log.kick()
+
+    def applied(self) -> None:
+        """Blocks were applied: merges that waited for them go on."""
+        if self._merging:
+            merging, self._merging = self._merging, []
+            for parked in merging:
+                parked.go_on()
+            self._engine.log.kick()
+
+    def fail(self) -> None:
+        """The device failed: everybody who waits is told."""
+        parked = [*self._waiting, *self._merging]
+        self._waiting.clear()
+        self._merging.clear()
+        for one in parked:
+            one.settled(False)
+
+    def event_applied(self) -> None:
+        """The oldest trim or zeroing is in the map."""
+        self._events.popleft()
+
+    def changing(self, volume_key: int, extent: Extent) -> list[Extent]:
+        """Return what of the extent is appended but not applied."""
+        found = [
+            common
+            for key, event in self._events
+            if key == volume_key and (common := event.intersect(extent)) is not None
+        ]
+        if self.pending:
+            first = volume_key << LBA_BITS | extent.start
+            found += [Extent(extent.start + i, 1) for i in range(extent.count) if first + i in self.pending]
+        return found
+
+    # --- appending --------------------------------------------------------------------------------------------
+
+    def _append(self, volume: "CacheVolume", lba: int, view: memoryview, settled: Settled) -> None:
+        """Append whole blocks: one change for each record that they fall into."""
+        log = self._engine.log
+        count = view.nbytes >> BLOCK_SHIFT
+        at = 0
+        while True:
+            batch, room = log.data_batch()
+            take = min(room, count - at)
+            self._append_blocks(batch, volume, lba + at, view[at << BLOCK_SHIFT : (at + take) << BLOCK_SHIFT], take)
+            at += take
+            if at == count:
+                batch.settled.append(settled)
+                log.seal_if_full()
+                return
+            log.seal_if_full()
+            if not self._engine.has_room(volume):
+                rest = partial(self._append, volume, lba + at, view[at << BLOCK_SHIFT :], settled)
+                self._waiting.appendleft(_Parked(volume, settled, rest))
+                return
+
+    def _append_blocks(self, batch: Batch, volume: "CacheVolume", lba: int, view: memoryview, count: int) -> None:
+        engine = self._engine
+        version = volume.next_version()
+        first = volume.key << LBA_BITS | lba
+        add, pending, volume_key = engine.log.add_data, self.pending, volume.key
+        if count == 1:
+            add(batch, record.WRITE, volume_key, lba, version, checksum(view))
+            pending[first] = batch
+        else:
+            for i in range(count):
+                block = view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
+                add(batch, record.WRITE, volume_key, lba + i, version, checksum(block))
+                pending[first + i] = batch
+        batch.buffers.append(view)
+        engine.fetches.touch(volume, Extent(lba, count))
+        self.written_blocks += count
+
+    def _append_event(self, volume: "CacheVolume", kind: int, extent: Extent, settled: Settled) -> None:
+        version = volume.next_version()
+        self._engine.fetches.touch(volume, extent)
+        self._events.append((volume.key, extent))
+        self._engine.log.add_event(kind, volume.key, extent.start, version, extent.count, settled)
+
+    def _write_unaligned(self, volume: "CacheVolume", offset: int, view: memoryview, settled: Settled) -> None:
+        end = offset + view.nbytes
+        head_end = min(end, (offset + _IN_BLOCK) & ~_IN_BLOCK)
+        tail_start = max(head_end, end & ~_IN_BLOCK)
+        join = _Join(settled)
+        for start, stop in ((offset, head_end), (tail_start, end)):
+            if start < stop:
+                self._merge(volume, start, view[start - offset : stop - offset], join.one_more())
+        if head_end < tail_start:
+            middle = view[head_end - offset : tail_start - offset]
+            self._append(volume, head_end >> BLOCK_SHIFT, middle, join.one_more())
+        join.begun()
+
+    def _zero(self, volume: "CacheVolume", offset: int, length: int, settled: Settled) -> None:
+        end = offset + length
+        head_end = min(end, (offset + _IN_BLOCK) & ~_IN_BLOCK)
+        tail_start = max(head_end, end & ~_IN_BLOCK)
+        join = _Join(settled)
+        for start, stop in ((offset, head_end), (tail_start, end)):
+            if start < stop:
+                self._merge(volume, start, memoryview(bytes(stop - start)), join.one_more())
+        if head_end < tail_start:
+            extent = Extent(head_end >> BLOCK_SHIFT, (tail_start - head_end) >> BLOCK_SHIFT)
+            self._append_event(volume, record.ZERO, extent, join.one_more())
+        join.begun()
+
+    # --- partial blocks ---------------------------------------------------------------------------------------
+
+    def _merge(self, volume: "CacheVolume", offset: int, view: memoryview, settled: Settled) -> None:
+        """Write part of one block: wait until nothing changes it, read it, and append it unless it changed."""
+        lba = offset >> BLOCK_SHIFT
+        if self.changing(volume.key, Extent(lba, 1)):
+            self._merging.append(_Parked(volume, settled, lambda: self._merge(volume, offset, view, settled)))
+            self._engine.log.kick()
+            return
+        seen = self._state_of(volume, lba)
+
+        def got(error: IoError, chunks: "Sequence[Chunk]") -> None:
+            if error != IoError.OK or volume.error or self._engine.failed:
+                settled(False)
+            elif self.changing(volume.key, Extent(lba, 1)) or self._state_of(volume, lba) != seen:
+                self._merge(volume, offset, view, settled)
+            elif not self._engine.has_room(volume):
+                self._park(volume, settled, lambda: self._merge(volume, offset, view, settled))
+            else:
+                self._append(volume, lba, _merged(chunks, offset & _IN_BLOCK, view), settled)
+                self._engine.log.kick()
+
+        self._engine.reads.read(volume, lba << BLOCK_SHIFT, BLOCK_SIZE, got)
+
+    def _state_of(self, volume: "CacheVolume", lba: int) -> tuple[int, int]:
+        """Return what differs whenever a change of the block was applied in between."""
+        place = self._engine.map.find(volume.key << LBA_BITS | lba)
+        return (1, self._engine.map.versions[place]) if place >= 0 else (0, volume.applied)
+
+    # --- waiting ----------------------------------------------------------------------------------------------
+
+    def _in_turn(self, volume: "CacheVolume", settled: Settled, act: Callable[[], None]) -> None:
+        if self._waiting or not self._engine.has_room(volume):
+            self._park(volume, settled, act)
+        else:
+            act()
+
+    def _park(self, volume: "CacheVolume", settled: Settled, act: Callable[[], None]) -> None:
+        self._waiting.append(_Parked(volume, settled, act))
+
+    def _refuse(self, volume: "CacheVolume", reply: Reply) -> bool:
+        if volume.error or self._engine.failed:
+            reply(IoError.IO)
+            return True
+        if volume.read_only:
+            reply(IoError.READ_ONLY)
+            return True
+        return False
+
+    def _settler(self, fua: bool, reply: Reply) -> Settled:
+        if not fua:
+            return lambda ok: reply(IoError.OK if ok else IoError.IO)
+        log = self._engine.log
+
+        def settled(ok: bool) -> None:
+            if ok:
+                log.when_durable(log.applied.position, lambda safe: reply(IoError.OK if safe else IoError.IO))
+            else:
+                reply(IoError.IO)
+
+        return settled
+
+
+class _Parked(NamedTuple):
+    """A request that waits for room, or for another change of its block."""
+
+    volume: "CacheVolume"
+    settled: Settled
+    act: Callable[[], None]
+
+    def go_on(self) -> None:
+        """Act now, unless the volume has failed meanwhile."""
+        if self.volume.error:
+            self.settled(False)
+        else:
+            self.act()
+
+
+class _Join:
+    """Settles once, when all its parts have: True if all did."""
+
+    def __init__(self, settled: Settled) -> None:
+        self._settled = settled
+        self._left = 1
+        self._ok = True
+
+    def one_more(self) -> Settled:
+        """Return what one more part calls."""
+        self._left += 1
+        return self._one
+
+    def begun(self) -> None:
+        """All parts were begun."""
+        self._one(True)
+
+    def _one(self, ok: bool) -> None:
+        self._left -= 1
+        self._ok = self._ok and ok
+        if self._left == 0:
+            self._settled(self._ok)
+
+
+def _merged(chunks: "Sequence[Chunk]", skip: int, view: memoryview) -> memoryview:
+    block = bytearray(BLOCK_SIZE)
+    at = 0
+    for length, buffer in chunks:
+        if buffer is not None:
+            block[at : at + length] = buffer
+        at += length
+    block[skip : skip + view.nbytes] = view
+    return memoryview(block)
