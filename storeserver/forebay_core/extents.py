@@ -100,6 +100,8 @@ def unpack(packed: bytes, *, count_max: int) -> list[Extent]:
     if array.size and (int(starts.max()) > LBA_MAX or int(array["count"].min()) == 0):
         raise ProtocolError("extent list holds an empty extent or one beyond the largest volume")
     ends = starts + array["count"]
+    if array.size and int(ends[-1]) > LBA_MAX + 1:
+        raise ProtocolError("extent list ends beyond the largest volume")
     if bool((starts[1:] < ends[:-1]).any()):
         raise ProtocolError("extent list is not sorted or overlaps")
     return [Extent(start, count) for start, count in array.tolist()]

@@ -190,8 +190,13 @@ def open_frame(header: FrameHeader, stored: Buffer, *, place: str) -> bytes:
 def _check_meaning(header: FrameHeader, reserved: int, place: str) -> None:
     if sum(extent.count for extent in header.extents) != header.block_count or 0 in (e.count for e in header.extents):
         raise CorruptionError(place=place, what="frame extents", expected=header.block_count, found=header.extents)
-    if any(extent.end > LBA_MAX for extent in header.extents):
-        raise CorruptionError(place=place, what="frame extents", expected=f"below {LBA_MAX}", found=header.extents)
+    end = 0
+    for extent in header.extents:
+        if extent.start < end or extent.end > LBA_MAX + 1:
+            raise CorruptionError(
+                place=place, what="frame extents", expected=f"sorted, disjoint, up to {LBA_MAX}", found=header.extents
+            )
+        end = extent.end
     if reserved != 0 or header.stored_size > header.block_count * BLOCK_SIZE or header.stored_size == 0:
         raise CorruptionError(
             place=place,

@@ -1,0 +1,44 @@
+"""Checksums of blocks, and the test for zeros, against plain Python."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forebay_core.checksums import ZERO_BLOCK, ZERO_CHECKSUM, block_checksums, checksum, is_zero, zero_blocks
+from forebay_core.errors import CorruptionError
+from forebay_core.units import BLOCK_SIZE
+
+
+def test_the_checksum_is_xxh3_64_and_stays_so() -> None:
+    assert checksum(b"") == 0x2D06800538D394C2
+    assert checksum(b"forebay") == 0x37943E07B6564785
+    assert checksum(ZERO_BLOCK) == ZERO_CHECKSUM == 0x93D76FE148C689BA
+
+
+@settings(derandomize=True, deadline=None)
+@given(flags=st.lists(st.booleans(), min_size=1, max_size=16), at=st.integers(0, BLOCK_SIZE - 1))
+def test_zero_blocks_are_told_from_others(flags: list[bool], at: int) -> None:
+    other = bytearray(BLOCK_SIZE)
+    other[at] = 1
+    buffer = b"".join(ZERO_BLOCK if flag else bytes(other) for flag in flags)
+    assert zero_blocks(buffer).tolist() == flags
+    assert block_checksums(buffer) == [checksum(ZERO_BLOCK if flag else bytes(other)) for flag in flags]
+    for form in (buffer, bytearray(buffer), memoryview(b"x" + buffer)[1:]):
+        assert is_zero(form) is all(flags)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 512, 4095, 4097, 65536])
+def test_zeros_of_any_size_are_zeros(size: int) -> None:
+    assert is_zero(bytes(size))
+    assert not is_zero(bytes(size) + b"\x01")
+
+
+def test_half_a_block_has_no_block_checksum() -> None:
+    with pytest.raises(AssertionError):
+        block_checksums(bytes(BLOCK_SIZE + 1))
+
+
+def test_corruption_names_place_and_both_values() -> None:
+    error = CorruptionError(place="segment 7 offset 4096", what="frame", expected=0xABC, found="nothing")
+    assert str(error) == "corrupt frame in segment 7 offset 4096: expected 0xabc, found 'nothing'"
+    assert (error.expected, error.found) == (0xABC, "nothing")
