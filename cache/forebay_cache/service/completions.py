@@ -43,3 +43,15 @@ class Completions:
         posted = self._posted
         for _ in range(len(posted)):
             posted.popleft()()
+
+
+async def outcome(start: Callable[[Callable[[bool], None]], None]) -> bool:
+    """Start something in the engine and wait for its completion, which may come inside the call."""
+    future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def done(ok: bool) -> None:
+        if not future.done():  # whoever waited may have been cancelled
+            future.set_result(ok)
+
+    start(done)
+    return await future

@@ -27,7 +27,7 @@ class Commands(Protocol):
     async def drain(self, name: str) -> None:
         """Destage all that was acknowledged before."""
 
-    def status(self) -> CacheStatus:
+    async def status(self) -> CacheStatus:
         """Tell how everything is."""
 
 
@@ -66,7 +66,7 @@ class ControlServer:
             case Drain():
                 await self._commands.drain(message.name)
             case GetCacheStatus():
-                return self._commands.status(), ()
+                return await self._commands.status(), ()
             case _:
                 raise RefusedError(
                     messages.BAD_REQUEST,

@@ -19,7 +19,7 @@ from forebay_core.units import DeviceId, Version, VolumeId
 from forebay_wire import messages
 from forebay_wire.address import Address
 from forebay_wire.client import WireClient
-from forebay_wire.messages import Done, Opened, OpenVolume, Ping, ReleaseVolume
+from forebay_wire.messages import Done, GetVolume, Opened, OpenVolume, Ping, ReleaseVolume, Volume, VolumeRow
 
 CONNECT_TIMEOUT_S: Final = 5.0
 OPEN_TIMEOUT_S: Final = 30.0
@@ -162,6 +162,16 @@ class StoreSession:
         volume = self._volumes[volume_id] = OpenedVolume(volume_id, name, acknowledged)
         if self._client is not None:
             self.spawn(self._reopen(self._client, volume))
+
+    async def find_volume(self, name: str) -> VolumeRow:
+        """Return what the store knows of a volume.
+
+        Raises:
+            StoreUnreachableError: no store is connected.
+            RefusedError: there is no such volume.
+        """
+        answer, _ = await self._connected_client().ask(GetVolume(name), Volume, timeout_s=OPEN_TIMEOUT_S)
+        return answer.row
 
     async def open_volume(self, name: str, *, take_over: bool, acknowledged: Version) -> Opened:
         """Open a volume by name and keep it open.

@@ -1,0 +1,238 @@
+"""The cache daemon: opens and recovers the device, serves, and ends cleanly on SIGTERM and SIGINT.
+
+Invariants:
+    What was attached is served before the store is asked anything.
+    An exception that nobody expected ends the process: what it had acknowledged is on the device, and the next start
+    recovers from what is true, not from what a bug left in memory.
+Crash: see engine.recovery; the kernel frees the locks, the builder's processes end with us.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import resource
+import secrets
+import signal
+import sys
+import time
+from typing import Any, Final
+
+from forebay_cache.engine.cache import CacheEngine, EngineSettings
+from forebay_cache.engine.recovery import Recovered
+from forebay_cache.service.builder import ProcessBuilder
+from forebay_cache.service.completions import outcome
+from forebay_cache.service.control import ControlServer
+from forebay_cache.service.device import FileDevice
+from forebay_cache.service.device_file import DeviceFile, open_device
+from forebay_cache.service.exports import AttachedExports
+from forebay_cache.service.nbd_server import NbdServer
+from forebay_cache.service.notify import notify
+from forebay_cache.service.opening import recover_device
+from forebay_cache.service.run_folder import RunFolder
+from forebay_cache.service.shell import Shell
+from forebay_cache.service.store_session import StoreSession
+from forebay_cache.service.upstream import StoreUpstream
+from forebay_core.config import CacheSettings
+from forebay_core.errors import EXIT_FAILED, WrongUsageError
+from forebay_core.units import BLOCK_SHIFT, DeviceId
+from forebay_wire.address import is_loopback, parse_address
+from forebay_wire.auth import read_key_file
+
+TICK_S: Final = 0.05
+SWITCH_INTERVAL_S: Final = 0.0005
+"""How long a device thread waits for the event loop's at most; see bench/ for what it costs."""
+
+CLOSE_GRACE_S: Final = 3.0
+"""Time that clients' and commands' requests have to end when the daemon stops."""
+
+STOP_TIMEOUT_S: Final = 60.0
+FILES_MAX: Final = 8192
+
+_LOG = logging.getLogger("forebay.cache")
+
+
+def run(settings: CacheSettings) -> int:
+    """Serve volumes until told to end; return the exit code.
+
+    Raises:
+        ForebayError: it can't start; the text is one line that says why and what to do.
+    """
+    if not __debug__:
+        raise WrongUsageError("python -O removes checks that this daemon needs; start it without -O")
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    key = None if settings.key_file is None else read_key_file(settings.key_file)
+    if settings.control is not None and key is None and not is_loopback(parse_address(settings.control).host):
+        raise WrongUsageError(
+            f"control on {settings.control} needs a key file: others can reach it; give cache.key_file"
+        )
+    _raise_file_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    folder = RunFolder(settings.run_dir)
+    try:
+        file = open_device(settings.device, settings.size)
+        try:
+            recovered = recover_device(file, zone_size=settings.zone_size, format_anew=settings.format)
+        except BaseException:
+            os.close(file.fd)
+            raise
+        return asyncio.run(_serve(settings, key, folder, file, recovered))
+    finally:
+        folder.close()
+
+
+async def _serve(
+    settings: CacheSettings, key: bytes | None, folder: RunFolder, file: DeviceFile, recovered: Recovered
+) -> int:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_crash)
+    device = FileDevice(file, loop)
+    try:
+        daemon = _Daemon(settings, key, folder, device, recovered)
+        try:
+            return await daemon.serve()
+        finally:
+            await daemon.close()
+    finally:
+        device.close()
+
+
+class _Daemon:
+    """The parts of a running daemon."""
+
+    def __init__(
+        self, settings: CacheSettings, key: bytes | None, folder: RunFolder, device: FileDevice, recovered: Recovered
+    ) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._ticking: asyncio.TimerHandle | None = None
+        identity = DeviceId(recovered.superblock.device)
+        self._session = StoreSession(
+            [parse_address(address) for address in settings.store],
+            key=key,
+            device=identity,
+            jitter=random.random,
+            on_reopened=lambda volume, opened: self._shell.on_reopened(volume, opened),
+            on_refused=lambda volume, code, text: self._shell.on_refused(volume, code, text),
+        )
+        self._upstream = StoreUpstream(self._session)
+        self._builder = ProcessBuilder(device.path, level=settings.compression_level, workers=1, loop=self._loop)
+        self._engine = CacheEngine(
+            recovered,
+            device=device,
+            upstream=self._upstream,
+            builder=self._builder,
+            settings=EngineSettings(
+                cut_blocks_max=settings.cut_size_max >> BLOCK_SHIFT,
+                cut_age_ns_max=int(settings.cut_age_s_max * 1e9),
+                dirty_share_max=settings.dirty_share_max,
+                fill_blocks=settings.fill_blocks,
+            ),
+            life=secrets.randbits(64),
+            report=_LOG.error,
+        )
+        self._exports = AttachedExports()
+        self._nbd = NbdServer(self._exports)
+        self._shell = Shell(
+            engine=self._engine,
+            session=self._session,
+            upstream=self._upstream,
+            nbd=self._nbd,
+            exports=self._exports,
+            folder=folder,
+            device=device.path,
+            device_size=device.size,
+        )
+        self._control = ControlServer(self._shell, key=key, device=identity)
+
+    async def serve(self) -> int:
+        """Serve until a signal; return the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stopping)
+        self._engine.start()
+        self._tick()
+        self._shell.resume()
+        ready = await self._listen()
+        self._session.start()
+        _LOG.info("%s", ready)
+        _tell_parent(ready)
+        notify("READY=1")
+        await self._stop.wait()
+        _LOG.info("stopping")
+        notify("STOPPING=1")
+        await self._control.close(CLOSE_GRACE_S)
+        await self._nbd.close(CLOSE_GRACE_S)
+        return await self._settle()
+
+    async def close(self) -> None:
+        """Free everything; whether it was served cleanly or not."""
+        await self._control.close(0)
+        await self._nbd.close(0)
+        if self._ticking is not None:
+            self._ticking.cancel()
+        await self._upstream.close()
+        self._builder.close()
+
+    async def _listen(self) -> str:
+        """Open the fronts and the control sockets; return the line that says where they are."""
+        settings = self._settings
+        places = [f"READY nbd=unix:{self._folder.nbd_socket}"]
+        await self._nbd.listen_unix(self._folder.nbd_socket)
+        if inherited := await self._nbd.listen_inherited():
+            places.append(f"nbd=inherited:{inherited}")
+        if settings.nbd is not None:
+            address = parse_address(settings.nbd)
+            port = await self._nbd.listen_tcp(address.host, address.port, allow_remote=settings.nbd_allow_remote)
+            places.append(f"nbd=tcp:{address._replace(port=port)}")
+        await self._control.listen_unix(self._folder.control_socket)
+        if settings.control is not None:
+            places.append(f"control=tcp:{await self._control.listen_tcp(parse_address(settings.control))}")
+        return " ".join(places)
+
+    async def _settle(self) -> int:
+        """Make everything durable and leave a checkpoint; the exit code says whether that worked."""
+        if not self._engine.failed:
+            with contextlib.suppress(TimeoutError):
+                if await asyncio.wait_for(outcome(self._engine.stop), STOP_TIMEOUT_S):
+                    return 0
+        _LOG.error("the cache device could not be brought up to date; the next start recovers from its log")
+        return EXIT_FAILED
+
+    def _tick(self) -> None:
+        self._engine.tick(time.monotonic_ns(), time.time_ns())
+        self._ticking = self._loop.call_later(TICK_S, self._tick)
+
+    def _stopping(self) -> None:
+        if self._stop.is_set():
+            os._exit(EXIT_FAILED)  # told twice: at once, as after kill -9
+        self._stop.set()
+
+
+def _crash(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """End the process on an exception that nobody expected."""
+    error = context.get("exception")
+    if error is None:
+        _LOG.error("%s", context.get("message"))
+        return
+    _LOG.critical("%s: the daemon ends", context.get("message"), exc_info=error)
+    logging.shutdown()
+    os._exit(EXIT_FAILED)
+
+
+def _tell_parent(line: str) -> None:
+    """Whoever started us may wait for this line; nobody has to."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(FILES_MAX, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,149 @@
+"""Opening a cache device before anything is served: read its superblock, format it if it may be, recover its state.
+
+Everything here blocks; the event loop does not run yet.
+
+Invariants:
+    Only a blank device is formatted unasked. With --format a device of ours is too, unless it holds changes that are
+    not in the store, and so is one whose superblock is foreign or damaged.
+    The device is synced before it is read: recovery sees what a power cut would leave.
+Crash while formatting: the superblocks are written last, so the device is still what it was, or blank.
+"""
+
+import logging
+import os
+import secrets
+import time
+from typing import Final
+
+from forebay_cache.engine.recovery import Recovered, blank_device, recover
+from forebay_cache.format.superblock import (
+    SUPERBLOCK_COUNT,
+    DeviceRefusedError,
+    Refusal,
+    Superblock,
+    check_fits,
+    choose,
+    plan_geometry,
+)
+from forebay_cache.service.device_file import DeviceFile
+from forebay_core.errors import CorruptionError, ForebayError
+from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, ID_SIZE, Buffer
+
+_READ_SIZE_MAX: Final = 1 << 30
+_WRITE_SIZE: Final = 1 << 20
+_LOG = logging.getLogger(__name__)
+
+
+def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool) -> Recovered:
+    """Return all that is on the device, which is formatted first if it is blank or shall be.
+
+    Raises:
+        DeviceRefusedError: it belongs to something else or is damaged, and `format_anew` was not asked for.
+        CorruptionError: what was durable on it is damaged.
+        WrongUsageError: it is too small.
+        ForebayError: it can't be read or written, or holds changes that formatting would lose.
+    """
+    try:
+        os.fdatasync(file.fd)
+        superblock = _choose(file)
+        if superblock is not None and format_anew:
+            _refuse_loss(file, superblock)
+            superblock = None
+        if superblock is None:
+            superblock = _format(file, zone_size)
+        check_fits(superblock, file.size, place=str(file.path))
+        return _recover(file, superblock)
+    except DeviceRefusedError as error:
+        if not format_anew:
+            raise ForebayError(f"{error}; give another --device, or --format to lose what is on it") from error
+        _LOG.warning("%s; formatted as asked", error)
+        return _recover(file, _format(file, zone_size))
+    except OSError as error:
+        raise ForebayError(f"{file.path}: can't be read or written ({error.strerror})") from error
+
+
+def _choose(file: DeviceFile) -> Superblock | None:
+    """Return the superblock, or None for a blank device."""
+    blocks = memoryview(_read(file, 0, SUPERBLOCK_COUNT * BLOCK_SIZE))
+    try:
+        return choose(blocks[:BLOCK_SIZE], blocks[BLOCK_SIZE:], place=str(file.path))
+    except DeviceRefusedError as error:
+        if error.refusal is Refusal.BLANK:
+            return None
+        raise
+
+
+def _refuse_loss(file: DeviceFile, superblock: Superblock) -> None:
+    """Refuse to format a device of ours while somebody's acknowledged writes are only there."""
+    try:
+        recovered = _recover(file, superblock)
+    except CorruptionError as error:
+        _LOG.warning("%s; formatted as asked", error)
+        return
+    for volume in recovered.volumes.values():
+        if volume.version > volume.acknowledged:
+            raise ForebayError(
+                f"{file.path}: holds changes of volume {volume.note.name} that are not in the store yet; start without "
+                "--format and drain it, or remove the file (wipe the block device) to lose them"
+            )
+
+
+def _recover(file: DeviceFile, superblock: Superblock) -> Recovered:
+    began_s = time.monotonic()
+    recovered = recover(
+        lambda offset, size: _read(file, offset, size), superblock, bucket_seed=int.from_bytes(superblock.device[8:])
+    )
+    _LOG.info(
+        "%s: recovered in %.2f s, %d records replayed",
+        file.path,
+        time.monotonic() - began_s,
+        recovered.records_replayed,
+    )
+    for finding in recovered.findings:
+        _LOG.error("%s: %s", file.path, finding)
+    return recovered
+
+
+def _format(file: DeviceFile, zone_size: int) -> Superblock:
+    geometry = plan_geometry(file.size, zone_size >> BLOCK_SHIFT)
+    superblock = Superblock(
+        secrets.token_bytes(ID_SIZE),
+        1,
+        geometry.zone_blocks,
+        geometry.zone_count,
+        geometry.checkpoint_offsets,
+        geometry.checkpoint_size,
+        geometry.zones_offset,
+        time.time_ns(),
+    )
+    writes = blank_device(superblock)
+    body, superblocks = writes[:-SUPERBLOCK_COUNT], writes[-SUPERBLOCK_COUNT:]
+    # Old superblocks must not outlive the old content: with --format there may be some.
+    _write(file, 0, bytes(SUPERBLOCK_COUNT * BLOCK_SIZE))
+    os.fdatasync(file.fd)
+    for part in (body, superblocks):
+        for offset, block in part:
+            _write(file, offset, block)
+        os.fdatasync(file.fd)
+    _LOG.info("%s: formatted, %d zones of %d blocks", file.path, geometry.zone_count, geometry.zone_blocks)
+    return superblock
+
+
+def _read(file: DeviceFile, offset: int, size: int) -> Buffer:
+    assert 0 < size <= _READ_SIZE_MAX
+    buffer = bytearray(size)
+    view = memoryview(buffer)
+    at = 0
+    while at < size:
+        count = os.preadv(file.fd, (view[at:],), offset + at)
+        if count == 0:
+            raise ForebayError(f"{file.path}: ends at offset {offset + at}, expected at least {offset + size} bytes")
+        at += count
+    return buffer
+
+
+def _write(file: DeviceFile, offset: int, block: bytes) -> None:
+    view = memoryview(block)
+    at = 0
+    while at < len(block):
+        at += os.pwrite(file.fd, view[at : at + _WRITE_SIZE], offset + at)

@@ -1,0 +1,281 @@
+"""What the daemon does when it is told to: attach, detach, drain, status. Steps between store, engine and front.
+
+Invariants:
+    At most one attach or detach of a name is under way.
+    A volume is listed for clients exactly while the engine has it attached, except during the steps between.
+Crash: the row on the device says whether a volume is attached; an attached one is served again at the next start. A
+volume that was detached here but not given back at the store is taken up again by the next attach.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from forebay_cache.engine.attaching import Standing, StoreView
+from forebay_cache.engine.cache import CacheEngine
+from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.service.completions import outcome
+from forebay_cache.service.exports import AttachedExports
+from forebay_cache.service.nbd_server import NbdServer
+from forebay_cache.service.run_folder import RunFolder
+from forebay_cache.service.store_session import FINAL_CODES, StoreSession
+from forebay_cache.service.upstream import StoreUpstream
+from forebay_core.errors import ForebayError, RefusedError
+from forebay_core.extents import Extent
+from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, sequence_of
+from forebay_wire import messages
+from forebay_wire.messages import CacheStatus, Opened, VolumeStatus
+
+STALE_EXTENTS_MAX: Final = 4096
+"""Changed extents up to which they are dropped one by one; beyond it all that is cached of the volume is dropped."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class Shell:
+    """Implements the control server's `Commands`, and hears of the store's answers for volumes."""
+
+    def __init__(
+        self,
+        *,
+        engine: CacheEngine,
+        session: StoreSession,
+        upstream: StoreUpstream,
+        nbd: NbdServer,
+        exports: AttachedExports,
+        folder: RunFolder,
+        device: str,
+        device_size: int,
+    ) -> None:
+        self._engine = engine
+        self._session = session
+        self._upstream = upstream
+        self._nbd = nbd
+        self._exports = exports
+        self._folder = folder
+        self._device = device
+        self._device_size = device_size
+        self._changing: set[str] = set()
+
+    def resume(self) -> None:
+        """Serve the volumes that were attached when the daemon ended, whether the store is there or not."""
+        for volume in self._engine.attached():
+            self._exports.add(volume)
+            self._session.keep_open(volume.id, volume.name, volume.acknowledged)
+
+    # --- the store's answers ----------------------------------------------------------------------------------
+
+    def on_reopened(self, volume_id: VolumeId, opened: Opened) -> None:
+        """The store granted the volume again after a reconnect."""
+        volume = self._engine.by_id(volume_id)
+        if volume is not None and volume.attached:
+            self._engine.attaching.reopened(volume, _view(opened))
+
+    def on_refused(self, volume_id: VolumeId, code: str, text: str) -> None:
+        """The store does not grant the volume (now, or for good)."""
+        volume = self._engine.by_id(volume_id)
+        if volume is None or not volume.attached:
+            return
+        if code in FINAL_CODES:
+            self._engine.destage.stop_volume(volume, f"the store gave volume {volume.name} to somebody else: {text}")
+        else:
+            volume.warning = text
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    async def attach(self, name: str, *, read_only: bool, take_over: bool) -> str:
+        """Open a volume and serve it; return the URI.
+
+        Raises:
+            ForebayError: the store or the engine says no.
+        """
+        with self._alone(name):
+            volume = self._find(name)
+            if volume is not None and not (volume.error and take_over):
+                if volume.read_only != read_only:
+                    raise RefusedError(messages.BAD_REQUEST, f"volume {name} is attached otherwise; detach it first")
+                return self._folder.uri(name)
+            if volume is not None:
+                await self._leave(volume)
+            volume = await self._open(name, read_only=read_only, take_over=take_over)
+            self._exports.add(volume)
+            _LOG.info("attached volume %s, epoch %d", name, volume.epoch)
+            return self._folder.uri(name)
+
+    async def detach(self, name: str, *, leave_dirty: bool) -> None:
+        """Destage (unless `leave_dirty`), stop serving, give the volume back.
+
+        Raises:
+            RefusedError: it is not attached, has failed, or the store does not take it back now.
+        """
+        with self._alone(name):
+            volume = self._attached(name)
+            if not leave_dirty:
+                await self._drain(volume)
+            self._exports.remove(name)
+            await self._nbd.close_export(name)
+            if leave_dirty:
+                await self._leave(volume)
+            else:
+                await self._release(volume)
+            _LOG.info("detached volume %s", name)
+
+    async def drain(self, name: str) -> None:
+        """Destage all that was acknowledged before.
+
+        Raises:
+            RefusedError: it is not attached, or has failed.
+        """
+        await self._drain(self._attached(name))
+
+    async def status(self) -> CacheStatus:
+        """Tell how everything is."""
+        engine = self._engine
+        # Counting looks at every place: beside the event loop, where a torn look only makes the count inexact.
+        cached = await asyncio.get_running_loop().run_in_executor(None, engine.cached_blocks)
+        return CacheStatus(
+            device=self._device,
+            device_size=self._device_size,
+            capacity_bytes=engine.map.place_count * BLOCK_SIZE,
+            cached_bytes=sum(cached.values()) * BLOCK_SIZE,
+            dirty_bytes=engine.destage.dirty_blocks * BLOCK_SIZE,
+            free_zones=len(engine.zones.free),
+            hit_blocks=sum(volume.hit_blocks for volume in engine.volumes.values()),
+            miss_blocks=sum(volume.miss_blocks for volume in engine.volumes.values()),
+            written_blocks=engine.writes.written_blocks,
+            destaged_plain_bytes=engine.destage.plain_bytes,
+            destaged_stored_bytes=engine.destage.stored_bytes,
+            log_bytes=engine.log.bytes_written,
+            store=self._session.address,
+            store_connected=self._session.connected,
+            volumes=tuple(self._volume_status(v, cached.get(v.key, 0)) for v in self._listed()),
+            error=engine.failed or self._session.error or self._upstream.waiting_for_space,
+        )
+
+    # --- steps ------------------------------------------------------------------------------------------------
+
+    async def _open(self, name: str, *, read_only: bool, take_over: bool) -> CacheVolume:
+        """Take the volume at the store and bring it into the engine; if that fails it is given back."""
+        attaching = self._engine.attaching
+        row = await self._session.find_volume(name)
+        since = attaching.acknowledged(VolumeId(row.id))
+        opened = await self._session.open_volume(name, take_over=take_over, acknowledged=since)
+        view = _view(opened)
+        before = self._engine.by_id(view.id)
+        held = before is not None and before.held
+        try:
+            stale = await self._stale(view, since) if attaching.compare(view) is Standing.STALE else []
+            await outcome(
+                lambda done: attaching.attach(
+                    view, stale, read_only=read_only, attached=lambda volume: done(volume is not None)
+                )
+            )
+        except ForebayError:
+            if held:
+                self._session.forget(view.id)
+            else:
+                await self._session.release(view.id, view.epoch)
+            raise
+        volume = self._find(name)
+        if volume is None:
+            raise RefusedError(messages.FAILED, f"the cache device failed: {self._engine.failed}")
+        return volume
+
+    async def _stale(self, view: StoreView, since: Version) -> list[Extent]:
+        """Return what changed since a version; all of it when that is too much, or nobody knows any more."""
+        everything = [Extent(0, view.size // BLOCK_SIZE)]
+        stale: list[Extent] = []
+        try:
+            async for page in self._upstream.changed(view.id, since):
+                stale += page
+                if len(stale) > STALE_EXTENTS_MAX:
+                    return everything
+        except RefusedError as error:
+            if error.code != messages.HISTORY_GONE:
+                raise
+            return everything
+        return stale
+
+    async def _drain(self, volume: CacheVolume) -> None:
+        if not await outcome(lambda done: self._engine.destage.drain(volume, done)):
+            reason = volume.error or self._engine.failed or "it was detached meanwhile"
+            raise RefusedError(messages.FAILED, f"volume {volume.name} can't be drained: {reason}")
+
+    async def _leave(self, volume: CacheVolume) -> None:
+        """Stop serving; dirty blocks and epoch stay on the device."""
+        self._exports.remove(volume.name)
+        await self._nbd.close_export(volume.name)
+        self._session.forget(volume.id)
+        await self._settle(volume, leave_dirty=True)
+
+    async def _release(self, volume: CacheVolume) -> None:
+        """Stop serving a volume whose clients are gone, and give it back at the store."""
+        try:
+            await self._drain(volume)
+        except RefusedError:
+            self._exports.add(volume)
+            raise
+        epoch = volume.epoch
+        await self._settle(volume, leave_dirty=False)
+        try:
+            await self._session.release(volume.id, epoch)
+        except ForebayError as error:
+            self._session.forget(volume.id)
+            raise RefusedError(
+                messages.FAILED,
+                f"volume {volume.name} is drained and detached here, but the store could not be told ({error}); "
+                "attach and detach it again, or take it over elsewhere",
+            ) from error
+
+    async def _settle(self, volume: CacheVolume, *, leave_dirty: bool) -> None:
+        attaching = self._engine.attaching
+        if not await outcome(lambda done: attaching.detach(volume, leave_dirty=leave_dirty, settled=done)):
+            raise RefusedError(messages.FAILED, f"the cache device failed: {self._engine.failed}")
+
+    # --- looking up -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        if name in self._changing:
+            raise RefusedError(messages.VOLUME_IN_USE, f"volume {name} is being attached or detached; try again")
+        self._changing.add(name)
+        try:
+            yield
+        finally:
+            self._changing.discard(name)
+
+    def _find(self, name: str) -> CacheVolume | None:
+        return next((volume for volume in self._engine.attached() if volume.name == name), None)
+
+    def _attached(self, name: str) -> CacheVolume:
+        volume = self._find(name)
+        if volume is None:
+            raise RefusedError(messages.NOT_ATTACHED, f"volume {name} is not attached here; forebay status lists them")
+        return volume
+
+    def _listed(self) -> list[CacheVolume]:
+        return sorted(self._engine.attached(), key=lambda volume: volume.name)
+
+    def _volume_status(self, volume: CacheVolume, cached_blocks: int) -> VolumeStatus:
+        return VolumeStatus(
+            name=volume.name,
+            size=volume.size,
+            uri=self._folder.uri(volume.name),
+            read_only=volume.read_only,
+            epoch=volume.epoch,
+            sequence=sequence_of(volume.version),
+            acknowledged_version=volume.acknowledged,
+            dirty_bytes=volume.dirty_blocks * BLOCK_SIZE,
+            cached_bytes=cached_blocks * BLOCK_SIZE,
+            hit_blocks=volume.hit_blocks,
+            miss_blocks=volume.miss_blocks,
+            connections=self._nbd.connection_count(volume.name),
+            error=volume.error or volume.warning,
+        )
+
+
+def _view(opened: Opened) -> StoreView:
+    row = opened.row
+    return StoreView(VolumeId(row.id), row.name, row.size, Epoch(opened.epoch), Version(row.version))
