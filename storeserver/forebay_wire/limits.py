@@ -72,7 +72,7 @@ KEEPALIVE_IDLE_S: Final = 5
 KEEPALIVE_INTERVAL_S: Final = 3
 KEEPALIVE_PROBES: Final = 3
 PEER_DEAD_AFTER_MS: Final = 15_000
-"""Sent bytes that stay unacknowledged for so long end a TCP connection (TCP_USER_TIMEOUT)."""
+"""Sent bytes that nobody acknowledges or takes for so long end a TCP connection (TCP_USER_TIMEOUT)."""
 
 assert BODY_SIZE_MAX + PAYLOAD_SIZE_MAX <= BYTES_IN_FLIGHT_MAX <= SERVER_BYTES_IN_FLIGHT_MAX
 assert BUFFERS_PER_SEND_MAX <= 1024

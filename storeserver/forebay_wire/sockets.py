@@ -38,7 +38,7 @@ async def connect(address: Address | UnixPath) -> socket.socket:
     try:
         found = await loop.getaddrinfo(address.host or "localhost", address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise StoreUnreachableError(f"{address}: {getattr(error, 'strerror', None) or error}") from error
+        raise StoreUnreachableError(f"{address}: {_reason(error)}") from error
     refusal = StoreUnreachableError(f"{address}: the name has no address")
     for family, _, _, _, target in found:
         try:
@@ -57,7 +57,7 @@ async def _connect_one(family: int, target: object, name: str) -> socket.socket:
         await asyncio.get_running_loop().sock_connect(sock, target)  # type: ignore[arg-type]
     except OSError as error:
         sock.close()
-        raise StoreUnreachableError(f"{name}: {error.strerror or error}") from error
+        raise StoreUnreachableError(f"{name}: {_reason(error)}") from error
     except BaseException:
         sock.close()
         raise
@@ -91,7 +91,7 @@ async def listening_tcp(address: Address, *, authenticated: bool) -> socket.sock
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (OSError, UnicodeError) as error:
-        raise WrongUsageError(f"listen on {address}: {getattr(error, 'strerror', None) or error}") from error
+        raise WrongUsageError(f"listen on {address}: {_reason(error)}") from error
     if not authenticated and not all(is_loopback(str(target[0])) for *_, target in found):
         raise WrongUsageError(
             f"listen on {address}: others can reach it, so a key file is needed; without one use 127.0.0.1"
@@ -111,7 +111,7 @@ def _listen_on(family: int, target: tuple[object, ...], address: Address) -> soc
     try:
         sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        raise WrongUsageError(f"listen on {address}: {error.strerror}") from error
+        raise WrongUsageError(f"listen on {address}: {_reason(error)}") from error
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -123,7 +123,7 @@ def _listen_on(family: int, target: tuple[object, ...], address: Address) -> soc
         sock.close()
         if error.errno == errno.EADDRINUSE:
             raise InUseError(f"listen on {address}: another process listens there") from error
-        raise WrongUsageError(f"listen on {address}: {error.strerror}") from error
+        raise WrongUsageError(f"listen on {address}: {_reason(error)}") from error
     return sock
 
 
@@ -143,7 +143,7 @@ def listening_unix(path: UnixPath) -> socket.socket:
         sock.listen(LISTEN_BACKLOG)
     except OSError as error:
         sock.close()
-        raise WrongUsageError(f"listen on unix:{path}: {error.strerror or error}") from error
+        raise WrongUsageError(f"listen on unix:{path}: {_reason(error)}") from error
     return sock
 
 
@@ -160,7 +160,7 @@ def _remove_stale(path: UnixPath) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise WrongUsageError(f"listen on unix:{path}: {error.strerror or error}") from error
+        raise WrongUsageError(f"listen on unix:{path}: {_reason(error)}") from error
 
 
 def remote_name(sock: socket.socket) -> str:
@@ -173,3 +173,10 @@ def remote_name(sock: socket.socket) -> str:
     except OSError:  # gone already
         return "unknown"
     return str(Address(host, port))
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Return the system's words for an error; asyncio and the resolver put others in its text."""
+    if isinstance(error, socket.gaierror) or not isinstance(error, OSError) or error.errno is None:
+        return str(getattr(error, "strerror", None) or error)
+    return os.strerror(error.errno)

@@ -95,6 +95,7 @@ def test_nobody_there_is_unreachable_with_address_and_reason(tmp_path: Path) -> 
             with pytest.raises(StoreUnreachableError) as caught:
                 await WireClient.connect(place, key=None, node=CLIENT_NODE, timeout_s=5)
             assert str(place) in str(caught.value)
+            assert place is not bad.address or str(caught.value) == f"{place}: Connection refused"
 
     run(test)
 

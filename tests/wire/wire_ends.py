@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
@@ -24,7 +25,10 @@ TEST_TIMEOUT_S = 30.0
 def run(test: Callable[[], Awaitable[None]]) -> None:
     """Run an async test; a hang fails it, and so does anything it leaves running."""
 
+    complaints: list[object] = []
+
     async def bounded() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         async with asyncio.timeout(TEST_TIMEOUT_S):
             await test()
         # Connections that the other side of this loop just closed may have a step left.
@@ -34,6 +38,8 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
         assert not left, left
 
     asyncio.run(bounded())
+    gc.collect()  # futures whose exception nobody took complain now
+    assert not complaints, complaints
 
 
 async def echo(peer: Peer, message: AnyMessage, payload: memoryview) -> tuple[AnyMessage, Sequence[Buffer]]:
