@@ -14,7 +14,9 @@ from typing import Final
 
 from forebay_core.errors import ForebayError
 from forebay_core.extents import EXTENT_COUNT_MAX, Extent, pack
+from forebay_core.memory import keep_freed_memory
 from forebay_core.units import BLOCK_SIZE, format_size
+from forebay_tools.in_flight import InFlight
 from forebay_tools.printing import note
 from forebay_tools.progress import Progress
 from forebay_tools.target import Target, open_target
@@ -32,6 +34,7 @@ async def export_volume(client: WireClient, name: str, path: Path, *, force: boo
     Raises:
         ForebayError: there is no such volume, it changed meanwhile, a block is damaged, or `path` can't be used.
     """
+    keep_freed_memory()
     answer, _ = await client.ask(GetVolume(name), Volume)
     row = answer.row
     if row.writer:
@@ -58,21 +61,17 @@ class _Export:
         self._progress = progress
         self._place = f"volume {row.name}"
         self._done_blocks = 0
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight = InFlight(READS_IN_FLIGHT_MAX)
 
     async def run(self) -> int:
         """Copy all and return the bytes that are not holes."""
         with ThreadPoolExecutor(1, "export") as executor:
             try:
                 async for batch in self._batches(executor):
-                    while len(self._in_flight) >= READS_IN_FLIGHT_MAX:
-                        await self._wait(asyncio.FIRST_COMPLETED)
-                    self._in_flight.add(asyncio.create_task(self._copy(batch, executor)))
-                await self._wait(asyncio.ALL_COMPLETED)
+                    await self._in_flight.start(self._copy(batch, executor))
+                await self._in_flight.finish()
             finally:
-                for task in self._in_flight:
-                    task.cancel()
-                await asyncio.gather(*self._in_flight, return_exceptions=True)
+                await self._in_flight.close()
         return self._done_blocks * BLOCK_SIZE
 
     async def _batches(self, executor: ThreadPoolExecutor) -> AsyncIterator[list[Extent]]:
@@ -125,12 +124,6 @@ class _Export:
                 self._target.write(piece.extent, piece.plain)
                 blocks += piece.extent.count
         return blocks
-
-    async def _wait(self, until: str) -> None:
-        if self._in_flight:
-            done, self._in_flight = await asyncio.wait(self._in_flight, return_when=until)
-            for task in done:
-                task.result()
 
 
 async def _check_unchanged(client: WireClient, before: VolumeRow) -> None:

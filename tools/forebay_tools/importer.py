@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from forebay_core.errors import ForebayError
+from forebay_core.memory import keep_freed_memory
 from forebay_core.units import BLOCK_SIZE, GIB, ID_SIZE, format_size, sequence_of
+from forebay_tools.in_flight import InFlight
 from forebay_tools.progress import Progress
 from forebay_tools.qcow2 import check_qcow2, converted
 from forebay_tools.source import Part, RawSource, detect_format
@@ -46,6 +48,7 @@ async def import_image(client: WireClient, name: str, path: Path, image_format: 
     Raises:
         ForebayError: the image can't be imported, or the store refuses; no volume is left then.
     """
+    keep_freed_memory()
     async with _open_source(path, image_format) as source:
         progress = Progress("importing", source.data_size, sys.stderr)
         try:
@@ -129,16 +132,14 @@ class _CutSender:
         self._attempt = secrets.randbits(63)
         self._part_count = 0
         self._blocks = 0
-        self._in_flight: set[asyncio.Task[object]] = set()
+        self._in_flight = InFlight(PARTS_IN_FLIGHT_MAX)
 
     async def put(self, part: Part) -> None:
         """Send a part; waits while too many are in flight. Raises what failed of those before."""
-        while len(self._in_flight) >= PARTS_IN_FLIGHT_MAX:
-            await self._wait(asyncio.FIRST_COMPLETED)
         message = StagePart(
             self._opened.row.id, self._opened.epoch, self._opened.session, self._attempt, self._part_count
         )
-        self._in_flight.add(asyncio.create_task(self._client.ask(message, Done, part.frames)))
+        await self._in_flight.start(self._client.ask(message, Done, part.frames))
         self._part_count += 1
         self._blocks += part.blocks
         if self._blocks * BLOCK_SIZE >= CUT_SIZE:
@@ -146,7 +147,7 @@ class _CutSender:
 
     async def commit(self) -> None:
         """Make what was put visible and durable; each part counts as one change."""
-        await self._wait(asyncio.ALL_COMPLETED)
+        await self._in_flight.finish()
         if self._part_count == 0:
             return
         message = CommitCut(
@@ -166,15 +167,7 @@ class _CutSender:
 
     async def close(self) -> None:
         """Give up what is still in flight."""
-        for task in self._in_flight:
-            task.cancel()
-        await asyncio.gather(*self._in_flight, return_exceptions=True)
-
-    async def _wait(self, until: str) -> None:
-        if self._in_flight:
-            done, self._in_flight = await asyncio.wait(self._in_flight, return_when=until)
-            for task in done:
-                task.result()
+        await self._in_flight.close()
 
 
 async def _release(client: WireClient, opened: Opened) -> None:

@@ -15,6 +15,6 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the daemon in the foreground."""
     settings = load_settings(arguments.config, CacheSettings, given_settings(arguments, CacheSettings))
-    from forebay_cache.service import daemon
+    from forebay_cache.service.daemon import run as serve
 
-    return daemon.run(settings)
+    return serve(settings)

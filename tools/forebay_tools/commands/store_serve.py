@@ -15,6 +15,6 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the daemon in the foreground."""
     settings = load_settings(arguments.config, StoreSettings, given_settings(arguments, StoreSettings))
-    from forebay_store.service import daemon
+    from forebay_store.service.daemon import run as serve
 
-    return daemon.run(settings)
+    return serve(settings)
