@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
+from ram_volume import RamExports, RamVolume
+
 from forebay_cache.engine.nbd_negotiation import ReplyStyle
 from forebay_cache.format import nbd, nbd_options
 from forebay_cache.service.nbd_server import NbdServer, NbdSettings
-from ram_volume import RamExports, RamVolume
 
 T = TypeVar("T")
 TIMEOUT_S = 20.0
@@ -129,7 +130,11 @@ class Client:
     @classmethod
     def unix(cls, path: str) -> "Client":
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(path)
+        try:
+            sock.connect(path)
+        except OSError:
+            sock.close()
+            raise
         return cls(sock)
 
     def __enter__(self) -> "Client":

@@ -1,6 +1,7 @@
 """Volumes in memory with real holes: the twin of the cache for tests and benchmarks of the NBD front."""
 
 import asyncio
+import mmap
 import random
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,7 @@ class RamVolume:
         self.name = name
         self.size = size
         self.read_only = read_only
-        self.memory = bytearray(size)
+        self.memory = mmap.mmap(-1, size)  # zeros that cost nothing until they are written
         self.view = memoryview(self.memory)
         self.written = bytearray(-(-size // BLOCK_SIZE))  # 1: holds data
         self.calls: list[str] = []
