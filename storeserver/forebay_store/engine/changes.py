@@ -62,6 +62,7 @@ def create(reader: IndexReader, message: messages.CreateVolume, *, now_ns: int, 
     if find_name(reader, message.name) is not None:
         raise RefusedError(messages.VOLUME_EXISTS, f"volume {message.name} exists already; choose another name")
     assert len(fresh_id) == ID_SIZE
+    assert find_volume(reader, fresh_id) is None
     return [VolumeCreated(fresh_id, message.size, now_ns, message.name)]
 
 

@@ -155,6 +155,7 @@ class StoreEngine:
         elif isinstance(error, NoSpaceError):
             self._refuse(self._log.refused(), _failed(error))
         else:
+            self._log.refused()
             self._fail(error)
         self._advance()
 

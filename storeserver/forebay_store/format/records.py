@@ -14,7 +14,9 @@ Record header, 32 bytes, little-endian:
         16     8  u64   body_xxh3     over the body
         24     8  u64   header_xxh3   over the 24 bytes before it
 
-Bodies, little-endian. store-claimed, 8 bytes:
+Bodies, little-endian:
+
+store-claimed, 8 bytes:
 
     offset  size  type  field       meaning
     ------  ----  ----  ----------  --------------------------------------------------------

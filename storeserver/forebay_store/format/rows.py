@@ -1,6 +1,8 @@
 """The rows of the index: keys sort as bytes, so their numbers are big-endian; values are little-endian.
 
-Table `volumes`, key: volume id. Volume row, 114 bytes, then the name in UTF-8:
+Table `volumes`, key: volume id.
+
+Volume row, 114 bytes, then the name in UTF-8:
 
     offset  size  type  field            meaning
     ------  ----  ----  ---------------  --------------------------------------------------------
@@ -22,7 +24,9 @@ Table `volumes`, key: volume id. Volume row, 114 bytes, then the name in UTF-8:
 
 Table `names`, key: name in UTF-8, value: volume id.
 
-Table `head`, key: volume id, u64 start (big-endian), entries never overlap. Head entry, 40 bytes:
+Table `head`, key: volume id, u64 start (big-endian). Entries never overlap.
+
+Head entry, 40 bytes:
 
     offset  size  type  field         meaning
     ------  ----  ----  ------------  --------------------------------------------------------
@@ -38,7 +42,9 @@ Table `head`, key: volume id, u64 start (big-endian), entries never overlap. Hea
         32     4  u32   frame_size    bytes of the frame
         36     4  u32   entry_check   lower half of the xxh3-64 over the key and the 36 bytes before it
 
-Table `attempts`, key: volume id, u32 epoch, u64 attempt (big-endian). Attempt row, 28 bytes:
+Table `attempts`, key: volume id, u32 epoch, u64 attempt (big-endian).
+
+Attempt row, 28 bytes:
 
     offset  size  type  field         meaning
     ------  ----  ----  ------------  --------------------------------------------------------
@@ -48,8 +54,10 @@ Table `attempts`, key: volume id, u32 epoch, u64 attempt (big-endian). Attempt r
         16     4  u32   part_count    parts staged
         20     8  u64   stored_size   bytes of their frames
 
-Table `staged`, key: volume id, u32 epoch, u64 attempt, u32 index (big-endian). Staged part, 24 bytes, then
-hole_count times (u64 start, u32 count), then part entries (`forebay_store.format.part`):
+Table `staged`, key: volume id, u32 epoch, u64 attempt, u32 index (big-endian).
+
+Staged part, 24 bytes, then hole_count times (u64 start, u32 count), then the part entries of
+`forebay_store.format.part`:
 
     offset  size  type  field           meaning
     ------  ----  ----  --------------  --------------------------------------------------------
@@ -61,14 +69,18 @@ hole_count times (u64 start, u32 count), then part entries (`forebay_store.forma
 
 Table `deleted`, key: volume id, value empty: its head entries are being removed.
 
-Table `meta`, key `store`: store mark, 20 bytes:
+Table `meta`, key `store`: to which store the index belongs.
+
+Store mark, 20 bytes:
 
     offset  size  type  field         meaning
     ------  ----  ----  ------------  --------------------------------------------------------
          0     4  u32   format        1
          4    16  16s   store         UUID of the store
 
-and key `applied`: applied mark, 12 bytes, the newest segment whose records the index shows:
+Table `meta`, key `applied`: the newest segment whose records the index shows.
+
+Applied mark, 12 bytes:
 
     offset  size  type  field         meaning
     ------  ----  ----  ------------  --------------------------------------------------------

@@ -30,7 +30,7 @@ FOLDER_FORMAT: Final = 1
 IDENTITY_SIZE_MAX: Final = 4 * KIB
 
 
-class DataFolder:
+class StoreFolder:
     """A locked data folder; close it to let others in."""
 
     def __init__(self, path: Path, lock: int | None, store: bytes | None) -> None:
@@ -78,7 +78,7 @@ class DataFolder:
             self._lock = None
 
 
-def make_folder(path: Path) -> DataFolder:
+def make_folder(path: Path) -> StoreFolder:
     """Open the folder of a store, making it if there is nothing yet.
 
     Raises:
@@ -89,9 +89,9 @@ def make_folder(path: Path) -> DataFolder:
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_foreign(path)
-    folder = DataFolder(path, _lock(path, create=True), None)
+    folder = StoreFolder(path, _lock(path, create=True), None)
     try:
-        folder = DataFolder(path, folder._lock, _read_identity(path))
+        folder = StoreFolder(path, folder._lock, _read_identity(path))
         if not folder.has_identity:
             if folder.segments.is_dir() and any(folder.segments.iterdir()):
                 raise ForebayError(f"{path / IDENTITY_NAME} is missing; run: forebay store rebuild-index --data {path}")
@@ -104,7 +104,7 @@ def make_folder(path: Path) -> DataFolder:
         raise
 
 
-def open_folder(path: Path) -> DataFolder:
+def open_folder(path: Path) -> StoreFolder:
     """Open the folder of a stopped store, to check or to repair it; nothing is made.
 
     Raises:
@@ -116,7 +116,7 @@ def open_folder(path: Path) -> DataFolder:
         raise WrongUsageError(f"{path} holds no store (no folder {SEGMENTS_NAME}); give the folder of a store")
     lock = _lock(path, create=False)
     try:
-        return DataFolder(path, lock, _read_identity(path))
+        return StoreFolder(path, lock, _read_identity(path))
     except BaseException:
         if lock is not None:
             os.close(lock)

@@ -42,7 +42,7 @@ from forebay_store.service.folder import (
     IDENTITY_NAME,
     LEFTOVER_NAMES,
     OWN_NAMES,
-    DataFolder,
+    StoreFolder,
     open_folder,
 )
 from forebay_store.service.lmdb_index import LmdbIndex
@@ -115,7 +115,7 @@ def fsck(data: Path) -> list[Finding]:
     return findings.rows
 
 
-def _check_names(folder: DataFolder, findings: Findings) -> None:
+def _check_names(folder: StoreFolder, findings: Findings) -> None:
     for path in sorted(folder.path.iterdir()):
         if path.name in LEFTOVER_NAMES:
             findings.add("leftover-file", str(path), "left by a crash")
@@ -132,7 +132,7 @@ def _check_names(folder: DataFolder, findings: Findings) -> None:
                 findings.add("unknown-file", str(path), "no part of an index")
 
 
-def _find_store(folder: DataFolder, backend: DirBackend, findings: Findings) -> bytes | None:
+def _find_store(folder: StoreFolder, backend: DirBackend, findings: Findings) -> bytes | None:
     """Return the store's UUID, from the first readable segment if the folder does not say."""
     if folder.has_identity:
         return folder.store
@@ -184,7 +184,7 @@ def _check_frame(header: FrameHeader, frame: memoryview, place: str, findings: F
             open_frame(header, stored, place=place)
 
 
-def _check_index(folder: DataFolder, backend: DirBackend, store: bytes, findings: Findings) -> None:
+def _check_index(folder: StoreFolder, backend: DirBackend, store: bytes, findings: Findings) -> None:
     if not (folder.index / "data.mdb").exists():
         findings.add("index-missing", str(folder.index), f"run: forebay store rebuild-index --data {folder.path}")
         return

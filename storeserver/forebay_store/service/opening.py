@@ -13,14 +13,14 @@ from forebay_store.format.layout import build_segment
 from forebay_store.format.records import StoreClaimed
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
 from forebay_store.service.dir_backend import DirBackend
-from forebay_store.service.folder import DataFolder, make_folder
+from forebay_store.service.folder import StoreFolder, make_folder
 from forebay_store.service.lmdb_index import LmdbIndex
 
 
 class OpenStore:
     """What a running store works with."""
 
-    def __init__(self, folder: DataFolder, backend: DirBackend, index: LmdbIndex) -> None:
+    def __init__(self, folder: StoreFolder, backend: DirBackend, index: LmdbIndex) -> None:
         self.folder = folder
         self.backend = backend
         self.index = index
@@ -72,7 +72,7 @@ def claim(backend: DirBackend, index: LmdbIndex, *, store: bytes, now_ns: int) -
     return name
 
 
-def _open_index(folder: DataFolder, *, has_segments: bool) -> LmdbIndex:
+def _open_index(folder: StoreFolder, *, has_segments: bool) -> LmdbIndex:
     hint = f"run: forebay store rebuild-index --data {folder.path}"
     if not folder.index.is_dir():
         if has_segments:

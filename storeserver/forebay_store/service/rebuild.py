@@ -14,7 +14,7 @@ from forebay_store.engine.volumes import write_store
 from forebay_store.format.rows import Table
 from forebay_store.format.segment import decode_header
 from forebay_store.service.dir_backend import DirBackend
-from forebay_store.service.folder import NEW_INDEX_NAME, DataFolder, open_folder, sync_folder
+from forebay_store.service.folder import NEW_INDEX_NAME, StoreFolder, open_folder, sync_folder
 from forebay_store.service.lmdb_index import LmdbIndex
 
 
@@ -51,7 +51,7 @@ def rebuild_index(data: Path) -> Summary:
         folder.close()
 
 
-def _build(backend: DirBackend, folder: DataFolder) -> Summary:
+def _build(backend: DirBackend, folder: StoreFolder) -> Summary:
     path = folder.path / NEW_INDEX_NAME
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(mode=0o700)
@@ -68,14 +68,14 @@ def _build(backend: DirBackend, folder: DataFolder) -> Summary:
     return Summary(segments, volumes, head_entries)
 
 
-def _swap(folder: DataFolder) -> None:
+def _swap(folder: StoreFolder) -> None:
     if folder.index.exists():
         shutil.rmtree(folder.index)
     (folder.path / NEW_INDEX_NAME).rename(folder.index)
     sync_folder(folder.path)
 
 
-def _find_store(backend: DirBackend, folder: DataFolder) -> bytes:
+def _find_store(backend: DirBackend, folder: StoreFolder) -> bytes:
     names = segment_names(backend)
     if not names:
         raise ForebayError(f"{folder.path} holds neither an identity file nor a segment; there is nothing to rebuild")
