@@ -4,6 +4,8 @@ NOMETASYNC: a power cut may take back the newest transactions, whole ones, and r
 which may leave a damaged file. The map is grown only while no view is open, as LMDB demands.
 """
 
+import errno
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +15,14 @@ from typing import Final, TypeVar, cast
 import lmdb
 
 from forebay_core.errors import CorruptionError, NoSpaceError
+from forebay_core.units import MIB
 from forebay_store.engine.ports import BackendError, IndexReader, IndexWriter
 from forebay_store.format.rows import Table
 from forebay_store.limits import INDEX_SIZE_START
 
 Result = TypeVar("Result")
 READERS_MAX: Final = 256
+PROBE_SIZE: Final = MIB
 
 
 class LmdbView:
@@ -146,4 +150,16 @@ def _translated(place: str) -> Iterator[None]:
             place=f"index {place}", what="LMDB file", expected="a whole one; run store rebuild-index", found=str(error)
         ) from error
     except lmdb.Error as error:
+        if _is_full(place):
+            raise NoSpaceError(f"the disk under {place} is full") from error
         raise BackendError(f"index {place} failed: {error}") from error
+
+
+def _is_full(folder: str) -> bool:
+    """LMDB reports a write that a full disk cut short as EIO, so ask the disk itself."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE_SIZE))
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
