@@ -302,7 +302,7 @@ def test_a_full_store_is_waited_out() -> None:
         store.refusals = [(StagePart, RefusedError(messages.NO_SPACE, "disk full"))] * 2
         async with running(store) as rig:
             answer = rig.stage()
-            await until(lambda: rig.upstream.waiting_for_space == "disk full")
+            await until(lambda: rig.upstream.waiting_for_space.endswith("has no space: disk full"))
             assert await answer is None
             assert store.count(StagePart) == 3 and rig.upstream.waiting_for_space == ""
 

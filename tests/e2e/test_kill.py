@@ -29,14 +29,14 @@ def load_and_kill(rig: Rig, history: History, kill_after_s: float) -> None:
             killer.join()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_acknowledged_writes_survive_kill_of_the_cache_under_load(rig: Rig, seed: int) -> None:
     moments = random.Random(seed)
     history = History(BLOCKS, seed)
     rig.start()
     rig.create("disk", SIZE)
     rig.attach("disk")
-    for _ in range(4):
+    for _ in range(5):
         load_and_kill(rig, history, moments.uniform(0.05, 1.2))
         began_s = time.monotonic()
         rig.start_cache()
@@ -46,7 +46,7 @@ def test_acknowledged_writes_survive_kill_of_the_cache_under_load(rig: Rig, seed
         history.verify(content)
         history.settle(content)
     assert history.acknowledged > 100 and history.flushed > 5
-    rig.run("detach", "disk")
+    rig.detach("disk")
     history.verify(rig.exported("disk"))
 
 
@@ -69,7 +69,7 @@ def test_nothing_is_lost_when_the_store_is_killed_under_load(rig: Rig, seed: int
     content = read_all(rig)
     history.verify(content)
     history.settle(content)
-    rig.run("detach", "disk")
+    rig.detach("disk")
     history.verify(rig.exported("disk"))
     assert rig.store is not None
     assert rig.store.stop() == 0
@@ -90,5 +90,5 @@ def test_both_killed_at_once_lose_nothing_acknowledged(rig: Rig) -> None:
         content = read_all(rig)
         history.verify(content)
         history.settle(content)
-    rig.run("detach", "disk")
+    rig.detach("disk")
     history.verify(rig.exported("disk"))

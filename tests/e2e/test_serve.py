@@ -1,5 +1,6 @@
 """A volume from creation to export, through real daemons and real clients."""
 
+import json
 import os
 
 from e2e_rig import Rig
@@ -9,8 +10,8 @@ from forebay_core.units import MIB
 
 def test_a_volume_is_created_attached_written_read_and_exported(rig: Rig) -> None:
     rig.start()
-    rig.create("disk", 16 * MIB)
-    uri = rig.attach("disk")
+    rig.run("volume", "create", "disk", "--size", "16MiB")
+    uri = json.loads(rig.run("attach", "disk"))["uri"]
     assert uri == f"nbd+unix:///disk?socket={rig.run_dir}/nbd.sock"
     content = os.urandom(3 * MIB)
     with rig.nbd("disk") as client:

@@ -195,9 +195,10 @@ class StoreUpstream:
     async def _may_repeat(self, volume: VolumeId, session: Session, error: RefusedError) -> bool:
         match error.code:
             case messages.NO_SPACE:
+                text = f"the store at {self._session.address} has no space: {error}"
                 if not self.waiting_for_space:
-                    _LOG.error("the store at %s has no space: %s", self._session.address, error)
-                self.waiting_for_space = str(error)
+                    _LOG.error("%s", text)
+                self.waiting_for_space = text
                 return True
             case messages.STOPPING:
                 await session.client.close()

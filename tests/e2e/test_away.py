@@ -1,0 +1,153 @@
+"""The store goes away, comes back, is full, is another one: the VM sees none of it but waiting."""
+
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e_nbd import READ, WRITE
+from e2e_rig import Rig
+
+from forebay_core.units import BLOCK_SIZE, MIB
+from forebay_wire.messages import CreateVolume, Volume
+
+
+def prepared(rig: Rig) -> bytes:
+    """Fill the first 4 MiB of a volume that is then attached with an empty cache; return its content."""
+    content = os.urandom(4 * MIB)
+    rig.start()
+    rig.create("disk")
+    rig.attach("disk")
+    with rig.nbd("disk") as client:
+        for at in range(0, len(content), MIB):
+            client.write(at, content[at : at + MIB])
+    rig.detach("disk")
+    assert rig.cache is not None and rig.cache.stop() == 0
+    rig.device.unlink()
+    rig.start_cache()
+    rig.wait_status(lambda status: status.store_connected)
+    rig.attach("disk")
+    return content
+
+
+def test_with_the_store_away_hits_and_whole_writes_go_on_and_a_miss_waits(rig: Rig) -> None:
+    content = prepared(rig)
+    with rig.nbd("disk") as client, rig.nbd("disk") as other:
+        assert client.read(0, MIB) == content[:MIB]
+        rig.kill_store()
+        rig.wait_status(lambda status: not status.store_connected)
+        assert client.read(0, MIB) == content[:MIB]
+        client.write(2 * MIB, b"new!" * 1024)
+        client.flush()
+        assert client.read(2 * MIB, 4096) == b"new!" * 1024
+        other.submit(READ, 3 * MIB, 8192)
+        other.submit(WRITE, 3 * MIB + 16384, 512, b"p" * 512)  # needs the rest of its block
+        client.write(MIB, bytes(4096))  # nobody else is held up
+        rig.start_store()
+        answers = {pending.offset: payload for _, pending, payload in (other.next_reply(), other.next_reply())}
+        assert answers[3 * MIB] == content[3 * MIB : 3 * MIB + 8192]
+        block = content[3 * MIB + 16384 :][:BLOCK_SIZE]
+        assert client.read(3 * MIB + 16384, BLOCK_SIZE) == b"p" * 512 + block[512:]
+    rig.drain("disk")
+    assert rig.status().dirty_bytes == 0
+
+
+def test_a_cache_that_starts_without_the_store_serves_what_it_has(rig: Rig) -> None:
+    content = prepared(rig)
+    with rig.nbd("disk") as client:
+        client.read(0, MIB)
+        client.write(0, b"last" * 1024)
+    rig.kill_store()
+    rig.kill_cache()
+    rig.start_cache()
+    with rig.nbd("disk") as client:
+        assert client.read(0, MIB) == b"last" * 1024 + content[4096:MIB]
+        status = rig.status()
+        assert status.miss_blocks == 0 and not status.store_connected and status.error
+        client.submit(READ, 2 * MIB, 4096)
+        rig.start_store()
+        assert client.next_reply()[2] == content[2 * MIB : 2 * MIB + 4096]
+    rig.detach("disk")
+    assert rig.exported("disk")[:MIB] == b"last" * 1024 + content[4096:MIB]
+
+
+def test_another_store_under_the_address_is_never_written_to(rig: Rig) -> None:
+    content = prepared(rig)
+    with rig.nbd("disk") as client:
+        client.write(0, b"mine" * 1024)
+        rig.kill_store()
+        ours, rig.store_data = rig.store_data, rig.folder / "other"
+        rig.start_store()
+        rig.ask_store(CreateVolume("disk", 16 * MIB), Volume)
+        rig.wait_status(lambda status: "another store" in status.error)
+        client.submit(READ, 2 * MIB, 4096)
+        rig.kill_store()
+        rig.store_data = ours
+        rig.start_store()
+        assert client.next_reply()[2] == content[2 * MIB : 2 * MIB + 4096]
+    rig.detach("disk")
+    assert rig.exported("disk")[:4096] == b"mine" * 1024
+
+
+def test_a_restarted_cache_waits_out_a_store_that_does_not_know_its_volume(rig: Rig) -> None:
+    content = prepared(rig)
+    rig.kill_store()
+    rig.kill_cache()
+    ours, rig.store_data = rig.store_data, rig.folder / "other"
+    rig.start_store()
+    rig.ask_store(CreateVolume("disk", 16 * MIB), Volume)
+    rig.start_cache()
+    with rig.nbd("disk") as client:
+        client.submit(READ, 2 * MIB, 4096)
+        rig.wait_status(lambda status: "another volume" in status.volumes[0].error)
+        rig.kill_store()
+        rig.store_data = ours
+        rig.start_store()
+        rig.kill_cache()  # it has met the other store, which it would now keep waiting for
+        rig.start_cache()
+    with rig.nbd("disk") as client:
+        assert client.read(2 * MIB, 4096) == content[2 * MIB : 2 * MIB + 4096]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 24 MiB; needs root."""
+    path = tmp_path / "small"
+    path.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small tmpfs")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("a tmpfs can't be mounted here")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def test_with_a_full_disk_under_the_store_data_stays_dirty_and_goes_on_later(rig: Rig, small_disk: Path) -> None:
+    rig.store_data = small_disk / "store"
+    ballast = small_disk / "ballast"
+    rig.start()
+    rig.create("disk")
+    rig.attach("disk")
+    free = os.statvfs(small_disk).f_bavail * 4096
+    ballast.write_bytes(bytes(free - 2 * MIB))
+    content = os.urandom(6 * MIB)
+    with rig.nbd("disk") as client:
+        for at in range(0, len(content), MIB):
+            client.write(at, content[at : at + MIB])
+        client.flush()
+        rig.wait_status(lambda status: "has no space" in status.error)
+        assert rig.status().dirty_bytes >= 4 * MIB
+        client.write(8 * MIB, b"more" * 1024)
+        drained = threading.Thread(target=rig.drain, args=["disk"])
+        drained.start()
+        ballast.unlink()
+        drained.join(60)
+        assert not drained.is_alive()
+    assert rig.status().dirty_bytes == 0 and not rig.status().error
+    rig.detach("disk")
+    exported = rig.exported("disk")
+    assert exported[: len(content)] == content and exported[8 * MIB :][:4096] == b"more" * 1024
+    rig.stop()
