@@ -219,7 +219,7 @@ class BlockMap:
                 self._unlink_place(place)
             self.key_array[places] = 0
             return int(linked.size)
-        buckets = np.unique(self._buckets_of(self.key_array.take(linked)))
+        buckets = self._buckets_of(self.key_array.take(linked))
         self.key_array[places] = 0
         self._sweep(buckets)
         self._next_array[linked] = _UNLINKED
@@ -365,7 +365,7 @@ class BlockMap:
         return older
 
     def _sweep(self, buckets: PlaceArray) -> None:
-        """Cut the places without a key out of the chains of distinct buckets."""
+        """Cut the places without a key out of the chains of buckets; naming one twice does no harm."""
         heads, nexts = self._head_array, self._next_array
         places = self._first_with_key(heads.take(buckets))
         heads[buckets] = places

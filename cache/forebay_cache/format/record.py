@@ -49,7 +49,13 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.format.volume_note import VOLUME_NOTE, VolumeNote, decode_volume_note, encode_volume_note
+from forebay_cache.format.volume_note import (
+    VOLUME_KEY_MAX,
+    VOLUME_NOTE,
+    VolumeNote,
+    decode_volume_note,
+    encode_volume_note,
+)
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
@@ -94,7 +100,6 @@ BLOB: Final = 9
 
 BLOB_VOLUME: Final = 1
 SECTOR_MASK_ALL: Final = 0xFF
-VOLUME_KEY_MAX: Final = (1 << 24) - 1
 
 EntryArray = npt.NDArray[np.void]
 

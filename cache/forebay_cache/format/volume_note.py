@@ -25,6 +25,7 @@ from forebay_core.names import NAME_SIZE_MAX, is_name
 from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, VOLUME_SIZE_MAX, Buffer
 
 VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264s32x")
+VOLUME_KEY_MAX: Final = (1 << 24) - 1
 READ_ONLY: Final = 1
 LEFT_DIRTY: Final = 2
 CLOSED: Final = 4
@@ -32,7 +33,6 @@ EXPORT_NAME_SIZE_MAX: Final = 2 * NAME_SIZE_MAX + 1
 assert VOLUME_NOTE.size == 336
 assert EXPORT_NAME_SIZE_MAX <= 264
 
-_KEY_MAX: Final = (1 << 24) - 1
 _RESERVED_OFFSET: Final = 304
 
 
@@ -72,7 +72,7 @@ def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
 
 def _is_valid(note: VolumeNote) -> bool:
     return (
-        0 < note.volume_key <= _KEY_MAX
+        0 < note.volume_key <= VOLUME_KEY_MAX
         and 0 <= note.flags <= READ_ONLY | LEFT_DIRTY | CLOSED
         and len(note.volume_id) == ID_SIZE
         and note.size % BLOCK_SIZE == 0
