@@ -164,32 +164,36 @@ class Transmission:
             self._gathering = False
 
     def _take(self, buffer: ReceiveBuffer, at: int, end: int) -> int:
-        """The hot loop: everything it uses again and again is a local name."""
-        view, volume, open_, account, out = buffer.view, self._volume, self._open, self._account, self.out
-        unpack, header_size = self._request.unpack_from, self._request.size
-        size, write_flags = self._size, self._write_flags
-        last = self._serial + BATCH_MAX
-        while end - at >= header_size and not self.leaving:
+        """The hot loop: what it uses again and again is a local name; limits are looked at once per batch."""
+        if len(self.out) >= OUT_BUFFERS_MAX:
+            self.blocked = True
+            return at
+        view, volume, open_, account = buffer.view, self._volume, self._open, self._account
+        unpack, header_size, wanted_magic = self._request.unpack_from, self._request.size, self._magic
+        read_replied, write_replied = self._read_replied, self._write_replied
+        size = 0 if self._refusing else self._size
+        write_flags = -1 if self._read_only else self._write_flags
+        serial = self._serial
+        last = serial + min(BATCH_MAX, IN_FLIGHT_MAX - len(open_))
+        while end - at >= header_size:
             magic, flags, command, cookie, offset, length = unpack(view, at)
-            if magic != self._magic:
+            if magic != wanted_magic:
                 raise ProtocolError(f"request magic {magic:#x}")
-            if len(open_) >= IN_FLIGHT_MAX or len(out) >= OUT_BUFFERS_MAX:
-                self.blocked = True
+            if serial == last:
+                self.blocked = len(open_) >= IN_FLIGHT_MAX
+                self.more = not self.blocked
                 break
-            if self._serial >= last:
-                self.more = True
-                break
-            plain = 0 < length <= PAYLOAD_SIZE_MAX and offset + length <= size and not self._refusing
+            plain = 0 < length <= PAYLOAD_SIZE_MAX and offset + length <= size
+            self._serial = serial = serial + 1
             if command == CMD_READ and plain and flags == 0:
                 if account.held + length > account.granted:
                     self.short, self.blocked = length, True
                     break
                 account.held += length
                 at += header_size
-                self._serial = serial = self._serial + 1
-                open_[serial] = read_reply = partial(self._read_replied, serial, cookie, offset, length)
+                open_[serial] = read_reply = partial(read_replied, serial, cookie, offset, length)
                 volume.read(offset, length, read_reply)
-            elif command == CMD_WRITE and plain and flags & ~CMD_FLAG_FUA == write_flags and not self._read_only:
+            elif command == CMD_WRITE and plain and flags & ~CMD_FLAG_FUA == write_flags:
                 stop = at + header_size + length
                 if stop > end:
                     self.want = header_size + length
@@ -197,11 +201,12 @@ class Transmission:
                 payload = view[at + header_size : stop]
                 at = stop
                 buffer.payloads += 1
-                self._serial = serial = self._serial + 1
-                open_[serial] = reply = partial(self._write_replied, serial, cookie, offset, buffer)
+                open_[serial] = reply = partial(write_replied, serial, cookie, offset, buffer)
                 volume.write(offset, payload, flags & CMD_FLAG_FUA != 0, reply)
             elif self._accept_rare(Request(flags, command, cookie, offset, length)):
                 at += header_size
+                if self.leaving:
+                    break
                 at += self._consume(end - at)
             else:
                 break
@@ -209,7 +214,6 @@ class Transmission:
 
     def _accept_rare(self, request: Request) -> bool:
         """Take a request that is neither a plain read nor a plain write; return False if it must wait."""
-        self._serial += 1
         if request.command == CMD_DISC:
             self.leaving = True
             return True

@@ -200,7 +200,12 @@ class NbdConnection:
             self._close_if_finished()
             return
         self._end += count
-        self._advance()
+        if count == len(room) or not self._in_large_write():
+            self._advance()
+
+    def _in_large_write(self) -> bool:
+        """Tell whether the buffer was taken for one large write: nothing is to be done until all of it is here."""
+        return self._buffer is not None and self._buffer.charge > 0
 
     def _advance(self) -> None:
         """Send what waits, take requests, send their answers, and listen for what is possible next."""
@@ -234,9 +239,9 @@ class NbdConnection:
             self._listen(reading=not self._outbox, writing=bool(self._outbox))
 
     def _queue(self, output: bytes) -> None:
+        self._outbox.send()
         if output:
             self._outbox.put([output], len(output), 0)
-        self._outbox.send()
 
     def _open(self, session: Session | None) -> None:
         self._negotiation = None
@@ -272,15 +277,13 @@ class NbdConnection:
         """Send replies as far as the client takes them."""
         transmission, outbox, account = self._transmission, self._outbox, self._account
         assert transmission is not None
-        while True:
+        if outbox:
+            account.held -= outbox.send()
+            self._progress_s = self._loop.time()
+        while transmission.out and not outbox:
+            account.held -= outbox.put(*transmission.take_out())
             if outbox:
-                account.held -= outbox.send()
                 self._progress_s = self._loop.time()
-                if outbox:
-                    return
-            if not transmission.out:
-                return
-            outbox.put(*transmission.take_out())
 
     def _request(self, size: int) -> bool:
         if self._shared.budget.request(self._account, size):

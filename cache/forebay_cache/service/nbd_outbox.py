@@ -52,12 +52,29 @@ class Outbox:
     def __bool__(self) -> bool:
         return bool(self._batches)
 
-    def put(self, buffers: list[Buffer], size: int, held: int) -> None:
-        """Add buffers of `size` bytes in all; `held` is what `send` returns when they are out."""
-        self._batches.append(_Batch(buffers, size, held))
+    def put(self, buffers: list[Buffer], size: int, held: int) -> int:
+        """Send buffers of `size` bytes in all, or keep what the socket does not take for `send`.
+
+        Returns `held` if all is out; else 0, and `send` returns it later.
+
+        Raises:
+            OSError: the client is gone.
+        """
+        sent = 0
+        if not self._batches and len(buffers) <= IOV_MAX:
+            try:
+                sent = self._client.sendmsg(buffers)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            if sent == size:
+                return held
+        batch = _Batch(buffers, size, held)
+        batch.advance(sent)
+        self._batches.append(batch)
+        return self.send()
 
     def send(self) -> int:
-        """Send what the socket takes; return how much is no longer held.
+        """Send what was kept, as far as the socket takes it; return how much is no longer held.
 
         Raises:
             OSError: the client is gone.
