@@ -4,7 +4,7 @@ from typing import Final
 
 from forebay_core.frame import FRAME_BLOCKS_MAX
 from forebay_core.units import BLOCK_SIZE, GIB, MIB
-from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX, PAYLOAD_SIZE_MAX
+from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX, PAYLOAD_SIZE_MAX, SERVER_BYTES_IN_FLIGHT_MAX
 
 SEGMENT_SIZE_MAX: Final = 32 * MIB
 """Bytes of one segment; the largest record fits with room for its headers."""
@@ -12,8 +12,9 @@ SEGMENT_SIZE_MAX: Final = 32 * MIB
 SEGMENT_RECORDS_MAX: Final = 16384
 """Records in one segment: bounds what replay builds at a time."""
 
-PENDING_BYTES_MAX: Final = 512 * MIB
-"""Bytes of records that wait for a segment; requests beyond it are refused and may be repeated."""
+PENDING_BYTES_MAX: Final = SERVER_BYTES_IN_FLIGHT_MAX + 4 * SEGMENT_SIZE_MAX
+"""Bytes of records that wait for a segment; requests beyond it are refused and may be repeated. The wire stops
+reading before that, unless very many connections send one large part each."""
 
 PENDING_RECORDS_MAX: Final = 65536
 """Records that wait for a segment."""

@@ -2,13 +2,14 @@
 
 import random
 
+import numpy as np
 import pytest
 from store_daemon import DEVICE, frame, plain
 from store_twins import STORE, Crash, DictIndex, MemoryBackend, StoreTwin
 
 from forebay_core.errors import CorruptionError
 from forebay_core.extents import Extent, pack
-from forebay_core.units import BLOCK_SIZE, sequence_of
+from forebay_core.units import BLOCK_SIZE, make_version, sequence_of
 from forebay_store.engine.ports import SegmentMissingError
 from forebay_store.engine.replay import replay
 from forebay_store.format.rows import Table
@@ -100,6 +101,8 @@ class Load:
         self.maybe.clear()
 
     def compare(self) -> None:
+        for name in VOLUMES:
+            self.compare_lists(name)
         for name, model in self.models.items():
             reply = self.twin.query(messages.GetVolume(name))
             assert isinstance(reply, messages.Volume)
@@ -113,6 +116,31 @@ class Load:
                     assert found == expected, f"{name} block {lba}"
             assert reply.row.data_blocks == len(state)
         assert self.twin.rebuilt().rows() == self.twin.index.rows()
+
+    def compare_lists(self, name: str) -> None:
+        """MapExtents and Changed must say of each block what reading it says."""
+        pieces = self.twin.plain(self.ids[name], Extent(0, BLOCKS))
+        blocks = {
+            lba: (piece.plain is None, piece.version)
+            for piece in pieces
+            for lba in range(piece.extent.start, piece.extent.end)
+        }
+        mapped = self.twin.query(messages.MapExtents(self.ids[name], 0, BLOCKS))
+        assert isinstance(mapped, messages.Mapped)
+        assert listed(mapped.pieces) == blocks
+        since = make_version(1, self.random.randrange(len(self.models[name].states)))
+        changed = self.twin.query(messages.Changed(self.ids[name], since))
+        assert isinstance(changed, messages.Changes) and changed.next_start == -1
+        assert listed(changed.pieces) == {lba: found for lba, found in blocks.items() if found[1] > since}
+
+
+def listed(pieces: bytes) -> dict[int, tuple[bool, int]]:
+    """Return of each block in a piece table whether it is a hole, and its version."""
+    return {
+        lba: (frame_index == messages.HOLE_FRAME, version)
+        for start, count, frame_index, _, version in np.frombuffer(pieces, messages.PIECE_DTYPE).tolist()
+        for lba in range(start, start + count)
+    }
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,5 +1,6 @@
 """The store's decisions, over ports in memory: order, epochs, sessions, repeated commits, refusals, limits."""
 
+import numpy as np
 import pytest
 from store_daemon import DEVICE, frame, plain
 from store_twins import StoreTwin
@@ -7,7 +8,7 @@ from store_twins import StoreTwin
 from forebay_core.errors import CorruptionError, RefusedError
 from forebay_core.extents import Extent, pack
 from forebay_core.units import BLOCK_SIZE, make_version
-from forebay_store.engine import changes
+from forebay_store.engine import changes, queries
 from forebay_store.engine.volumes import attempts_of, find_name, put_volume
 from forebay_store.format.rows import Table
 from forebay_store.limits import ATTEMPTS_PER_VOLUME_MAX, WAITING_PER_VOLUME_MAX
@@ -430,6 +431,31 @@ def test_changes_since_a_version_are_listed() -> None:
     assert len(reply.pieces) == 2 * 28
     everything = rig.twin.query(messages.Changed(rig.id, 0))
     assert isinstance(everything, messages.Changes) and len(everything.pieces) == 4 * 28
+
+
+def test_long_lists_come_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    holes = tuple(Extent(at * 3, 1 + at % 2) for at in range(200))
+    rig.stage(b"", holes=holes)
+    rig.commit(1, 1)
+    whole = rig.twin.query(messages.Changed(rig.id, 0))
+    mapped = rig.twin.query(messages.MapExtents(rig.id, 0, BLOCKS))
+    assert isinstance(whole, messages.Changes) and isinstance(mapped, messages.Mapped)
+    monkeypatch.setattr(queries, "PIECES_MAX", 7)
+    monkeypatch.setattr(queries, "SCAN_ENTRIES_MAX", 5)
+    pieces, start = b"", 0
+    while start >= 0:
+        page = rig.twin.query(messages.Changed(rig.id, 0, start))
+        assert isinstance(page, messages.Changes) and len(page.pieces) <= 7 * 28
+        pieces, start = pieces + page.pieces, page.next_start
+    assert pieces == whole.pieces
+    pieces, start = b"", 0
+    while start < BLOCKS:
+        part = rig.twin.query(messages.MapExtents(rig.id, start, BLOCKS - start))
+        assert isinstance(part, messages.Mapped) and 0 < len(part.pieces) <= 7 * 28
+        start = sum(int(count) for count in np.frombuffer(part.pieces, messages.PIECE_DTYPE)["count"]) + start
+        pieces += part.pieces
+    assert pieces == mapped.pieces
 
 
 def test_changes_below_the_floor_are_gone() -> None:

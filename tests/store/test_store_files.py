@@ -86,7 +86,7 @@ def test_leftovers_of_a_crash_are_removed_at_start_and_are_no_segments(tmp_path:
     (tmp_path / "notes.txt").write_bytes(b"mine")
     backend = DirBackend(tmp_path)
     assert backend.list() == []
-    backend.remove_leftovers()
+    backend.recover()
     assert sorted(os.listdir(tmp_path)) == ["notes.txt"]
     backend.close()
 

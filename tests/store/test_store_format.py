@@ -102,7 +102,7 @@ def test_a_segment_reads_back_as_it_was_built() -> None:
 def test_any_flipped_bit_of_a_segment_is_found() -> None:
     whole = bytearray(small_segment())
     for bit in range(len(whole) * 8):
-        if bit >= 1024 * 8 and bit % 97 and bit < (len(whole) - 512) * 8:
+        if bit >= 1024 * 8 and bit % 211 and bit < (len(whole) - 512) * 8:
             continue  # Inside the long random frames a sample will do; headers and tables are tried bit by bit.
         whole[bit // 8] ^= 1 << bit % 8
         with pytest.raises(CorruptionError):

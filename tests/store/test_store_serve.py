@@ -145,7 +145,7 @@ def test_acknowledged_cuts_survive_kill_9_at_any_moment(tmp_path: Path) -> None:
 
     with StoreDaemon(tmp_path / "s") as daemon:
         run(prepare(daemon))
-    for _ in range(12):
+    for _ in range(9):
         with StoreDaemon(tmp_path / "s") as daemon:
             run(torment(daemon))
     assert min(writer.acknowledged for writer in writers) > 10

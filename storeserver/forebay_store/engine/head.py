@@ -42,37 +42,49 @@ def narrow(entry: HeadEntry, start: int, end: int) -> HeadEntry:
 def overlapping(reader: IndexReader, volume: bytes, start: int, end: int) -> Iterator[HeadEntry]:
     """Yield the entries that share a block with [start, end), in order, whole."""
     assert start < end
-    first = _before(reader, volume, start)
-    if first is not None and first.end > start:
-        yield first
-    last = head_key(volume, end)
-    for key, value in reader.scan(Table.HEAD, head_key(volume, start)):
-        if key >= last:
-            return
-        yield decode_entry(key, value)
+    first, last = head_key(volume, start), head_key(volume, end)
+    rows = reader.scan(Table.HEAD, first)
+    row = next(rows, None)
+    if row is None or row[0] != first:  # One that begins exactly here tells that none reaches in from before.
+        reaching = _before(reader, volume, start)
+        if reaching is not None and reaching.end > start:
+            yield reaching
+    while row is not None and row[0] < last:
+        yield decode_entry(*row)
+        row = next(rows, None)
 
 
 def replace(writer: IndexWriter, volume: bytes, entries: Sequence[HeadEntry]) -> Delta:
     """Put entries in place of whatever lies under them; of entries that overlap each other the later one wins."""
     stored_size = data_blocks = 0
     for run in _runs(entries):
-        start, end = run[0].start, run[-1].end
-        old = list(overlapping(writer, volume, start, end))
-        rests: list[HeadEntry] = []
-        for entry in old:
-            writer.delete(Table.HEAD, head_key(volume, entry.start))
-            if entry.start < start:
-                rests.append(narrow(entry, entry.start, start))
-            if entry.end > end:
-                rests.append(narrow(entry, end, entry.end))
-        for entry in rests:
-            writer.put(Table.HEAD, *encode_entry(volume, entry))
+        old, rests = _make_room(writer, volume, run[0].start, run[-1].end)
         for entry in run:
             _put(writer, volume, entry)
-        for sign, changed in ((-1, old), (1, rests), (1, run)):
-            stored_size += sign * sum(stored_share(entry) for entry in changed)
-            data_blocks += sign * sum(entry.length for entry in changed if entry.is_data)
+        for entry in (*rests, *run):
+            if entry.is_data:
+                stored_size += stored_share(entry)
+                data_blocks += entry.length
+        for entry in old:
+            if entry.is_data:
+                stored_size -= stored_share(entry)
+                data_blocks -= entry.length
     return Delta(stored_size, data_blocks)
+
+
+def _make_room(writer: IndexWriter, volume: bytes, start: int, end: int) -> tuple[list[HeadEntry], list[HeadEntry]]:
+    """Remove what lies in [start, end); return the entries that did, and what is left of them outside."""
+    old = list(overlapping(writer, volume, start, end))
+    rests: list[HeadEntry] = []
+    for entry in old:
+        writer.delete(Table.HEAD, head_key(volume, entry.start))
+        if entry.start < start:
+            rests.append(narrow(entry, entry.start, start))
+        if entry.end > end:
+            rests.append(narrow(entry, end, entry.end))
+    for entry in rests:
+        writer.put(Table.HEAD, *encode_entry(volume, entry))
+    return old, rests
 
 
 def _runs(entries: Sequence[HeadEntry]) -> Iterator[Sequence[HeadEntry]]:

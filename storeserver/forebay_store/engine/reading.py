@@ -4,13 +4,14 @@ Invariant: a frame leaves the store only when its header, its stored checksum an
 says; anything else is an error that names segment and offset.
 """
 
+import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from forebay_core.errors import CorruptionError, ProtocolError, RefusedError
-from forebay_core.extents import Extent, unpack
+from forebay_core.extents import EXTENT_DTYPE, Extent, unpack
 from forebay_core.frame import check_stored, decode_header
 from forebay_core.units import Buffer
 from forebay_store.engine.changes import expect_volume
@@ -23,6 +24,9 @@ from forebay_store.limits import READ_GAP_MAX
 from forebay_wire import messages
 from forebay_wire.limits import EXTENTS_MAX, READ_BLOCKS_MAX
 from forebay_wire.messages import HOLE_FRAME, PIECE_DTYPE
+
+_ONE_EXTENT: Final = struct.Struct("<QI")
+assert _ONE_EXTENT.size == EXTENT_DTYPE.itemsize
 
 
 class FramePlace(NamedTuple):
@@ -104,14 +108,21 @@ def check_frames(plan: ReadPlan, buffers: Sequence[Buffer]) -> list[Buffer]:
 
 
 def _extents(packed: bytes) -> list[Extent]:
-    try:
-        extents = unpack(packed, count_max=EXTENTS_MAX)
-    except ProtocolError as error:
-        raise RefusedError(messages.BAD_REQUEST, str(error)) from error
+    if len(packed) == _ONE_EXTENT.size:  # Most reads; the checks below and those of the volume's end suffice.
+        extents = [Extent(*_ONE_EXTENT.unpack(packed))]
+    else:
+        extents = _unpack_many(packed)
     count = sum(extent.count for extent in extents)
     if not 0 < count <= READ_BLOCKS_MAX:
         raise RefusedError(messages.BAD_REQUEST, f"a read of {count} blocks; 1 to {READ_BLOCKS_MAX} are allowed")
     return extents
+
+
+def _unpack_many(packed: bytes) -> list[Extent]:
+    try:
+        return unpack(packed, count_max=EXTENTS_MAX)
+    except ProtocolError as error:
+        raise RefusedError(messages.BAD_REQUEST, str(error)) from error
 
 
 def _frame_index(known: dict[FramePlace, int], frames: list[WantedFrame], entry: HeadEntry) -> int:

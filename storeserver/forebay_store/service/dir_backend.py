@@ -34,11 +34,19 @@ class DirBackend:
         self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files = OpenFiles(folder)
 
-    def remove_leftovers(self) -> None:
-        """Remove the temporary files that a crash left; nobody may be creating segments."""
-        for name in os.listdir(self._folder):
-            if is_temporary(name):
-                os.unlink(self._folder / name)
+    def recover(self) -> None:
+        """Remove what a crash left and make the names durable that it had no time for; before anything is read.
+
+        Raises:
+            BackendError: the disk can't do it.
+        """
+        try:
+            for name in os.listdir(self._folder):
+                if is_temporary(name):
+                    os.unlink(self._folder / name)
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._fatal("left by a crash", error) from error
 
     def close(self) -> None:
         """Close all files."""

@@ -8,7 +8,7 @@ import errno
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, TypeVar, cast
 
@@ -38,15 +38,16 @@ class LmdbView:
 
     def scan(self, table: Table, key: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Yield keys and values from `key` on."""
-        with self._transaction.cursor(db=self._tables[table]) as cursor:
-            if cursor.set_range(key):
-                yield from cast("Iterator[tuple[bytes, bytes]]", cursor.iternext(keys=True, values=True))
+        cursor = self._transaction.cursor(db=self._tables[table])
+        if not cursor.set_range(key):
+            return iter(())
+        return cast("Iterator[tuple[bytes, bytes]]", cursor.iternext(keys=True, values=True))
 
     def before(self, table: Table, key: bytes) -> tuple[bytes, bytes] | None:
         """Return the last key before `key` and its value."""
-        with self._transaction.cursor(db=self._tables[table]) as cursor:
-            found = cursor.prev() if cursor.set_range(key) else cursor.last()
-            return cast("tuple[bytes, bytes]", cursor.item()) if found else None
+        cursor = self._transaction.cursor(db=self._tables[table])
+        found = cursor.prev() if cursor.set_range(key) else cursor.last()
+        return cast("tuple[bytes, bytes]", cursor.item()) if found else None
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Set the value of a key."""
@@ -55,6 +56,28 @@ class LmdbView:
     def delete(self, table: Table, key: bytes) -> None:
         """Remove a key if it is there."""
         self._transaction.delete(key, db=self._tables[table])
+
+
+class _OpenView:
+    """The span of a view; a class, because a generator would cost each read 5 us more."""
+
+    __slots__ = ("_index", "_transaction")
+
+    def __init__(self, index: "LmdbIndex") -> None:
+        self._index = index
+
+    def __enter__(self) -> IndexReader:
+        try:
+            self._transaction = self._index.begin_view()
+        except lmdb.Error as error:
+            raise _ours(error, self._index.place) from error
+        return LmdbView(self._transaction, self._index.tables)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._transaction.abort()
+        self._index.end_view()
+        if isinstance(error, lmdb.Error):
+            raise _ours(error, self._index.place) from error
 
 
 class LmdbIndex:
@@ -69,6 +92,7 @@ class LmdbIndex:
             CorruptionError: the folder holds something else.
             NoSpaceError: the disk is full.
         """
+        self.place = str(folder)
         self._gate = threading.Condition()
         self._views = 0
         with _translated(str(folder)):
@@ -86,9 +110,8 @@ class LmdbIndex:
                 readonly=read_only,
                 lock=not read_only,
             )
-            self._folder = folder
             try:
-                self._tables: dict[Table, lmdb._Database] = {
+                self.tables: dict[Table, lmdb._Database] = {
                     table: self._environment.open_db(table.value.encode(), create=not read_only) for table in Table
                 }
             except lmdb.Error:
@@ -101,28 +124,36 @@ class LmdbIndex:
 
     def sync(self) -> None:
         """Make all transactions durable, whatever NOMETASYNC left open."""
-        with _translated(str(self._folder)):
+        with _translated(self.place):
             self._environment.sync(True)
 
-    @contextmanager
-    def view(self) -> Iterator[IndexReader]:
+    def view(self) -> AbstractContextManager[IndexReader]:
         """Open a consistent view."""
+        return _OpenView(self)
+
+    def begin_view(self) -> lmdb.Transaction:
+        """Begin a read transaction; the map is not grown until `end_view`."""
         with self._gate:
             self._views += 1
         try:
-            with _translated(str(self._folder)), self._environment.begin(write=False) as transaction:
-                yield LmdbView(transaction, self._tables)
-        finally:
-            with self._gate:
-                self._views -= 1
+            return self._environment.begin(write=False)
+        except lmdb.Error:
+            self.end_view()
+            raise
+
+    def end_view(self) -> None:
+        """Count a view that is over."""
+        with self._gate:
+            self._views -= 1
+            if self._views == 0:
                 self._gate.notify_all()
 
     def update(self, change: Callable[[IndexWriter], Result]) -> Result:
         """Run `change` in one transaction; again in a larger map if it did not fit."""
         while True:
             try:
-                with _translated(str(self._folder)), self._environment.begin(write=True) as transaction:
-                    return change(LmdbView(transaction, self._tables))
+                with _translated(self.place), self._environment.begin(write=True) as transaction:
+                    return change(LmdbView(transaction, self.tables))
             except _MapFullError:
                 self._grow()
 
@@ -141,18 +172,27 @@ def _translated(place: str) -> Iterator[None]:
     """Turn the errors of LMDB into ours."""
     try:
         yield
-    except lmdb.MapFullError as error:
-        raise _MapFullError from error
-    except lmdb.DiskError as error:
-        raise NoSpaceError(f"the disk under {place} is full") from error
-    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError) as error:
-        raise CorruptionError(
-            place=f"index {place}", what="LMDB file", expected="a whole one; run store rebuild-index", found=str(error)
-        ) from error
     except lmdb.Error as error:
-        if _is_full(place):
-            raise NoSpaceError(f"the disk under {place} is full") from error
-        raise BackendError(f"index {place} failed: {error}") from error
+        raise _ours(error, place) from error
+
+
+def _ours(error: lmdb.Error, place: str) -> Exception:
+    match error:
+        case lmdb.MapFullError():
+            return _MapFullError()
+        case lmdb.DiskError():
+            return NoSpaceError(f"the disk under {place} is full")
+        case lmdb.CorruptedError() | lmdb.InvalidError() | lmdb.PageNotFoundError() | lmdb.VersionMismatchError():
+            return CorruptionError(
+                place=f"index {place}",
+                what="LMDB file",
+                expected="a whole one; run store rebuild-index",
+                found=str(error),
+            )
+        case _ if _is_full(place):
+            return NoSpaceError(f"the disk under {place} is full")
+        case _:
+            return BackendError(f"index {place} failed: {error}")
 
 
 def _is_full(folder: str) -> bool:

@@ -13,7 +13,7 @@ from forebay_store.format.layout import build_segment
 from forebay_store.format.records import StoreClaimed
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
 from forebay_store.service.dir_backend import DirBackend
-from forebay_store.service.folder import StoreFolder, make_folder
+from forebay_store.service.folder import StoreFolder, make_folder, sync_folder
 from forebay_store.service.lmdb_index import LmdbIndex
 
 
@@ -43,7 +43,7 @@ def open_store(path: Path, *, now_ns: int) -> OpenStore:
     backend: DirBackend | None = None
     try:
         backend = DirBackend(folder.segments)
-        backend.remove_leftovers()
+        backend.recover()
         index = _open_index(folder, has_segments=bool(backend.list()))
     except BaseException:
         if backend is not None:
@@ -86,6 +86,8 @@ def _open_index(folder: StoreFolder, *, has_segments: bool) -> LmdbIndex:
             found = read_store(reader)
         if found is None and not has_segments:
             index.update(lambda writer: write_store(writer, folder.store))
+            sync_folder(folder.index)
+            sync_folder(folder.path)
         elif found != folder.store:
             raise CorruptionError(
                 place=f"index {folder.index}", what="store UUID", expected=folder.store.hex(), found=found or b""

@@ -40,6 +40,7 @@ def rebuild_index(data: Path) -> Summary:
     try:
         backend = DirBackend(folder.segments)
         try:
+            backend.recover()
             if not folder.has_identity:
                 folder.write_identity(_find_store(backend, folder))
             summary = _build(backend, folder)
@@ -60,6 +61,7 @@ def _build(backend: DirBackend, folder: StoreFolder) -> Summary:
         index.update(lambda writer: write_store(writer, folder.store))
         segments = replay(backend, index, store=folder.store)
         index.sync()
+        sync_folder(path)
         with index.view() as reader:
             volumes = sum(1 for _ in reader.scan(Table.VOLUMES, b""))
             head_entries = sum(1 for _ in reader.scan(Table.HEAD, b""))
