@@ -84,9 +84,7 @@ class CacheEngine:
         self.log = Log(device, self.zones, device_tag=device_tag(self.superblock), life=life, apply=Apply(self))
         self.reads = Reads(self)
         self.writes = Writes(self)
-        self.fetches = Fetches(
-            upstream, unit_blocks=settings.fill_blocks, pending=self.writes.changing, offer=self._offer
-        )
+        self.fetches = Fetches(upstream, unit_blocks=settings.fill_blocks, known=self._known, offer=self._offer)
         self.allocations = Allocations(self)
         self.destage = Destage(self)
         self.reclaim = Reclaim(self)
@@ -224,6 +222,14 @@ class CacheEngine:
         )
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _known(self, volume: CacheVolume, extent: Extent) -> list[Extent]:
+        """Return the blocks for which the store has nothing to tell: cached, holes, or about to change."""
+        find = self.map.find
+        first = volume.key << LBA_BITS
+        known = [Extent(lba, 1) for lba in range(extent.start, extent.end) if find(first | lba) >= 0]
+        known += [Extent(hole.start, hole.end - hole.start) for hole in volume.holes.overlapping(extent)]
+        return known + self.writes.changing(volume.key, extent)
 
     def _offer(self, volume: CacheVolume, piece: FetchedPiece) -> None:
         """Keep what was fetched, if there is room for it."""

@@ -1,9 +1,11 @@
 """Fetches under way: blocks that reads miss are asked for once, in aligned units, and offered to the cache.
 
 Invariants:
-    A block that was written or trimmed since its unit's fetch began is in `touched`: what the fetch brings for it is
-    given to those who waited before, never inserted, and no later read joins the unit for it.
-    A unit is in `_units` exactly while reads may join it.
+    A block that was written or trimmed since its unit's fetch began, or that the cache knew better when it began, is
+    in `touched`: what the fetch brings for it is given to those who waited before, never inserted, and no later read
+    joins the unit for it.
+    A unit is in `_units` exactly while its fetch is under way: one that no read may join any more is touched all the
+    same. Reads join the newest unit of a key.
 Crash: nothing is kept; a fetch that was under way never happened.
 """
 
@@ -59,15 +61,15 @@ class Fetches:
         upstream: Upstream,
         *,
         unit_blocks: int,
-        pending: Callable[[int, Extent], Sequence[Extent]],
+        known: Callable[["CacheVolume", Extent], Sequence[Extent]],
         offer: Callable[["CacheVolume", FetchedPiece], None],
     ) -> None:
         assert READ_BLOCKS_MAX % unit_blocks == 0
         self._upstream = upstream
         self._unit_blocks = unit_blocks
-        self._pending = pending
+        self._known = known
         self._offer = offer
-        self._units: dict[int, Unit] = {}
+        self._units: dict[int, list[Unit]] = {}
         self.under_way = 0
 
     def want(self, volume: "CacheVolume", extent: Extent, arrived: Arrived) -> int:
@@ -81,30 +83,33 @@ class Fetches:
         for key, whole in self._units_of(volume, extent):
             wanted = extent.intersect(whole)
             assert wanted is not None
-            unit = self._units.get(key)
-            if unit is None or unit.touches(wanted):
-                unit = Unit(volume, key, whole)
-                for changing in self._pending(volume.key, whole):
-                    unit.touch(changing)
-                self._units[key] = unit
-                fresh.append(unit)
+            under_way = self._units.setdefault(key, [])
+            if not under_way or under_way[-1].touches(wanted):
+                under_way.append(self._begin(volume, key, whole))
+                fresh.append(under_way[-1])
+            unit = under_way[-1]
             unit.waiting.append((wanted, arrived))
             count += 1
         for at in range(0, len(fresh), READ_BLOCKS_MAX // self._unit_blocks):
             self._fetch(volume, fresh[at : at + READ_BLOCKS_MAX // self._unit_blocks])
         return count
 
+    def _begin(self, volume: "CacheVolume", key: int, whole: Extent) -> Unit:
+        unit = Unit(volume, key, whole)
+        for extent in self._known(volume, whole):
+            unit.touch(extent)
+        return unit
+
     def touch(self, volume: "CacheVolume", extent: Extent) -> None:
         """Blocks were written or trimmed: what is under way for them is stale for everybody who comes later."""
         if not self._units:
             return
         if extent.count > self._unit_blocks * len(self._units):
-            keys = [key for key, unit in self._units.items() if unit.volume is volume]
+            keys = [key for key, units in self._units.items() if units[0].volume is volume]
         else:
             keys = [key for key, _ in self._units_of(volume, extent)]
         for key in keys:
-            unit = self._units.get(key)
-            if unit is not None:
+            for unit in self._units.get(key, ()):
                 unit.touch(extent)
 
     def _units_of(self, volume: "CacheVolume", extent: Extent) -> Iterator[tuple[int, Extent]]:
@@ -124,7 +129,8 @@ class Fetches:
     ) -> None:
         self.under_way -= 1
         for unit in units:
-            if self._units.get(unit.key) is unit:
+            self._units[unit.key].remove(unit)
+            if not self._units[unit.key]:
                 del self._units[unit.key]
         if isinstance(answer, UpstreamRefusal):
             for unit in units:

@@ -99,13 +99,10 @@ class Log:
         """Go on behind the last valid record; the zone of `point` is open.
 
         `life` is in every record, so nothing that an earlier life left behind this point can chain to what is written
-        now; a zone that was begun is sealed, so that nothing is written beside its old records. What is on the device
-        must be durable.
+        now. What is on the device must be durable.
         """
         self._next = self.applied = point
         self.durable = point.position
-        if point.block > 0:
-            self._seal_zone()
 
     # --- appending --------------------------------------------------------------------------------------------
 

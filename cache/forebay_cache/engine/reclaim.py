@@ -44,6 +44,7 @@ class Reclaim:
         self._engine = engine
         self.spare = min(ZONES_SPARE_MAX, max(ZONES_SPARE_MIN, engine.zones.zone_count // 64))
         self._busy = 0  # zones being emptied or waiting for the sync that frees them
+        self._moving = 0  # blocks that are about to take new places
         self._empty: list[int] = []  # wait to be synced together
         self._lingering: list[int] = []  # synced, but somebody still reads from them
         self.moved_blocks = 0
@@ -64,6 +65,9 @@ class Reclaim:
         if victim is None:
             engine.checkpoints.want()
             self._free_empty()
+            return
+        if self._moving + victim.keep.size > (len(engine.zones.free) - 1) * (engine.zones.zone_blocks * 3 // 4):
+            self._free_empty()  # what is moving already may take the last free zones
             return
         self._busy += 1
         engine.zones.begin_emptying(victim.zone)
@@ -132,10 +136,13 @@ class Reclaim:
         breaks = np.flatnonzero(np.diff(victim.keep) != 1) + 1
         runs = [run.tolist() for run in np.split(victim.keep, breaks)]
         left = len(runs)
+        self._moving += victim.keep.size
 
         def moved(ok: bool) -> None:
             nonlocal left
             left -= 1
+            if left == 0:
+                self._moving -= victim.keep.size
             if left == 0 and ok and not engine.failed:
                 self._clear(victim.zone)
 

@@ -317,13 +317,15 @@ class _Replay:
         if kind == record.WRITE and version > volume.version:
             self._set(volume._replace(version=version))
         mapped = self.map.find(key)
-        if mapped == place or (mapped >= 0 and self.map.versions[mapped] > version):
+        if mapped >= 0 and self.map.versions[mapped] > version:
             return
         hole = volume.holes.find(lba) if len(volume.holes) else None
         if hole is not None and hole.version > version:
             return
         if hole is not None:
             volume.holes.remove(Extent(lba, 1))
+        if mapped == place:
+            return
         if self.map.keys[place]:
             self.map.remove(self.map.keys[place])
         self.map.insert(key, version, block_checksum, place)
@@ -342,7 +344,12 @@ class _Replay:
             self._set(volume._replace(version=version))
 
     def _settle(self, end: LogPoint, kept: list[Kept]) -> None:
-        """A zone is free unless it holds something or a replay from a kept checkpoint would read it."""
+        """A zone is free unless it holds something or a replay from a kept checkpoint would read it.
+
+        The zone that the log is about to enter had been emptied: what a checkpoint says of it is of its life before.
+        """
+        if end.block == 0:
+            self.map.clear_zone(self.zones.place_at(end.zone, 0), self.zones.zone_blocks)
         oldest = min(one.position for one in kept)
         live = np.flatnonzero(self.map.live_array).tolist()
         replayed = [zone for zone in range(self.zones.zone_count) if self.zones.first_positions[zone] >= oldest]
