@@ -13,6 +13,7 @@ import pytest
 from nbd_client import EXTENDED, STRUCTURED, Client, ServerThread, context_query, export_query, option_bytes
 from ram_volume import LateVolume, RamVolume
 
+from forebay_cache.engine.front import IoError
 from forebay_cache.engine.nbd_limits import BUDGET_SIZE, CONNECTION_BYTES_MAX, FLOOR, IN_FLIGHT_MAX
 from forebay_cache.format import nbd, nbd_options
 from forebay_cache.service.nbd_server import NbdSettings
@@ -251,6 +252,7 @@ def test_a_client_that_reads_late_still_gets_everything(served: ServerThread) ->
         memory = bytes(range(256)) * 4096
         for n in range(100):
             assert client.answer().bytes_at(n * 5, MIB - n * 5) == memory[n * 5 :]
+        assert client.read(3, 5) == memory[3:8]
 
 
 def test_requests_in_flight_are_bounded(tmp_path: Path) -> None:
@@ -264,6 +266,39 @@ def test_requests_in_flight_are_bounded(tmp_path: Path) -> None:
         server.until(lambda: len(volume.parked) == 500)
         server.call(volume.release)
         assert sum(client.answer().error for _ in range(IN_FLIGHT_MAX + 500)) == 0
+
+
+def test_small_writes_in_flight_share_buffers(tmp_path: Path) -> None:
+    """Each arrives alone and stays in flight: they must not pin a buffer each."""
+    volume = LateVolume("vol", SIZE, delay_s=None)
+    with ServerThread(str(tmp_path / "s"), volume) as server, server.client().go("vol") as client:
+        for number in range(200):
+            client.send(client.request(nbd.CMD_WRITE, number * 512, 512, payload=bytes(512)))
+            server.until(lambda number=number: len(volume.parked) == number + 1)
+        [connection] = server.call(lambda: list(server.server._connections))
+        assert len({id(reply.args[3]) for reply in connection._transmission._open.values()}) == 1
+        server.call(volume.release)
+        assert sum(client.answer().error for _ in range(200)) == 0
+
+
+def test_failed_reads_hold_nothing(served: ServerThread) -> None:
+    with served.client().go("vol") as client:
+        served.exports.volumes["vol"].failure = IoError.IO
+        for _ in range(200):
+            assert client.ask(nbd.CMD_READ, 0, MIB).error == 5
+        assert served.call(lambda: [c._account.held for c in served.server._connections]) == [0]
+        served.exports.volumes["vol"].failure = IoError.OK
+
+
+def test_a_budget_goes_back_when_it_is_not_used_any_more(tmp_path: Path) -> None:
+    settings = NbdSettings(budget_bytes=CONNECTION_BYTES_MAX + 15 * MIB)
+    with ServerThread(str(tmp_path / "s"), RamVolume("vol", SIZE), settings=settings) as server:
+        clients = [server.client().go("vol") for _ in range(6)]
+        for client in clients:
+            assert client.write(0, bytes(32 << 20)) == 0
+        server.until(lambda: server.server._budget.free == CONNECTION_BYTES_MAX + 15 * MIB)
+        for client in clients:
+            client.close()
 
 
 def test_payloads_stay_unchanged_until_the_volume_has_them(tmp_path: Path) -> None:
