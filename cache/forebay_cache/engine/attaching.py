@@ -161,7 +161,11 @@ class Attaching:
             else:
                 settled(False)
 
-        log.add_note(volume.note(), written)
+        # The event goes behind the row, before which replay knows no such volume. Without it the version that was
+        # adopted from the store would be forgotten: fills would count as dirty, and reopening would see a stranger.
+        log.add_note(volume.note(), lambda _ok: None)
+        log.add_event(record.ACKNOWLEDGED, volume.key, 0, volume.acknowledged, 0, written)
+        log.kick()
 
     def _next_key(self) -> int:
         return max(self._engine.volumes, default=0) + 1

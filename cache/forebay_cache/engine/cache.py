@@ -103,6 +103,7 @@ class CacheEngine:
     def start(self) -> None:
         """Begin to write. The device was synced since it was recovered."""
         self.log.begin(self._start_point)
+        self.reclaim.prepare()
         self.checkpoints.want()
 
     def tick(self, now_ns: int, wall_ns: int) -> None:

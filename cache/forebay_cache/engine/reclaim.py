@@ -66,7 +66,7 @@ class Reclaim:
             engine.checkpoints.want()
             self._free_empty()
             return
-        if self._moving + victim.keep.size > (len(engine.zones.free) - 1) * (engine.zones.zone_blocks * 3 // 4):
+        if victim.keep.size and self._moving + victim.keep.size > (len(engine.zones.free) - 1) * (engine.zones.zone_blocks * 3 // 4):
             self._free_empty()  # what is moving already may take the last free zones
             return
         self._busy += 1
@@ -75,6 +75,21 @@ class Reclaim:
             self._move(victim)
         else:
             self._clear(victim.zone)
+
+    def prepare(self) -> None:
+        """Before the log begins: free zones that hold nothing dirty, at once, because all is durable now.
+
+        A checkpoint may show blocks in zones that had been free when the daemon died, even in all of them.
+        """
+        engine = self._engine
+        zones = engine.zones
+        for zone in list(zones.full):
+            if len(zones.free) >= self.spare:
+                return
+            if self._may_empty(zone) and not self._to_keep(zone, worthy=False).size:
+                zones.begin_emptying(zone)
+                self._forget(zone)
+                zones.freed(zone)
 
     # --- choosing ---------------------------------------------------------------------------------------------
 
@@ -198,6 +213,12 @@ class Reclaim:
         return not clean
 
     def _clear(self, zone: int) -> None:
+        self._forget(zone)
+        self._empty.append(zone)
+        if len(self._empty) >= self.spare // 4 or len(self._engine.zones.free) <= ZONES_RESERVED + 1:
+            self._free_empty()
+
+    def _forget(self, zone: int) -> None:
         engine = self._engine
         first, count = engine.zones.place_at(zone, 0), engine.zones.zone_blocks
         linked = np.flatnonzero(engine.map.linked_mask(first, count)) + first
@@ -205,9 +226,6 @@ class Reclaim:
         self.dropped_blocks += int(linked.size)
         engine.map.clear_zone(first, count)
         engine.zones.emptied(zone)
-        self._empty.append(zone)
-        if len(self._empty) >= self.spare // 4 or len(engine.zones.free) <= ZONES_RESERVED + 1:
-            self._free_empty()
 
     def _free_empty(self) -> None:
         zones, self._empty = self._empty, []
