@@ -14,6 +14,8 @@ import pytest
 from forebay_cache.service import device as device_module
 from forebay_cache.service.device import IOV_MAX, FileDevice
 from forebay_cache.service.device_file import DeviceFile, open_device
+from forebay_cache.service.ring_reads import RING_ENTRIES
+from forebay_cache.service.uring import Ring
 from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
 from forebay_core.units import BLOCK_SIZE, MIB, Buffer
 
@@ -21,9 +23,32 @@ SIZE = 4 * MIB
 T = TypeVar("T")
 
 
-def on_device(path: Path, test: Callable[[FileDevice], Coroutine[None, None, T]]) -> T:
+Make = Callable[[DeviceFile], FileDevice]
+
+
+def threads(file: DeviceFile) -> FileDevice:
+    return FileDevice(file, asyncio.get_running_loop(), ring=False)
+
+
+def uring(file: DeviceFile) -> FileDevice:
+    return FileDevice(file, asyncio.get_running_loop(), ring=True)
+
+
+@pytest.fixture(params=[threads, uring])
+def make(request: pytest.FixtureRequest) -> Make:
+    """Both ways to read must pass the same tests."""
+    if request.param is uring:
+        try:
+            Ring(2).close()
+        except OSError as error:
+            pytest.skip(f"no io_uring here: {error}")
+    made: Make = request.param
+    return made
+
+
+def on_device(make: Make, path: Path, test: Callable[[FileDevice], Coroutine[None, None, T]]) -> T:
     async def run() -> T:
-        device = FileDevice(open_device(path, SIZE), asyncio.get_running_loop())
+        device = make(open_device(path, SIZE))
         try:
             return await test(device)
         finally:
@@ -47,12 +72,12 @@ async def read(device: FileDevice, offset: int, size: int) -> Buffer | None:
     return await completed(lambda done: device.read(offset, size, done))
 
 
-def failing_device(path: str) -> FileDevice:
+def failing_device(make: Make, path: str) -> FileDevice:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    return FileDevice(DeviceFile(fd, Path(path), SIZE, True), asyncio.get_running_loop())
+    return make(DeviceFile(fd, Path(path), SIZE, True))
 
 
-def test_written_blocks_are_read_back(tmp_path: Path) -> None:
+def test_written_blocks_are_read_back(make: Make, tmp_path: Path) -> None:
     blocks = [os.urandom(BLOCK_SIZE) for _ in range(3)]
 
     async def run(device: FileDevice) -> None:
@@ -61,17 +86,17 @@ def test_written_blocks_are_read_back(tmp_path: Path) -> None:
         assert await read(device, BLOCK_SIZE, 3 * BLOCK_SIZE) == b"".join(blocks)
         assert device.read_now(2 * BLOCK_SIZE, BLOCK_SIZE) == blocks[1]
 
-    on_device(tmp_path / "device", run)
+    on_device(make, tmp_path / "device", run)
 
 
-def test_a_write_of_more_buffers_than_one_call_takes_is_whole(tmp_path: Path) -> None:
+def test_a_write_of_more_buffers_than_one_call_takes_is_whole(make: Make, tmp_path: Path) -> None:
     blocks = [bytes([index % 251]) * 512 for index in range(2 * IOV_MAX + 8)]
 
     async def run(device: FileDevice) -> None:
         assert await write(device, 0, *blocks)
         assert await read(device, 0, len(blocks) * 512) == b"".join(blocks)
 
-    on_device(tmp_path / "device", run)
+    on_device(make, tmp_path / "device", run)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 9, 10, 11, 25])
@@ -81,7 +106,7 @@ def test_a_short_write_is_continued_where_it_stopped(count: int) -> None:
     assert b"".join(device_module._unwritten(buffers, count)) == whole[count:]
 
 
-def test_writes_are_carried_out_and_completed_in_order(tmp_path: Path) -> None:
+def test_writes_are_carried_out_and_completed_in_order(make: Make, tmp_path: Path) -> None:
     async def run(device: FileDevice) -> list[int]:
         order: list[int] = []
         finished = asyncio.get_running_loop().create_future()
@@ -97,22 +122,22 @@ def test_writes_are_carried_out_and_completed_in_order(tmp_path: Path) -> None:
         assert await read(device, 0, BLOCK_SIZE) == bytes([199]) * BLOCK_SIZE
         return order
 
-    assert on_device(tmp_path / "device", run) == list(range(200))
+    assert on_device(make, tmp_path / "device", run) == list(range(200))
 
 
-def test_completions_run_on_the_thread_of_the_loop(tmp_path: Path) -> None:
+def test_completions_run_on_the_thread_of_the_loop(make: Make, tmp_path: Path) -> None:
     async def run(device: FileDevice) -> None:
         here = threading.get_ident()
         assert here == await completed(lambda done: device.sync(lambda _: done(threading.get_ident())))
 
-    on_device(tmp_path / "device", run)
+    on_device(make, tmp_path / "device", run)
 
 
-def test_closing_completes_what_was_given(tmp_path: Path) -> None:
+def test_closing_completes_what_was_given(make: Make, tmp_path: Path) -> None:
     outcomes: list[bool] = []
 
     async def run() -> None:
-        device = FileDevice(open_device(tmp_path / "device", SIZE), asyncio.get_running_loop())
+        device = make(open_device(tmp_path / "device", SIZE))
         for index in range(50):
             device.write(index * BLOCK_SIZE, [b"x" * BLOCK_SIZE], outcomes.append)
         device.close()
@@ -121,9 +146,9 @@ def test_closing_completes_what_was_given(tmp_path: Path) -> None:
     assert outcomes == [True] * 50
 
 
-def test_after_a_failed_write_everything_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_after_a_failed_write_everything_is_refused(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        device = failing_device("/dev/full")
+        device = failing_device(make, "/dev/full")
         try:
             assert await read(device, 0, BLOCK_SIZE) == bytes(BLOCK_SIZE)
             assert not await write(device, 8 * BLOCK_SIZE, b"x" * BLOCK_SIZE)
@@ -140,9 +165,9 @@ def test_after_a_failed_write_everything_is_refused(caplog: pytest.LogCaptureFix
     assert "No space left" in caplog.text
 
 
-def test_after_a_failed_sync_writes_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_after_a_failed_sync_writes_are_refused(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        device = failing_device("/dev/zero")  # takes writes, can't sync
+        device = failing_device(make, "/dev/zero")  # takes writes, can't sync
         try:
             assert await write(device, 0, b"x" * BLOCK_SIZE)
             assert not await completed(device.sync)
@@ -154,12 +179,44 @@ def test_after_a_failed_sync_writes_are_refused(caplog: pytest.LogCaptureFixture
     assert "the device is stopped" in caplog.text
 
 
-def test_a_read_beyond_the_end_is_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_more_commands_than_a_ring_has_entries_are_all_completed(make: Make, tmp_path: Path) -> None:
+    count = 3 * RING_ENTRIES
+
+    async def run(device: FileDevice) -> None:
+        assert await write(device, 0, *(index.to_bytes(2, "big") * 2048 for index in range(1024)))
+        reads = (read(device, index % 1024 * BLOCK_SIZE, BLOCK_SIZE) for index in range(count))
+        writes = (write(device, index % 64 * BLOCK_SIZE, (index % 64).to_bytes(2, "big") * 2048) for index in range(99))
+        answers = await asyncio.gather(*reads, *writes, completed(device.sync))
+        assert all(answers[count:])
+        for index, answer in enumerate(answers[:count]):
+            assert answer == (index % 1024).to_bytes(2, "big") * 2048
+
+    on_device(make, tmp_path / "device", run)
+
+
+def test_blocks_that_are_not_in_memory_are_read(make: Make, tmp_path: Path) -> None:
+    blocks = os.urandom(SIZE)
+
+    async def run(device: FileDevice) -> None:
+        assert await write(device, 0, blocks)
+        assert await completed(device.sync)
+        fd = os.open(tmp_path / "device", os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+        offsets = range(0, SIZE, 16 * BLOCK_SIZE)
+        answers = await asyncio.gather(*(read(device, offset, 2 * BLOCK_SIZE) for offset in offsets))
+        for offset, answer in zip(offsets, answers, strict=True):
+            assert answer == blocks[offset : offset + 2 * BLOCK_SIZE]
+
+    on_device(make, tmp_path / "device", run)
+
+
+def test_a_read_beyond_the_end_is_an_error(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def run(device: FileDevice) -> None:
         assert await read(device, SIZE - BLOCK_SIZE, 2 * BLOCK_SIZE) is None
         assert await read(device, SIZE - BLOCK_SIZE, BLOCK_SIZE) is not None
 
-    on_device(tmp_path / "device", run)
+    on_device(make, tmp_path / "device", run)
     assert f"ends at offset {SIZE}" in caplog.text
 
 

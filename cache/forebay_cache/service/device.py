@@ -1,7 +1,8 @@
 """The SSD behind the engine: buffered reads and writes of one locked file or block device.
 
-A read tries the page cache first (`RWF_NOWAIT`, about 1 us) and goes to a thread when that would wait. One thread
-writes, in the order given; one thread syncs, so records go on being written while `fdatasync` runs.
+A read tries the page cache first (`RWF_NOWAIT`, about 1 us) and goes to the kernel's io_uring, or to a pool of
+threads, when that would wait. One thread writes, in the order given; one thread syncs, so records go on being written
+while `fdatasync` runs.
 
 Invariants:
     Every accepted command is completed once, on the loop's thread, never inside the call.
@@ -16,15 +17,17 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from forebay_cache.service.completions import Completions
 from forebay_cache.service.device_file import DeviceFile
+from forebay_cache.service.ring_reads import RING_ENTRIES, RingReads
+from forebay_cache.service.thread_reads import ThreadReads
+from forebay_cache.service.uring import Ring
 from forebay_core.units import BLOCK_SIZE, Buffer
 
-READ_THREADS: Final = 8
 COMMANDS_MAX: Final = 65536
-"""Commands waiting or under way; the fronts' bound on requests keeps far below it."""
+"""Commands of one kind that wait; the fronts' bound on requests keeps far below it."""
 
 IOV_MAX: Final = 1024
 """Buffers of one pwritev, as Linux has it."""
@@ -32,10 +35,18 @@ IOV_MAX: Final = 1024
 _LOG = logging.getLogger(__name__)
 
 
-class _Read(NamedTuple):
-    offset: int
-    size: int
-    done: Callable[[Buffer | None], None]
+class Reads(Protocol):
+    """Reads that may wait for the disk."""
+
+    @property
+    def waiting(self) -> int:
+        """Reads that nobody has begun."""
+
+    def read(self, offset: int, size: int, done: Callable[[Buffer | None], None]) -> None:
+        """Read; None is an error, which was logged. Completed on the loop's thread, later."""
+
+    def close(self) -> None:
+        """Finish what was given."""
 
 
 class _Write(NamedTuple):
@@ -47,17 +58,20 @@ class _Write(NamedTuple):
 class FileDevice:
     """Implements the engine's `Device` port; takes the descriptor over and closes it."""
 
-    def __init__(self, file: DeviceFile, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, file: DeviceFile, loop: asyncio.AbstractEventLoop, *, ring: bool = True) -> None:
+        """`ring` False: read by threads even where there is an io_uring."""
         self._file = file
         self._fd = file.fd
         self._failed = False
-        self._reads: SimpleQueue[_Read | None] = SimpleQueue()
+        self._completions = Completions(loop)
+        self._reads = self._make_reads(file, loop) if ring else ThreadReads(file, self._completions)
         self._writes: SimpleQueue[_Write | None] = SimpleQueue()
         self._syncs: SimpleQueue[Callable[[bool], None] | None] = SimpleQueue()
-        self._completions = Completions(loop)
-        loops = [self._read_loop] * READ_THREADS + [self._write_loop, self._sync_loop]
         # Daemon threads: a second signal ends the program while a disk hangs.
-        self._threads = [threading.Thread(target=run, name=f"device{run.__name__}", daemon=True) for run in loops]
+        self._threads = [
+            threading.Thread(target=run, name=f"device{run.__name__}", daemon=True)
+            for run in (self._write_loop, self._sync_loop)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -83,17 +97,17 @@ class FileDevice:
             if os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT) == size and not self._failed:
                 return buffer
         except OSError:
-            return None  # EAGAIN: not in memory; anything else comes back, and is logged, when a thread reads it
+            return None  # EAGAIN: not in memory; anything else comes back, and is logged, when it is read with waiting
         return None
 
     def read(self, offset: int, size: int, done: Callable[[Buffer | None], None]) -> None:
-        """Read in a thread; None is an error, which was logged."""
+        """Read, waiting elsewhere; None is an error, which was logged."""
         assert offset % BLOCK_SIZE == 0
         assert size > 0 and size % BLOCK_SIZE == 0
-        if self._refuses("read", self._reads.qsize()):
+        if self._refuses("read", self._reads.waiting):
             self._completions.post(partial(done, None))
         else:
-            self._reads.put(_Read(offset, size, done))
+            self._reads.read(offset, size, done)
 
     def write(self, offset: int, buffers: Sequence[Buffer], done: Callable[[bool], None]) -> None:
         """Write behind all writes given before; False is an error, which was logged."""
@@ -112,8 +126,7 @@ class FileDevice:
 
     def close(self) -> None:
         """Finish what was given, join the threads, complete the rest and unlock the device."""
-        for _ in range(READ_THREADS):
-            self._reads.put(None)
+        self._reads.close()
         self._writes.put(None)
         self._syncs.put(None)
         for thread in self._threads:
@@ -121,31 +134,18 @@ class FileDevice:
         self._completions.close()
         os.close(self._fd)
 
+    def _make_reads(self, file: DeviceFile, loop: asyncio.AbstractEventLoop) -> Reads:
+        try:
+            return RingReads(file, Ring(RING_ENTRIES), loop)
+        except OSError as error:
+            _LOG.info("%s: reading with threads, because there is no io_uring here: %s", file.path, error.strerror)
+            return ThreadReads(file, self._completions)
+
     def _refuses(self, what: str, waiting: int) -> bool:
         if waiting >= COMMANDS_MAX:
             _LOG.error("%s: %s refused, %d are waiting already", self.path, what, waiting)
             return True
         return self._failed
-
-    def _read_loop(self) -> None:
-        while (command := self._reads.get()) is not None:
-            self._completions.post(partial(command.done, self._read_fully(command.offset, command.size)))
-
-    def _read_fully(self, offset: int, size: int) -> Buffer | None:
-        buffer = bytearray(size)
-        view = memoryview(buffer)
-        at = 0
-        while at < size:
-            try:
-                count = os.preadv(self._fd, (view[at:],), offset + at)
-            except OSError as error:
-                _LOG.error("%s: reading %d bytes at offset %d failed: %s", self.path, size, offset, error)
-                return None
-            if count == 0:
-                _LOG.error("%s: ends at offset %d, inside a read of %d bytes", self.path, offset + at, size)
-                return None
-            at += count
-        return None if self._failed else buffer
 
     def _write_loop(self) -> None:
         while (command := self._writes.get()) is not None:
