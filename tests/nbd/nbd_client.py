@@ -126,6 +126,7 @@ class Client:
         self.flags = 0
         self._cookie = 100
         self._reads: dict[int, tuple[int, int]] = {}
+        self._offsets: dict[int, int] = {}
 
     @classmethod
     def unix(cls, path: str) -> "Client":
@@ -205,6 +206,7 @@ class Client:
     ) -> bytes:
         """Return one request; remember what a READ asked for."""
         self._cookie += 1
+        self._offsets[self._cookie] = offset
         if command == nbd.CMD_READ:
             self._reads[self._cookie] = offset, length
         if self.style is EXTENDED:
@@ -261,7 +263,8 @@ class Client:
     def _chunk_header(self, magic: int) -> tuple[int, int, int, int]:
         if self.style is EXTENDED:
             assert magic == nbd.EXTENDED_REPLY_MAGIC
-            flags, kind, cookie, _offset, length = struct.unpack(">HHQQQ", self.take(28))
+            flags, kind, cookie, offset, length = struct.unpack(">HHQQQ", self.take(28))
+            assert self._offsets.get(cookie, offset) == offset
         else:
             assert magic == nbd.STRUCTURED_REPLY_MAGIC
             assert self.style is STRUCTURED

@@ -213,6 +213,19 @@ def test_disconnecting_waits_for_what_is_in_flight(tmp_path: Path) -> None:
         assert volume.memory[:5] == b"hello"
 
 
+def test_a_client_that_says_goodbye_without_reading_is_dropped_after_a_while(tmp_path: Path) -> None:
+    settings = NbdSettings(linger_timeout_s=0.05)
+    volume = RamVolume("vol", SIZE)
+    with (
+        ServerThread(str(tmp_path / "s"), volume, settings=settings) as server,
+        server.client().go("vol") as client,
+    ):
+        client.write(0, b"x" * (8 << 20))
+        client.send(client.request(nbd.CMD_READ, 0, 8 << 20) + client.request(nbd.CMD_DISC))
+        server.until(lambda: len(server.server._connections) == 0)
+        assert volume.clients == 0
+
+
 def test_a_client_that_only_closes_its_sending_side_gets_its_answers(tmp_path: Path) -> None:
     volume = LateVolume("vol", SIZE, delay_s=0.01)
     with ServerThread(str(tmp_path / "s"), volume) as server, server.client().go("vol") as client:
