@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from forebay_core.config import SETTINGS, TABLE_NAMES
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = ("storeserver", "cache", "tm_driver", "tools")
 FUNCTION_LINES_MAX = 60
@@ -261,3 +263,20 @@ def test_names_are_split_into_words() -> None:
     assert words("HTTPHandler") == {"http", "handler"}
     assert words("database_row") == {"database", "row"}
     assert words("StoreUnreachableError") == {"store", "unreachable", "error"}
+
+
+def test_every_setting_is_used_by_its_daemon() -> None:
+    packages = {"store": "forebay_store", "cache": "forebay_cache"}
+    complain(
+        [
+            f"{name}.{key} is read and ignored"
+            for table, settings in SETTINGS.items()
+            for name in [TABLE_NAMES[table]]
+            for key in settings
+            if not any(
+                re.search(rf"settings\.{key}\b", source.text)
+                for source in sources()
+                if packages[name] in source.path.parts
+            )
+        ]
+    )
