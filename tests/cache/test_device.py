@@ -151,8 +151,10 @@ def test_after_a_failed_write_everything_is_refused(make: Make, caplog: pytest.L
         device = failing_device(make, "/dev/full")
         try:
             assert await read(device, 0, BLOCK_SIZE) == bytes(BLOCK_SIZE)
+            reasons: list[str] = []
+            device.on_failure = reasons.append
             assert not await write(device, 8 * BLOCK_SIZE, b"x" * BLOCK_SIZE)
-            assert device.failed
+            assert device.failed and reasons == ["write failed: No space left on device"]
             assert not await write(device, 0, b"x" * BLOCK_SIZE)
             assert not await completed(device.sync)
             assert await read(device, 0, BLOCK_SIZE) is None

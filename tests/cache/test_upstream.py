@@ -132,6 +132,7 @@ class Rig:
             on_refused=lambda _, code, text: self.refused.append((code, text)),
             ping_interval_s=ping_s,
             ping_timeout_s=ping_s,
+            command_wait_s=0.2,
         )
         self.upstream = StoreUpstream(self.session)
 
@@ -440,7 +441,7 @@ def test_a_released_volume_is_not_opened_again() -> None:
     run(test())
 
 
-def test_opening_without_a_store_says_so_at_once() -> None:
+def test_opening_without_a_store_says_so_soon() -> None:
     async def test() -> None:
         store = ScriptedStore()
         async with running(store, started=False) as rig:

@@ -59,10 +59,14 @@ class FileDevice:
     """Implements the engine's `Device` port; takes the descriptor over and closes it."""
 
     def __init__(self, file: DeviceFile, loop: asyncio.AbstractEventLoop, *, ring: bool = True) -> None:
-        """`ring` False: read by threads even where there is an io_uring."""
+        """`ring` False: read by threads even where there is an io_uring.
+
+        `on_failure`, when set, is told why before the first failed command is completed.
+        """
         self._file = file
         self._fd = file.fd
         self._failed = False
+        self.on_failure: Callable[[str], None] | None = None
         self._completions = Completions(loop)
         self._reads = self._make_reads(file, loop) if ring else ThreadReads(file, self._completions)
         self._writes: SimpleQueue[_Write | None] = SimpleQueue()
@@ -176,6 +180,11 @@ class FileDevice:
     def _fail(self, what: str, offset: int, error: OSError) -> None:
         self._failed = True
         _LOG.critical("%s: %s at offset %d failed, the device is stopped: %s", self.path, what, offset, error)
+        self._completions.post(partial(self._tell, f"{what} failed: {error.strerror}"))
+
+    def _tell(self, reason: str) -> None:
+        if self.on_failure is not None:
+            self.on_failure(reason)
 
 
 def _unwritten(batch: Sequence[Buffer], count: int) -> list[Buffer]:

@@ -164,7 +164,7 @@ class Shell:
         opened = await self._session.open_volume(name, take_over=take_over, acknowledged=since)
         view = _view(opened)
         before = self._engine.by_id(view.id)
-        held = before is not None and before.held
+        held = before is not None and before.held and before.epoch == view.epoch
         try:
             stale = await self._stale(view, since) if attaching.compare(view) is Standing.STALE else []
             await outcome(

@@ -9,6 +9,7 @@ Crash: nothing is kept; the next start opens every volume again.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -33,6 +34,9 @@ PING_TIMEOUT_S: Final = 20.0
 """Silence for this long means a store that hangs; a disk under it may well take seconds."""
 
 REFUSED_RETRY_S: Final = 2.0
+COMMAND_WAIT_S: Final = 5.0
+"""How long a command waits for a store that is not connected yet before it is told so."""
+
 FINAL_CODES: Final = (messages.FENCED, messages.VOLUME_IN_USE)
 assert BACKOFF_S_MIN < BACKOFF_S_MAX <= STABLE_S
 assert PING_INTERVAL_S < PING_TIMEOUT_S
@@ -103,6 +107,7 @@ class StoreSession:
         on_refused: Callable[[VolumeId, str, str], None],
         ping_interval_s: float = PING_INTERVAL_S,
         ping_timeout_s: float = PING_TIMEOUT_S,
+        command_wait_s: float = COMMAND_WAIT_S,
     ) -> None:
         assert addresses
         self._addresses = tuple(addresses)
@@ -113,8 +118,10 @@ class StoreSession:
         self._on_refused = on_refused
         self._ping_interval_s = ping_interval_s
         self._ping_timeout_s = ping_timeout_s
+        self._command_wait_s = command_wait_s
         self._volumes: dict[VolumeId, OpenedVolume] = {}
         self._client: WireClient | None = None
+        self._connected = asyncio.Event()
         self._store_uuid: bytes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.address = str(self._addresses[0])
@@ -152,6 +159,7 @@ class StoreSession:
         """A request found the connection gone."""
         if self._client is client:
             self._client = None
+            self._connected.clear()
             for volume in self._volumes.values():
                 volume.suspend()
 
@@ -170,7 +178,7 @@ class StoreSession:
             StoreUnreachableError: no store is connected.
             RefusedError: there is no such volume.
         """
-        answer, _ = await self._connected_client().ask(GetVolume(name), Volume, timeout_s=OPEN_TIMEOUT_S)
+        answer, _ = await (await self._connected_client()).ask(GetVolume(name), Volume, timeout_s=OPEN_TIMEOUT_S)
         return answer.row
 
     async def open_volume(self, name: str, *, take_over: bool, acknowledged: Version) -> Opened:
@@ -180,7 +188,7 @@ class StoreSession:
             StoreUnreachableError: no store is connected.
             RefusedError: the store says no.
         """
-        client = self._connected_client()
+        client = await self._connected_client()
         known = next((volume for volume in self._volumes.values() if volume.name == name), None)
         if known is not None:
             # From the moment the store does this the old session is fenced, maybe before we read its answer.
@@ -206,7 +214,7 @@ class StoreSession:
             RefusedError: the store says no.
         """
         volume = self._volumes[volume_id]
-        client = self._connected_client()
+        client = await self._connected_client()
         if volume.session is None:
             raise StoreUnreachableError(f"{self.address}: volume {volume.name} is not open there; try again")
         await client.ask(ReleaseVolume(volume_id, epoch, volume.session.number), Done, timeout_s=OPEN_TIMEOUT_S)
@@ -275,6 +283,7 @@ class StoreSession:
     async def _stay(self, client: WireClient) -> ForebayError:
         """Use the connection until it is lost."""
         self._client = client
+        self._connected.set()
         self.error = ""
         _LOG.info("connected to the store at %s", self.address)
         for volume in self._volumes.values():
@@ -329,7 +338,9 @@ class StoreSession:
             _LOG.error("the store at %s does not open volume %s: %s", self.address, volume.name, error)
             self._on_refused(volume.id, error.code, str(error))
 
-    def _connected_client(self) -> WireClient:
+    async def _connected_client(self) -> WireClient:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._connected.wait(), self._command_wait_s)
         if self._client is None:
             raise StoreUnreachableError(f"no store answers at {self.address}: {self.error or 'not connected yet'}")
         return self._client
