@@ -147,7 +147,7 @@ class SimulatedStore:
 
     def stage(self, cut: CutIdentity, index: int, frames, holes, done) -> None:
         def act() -> None:
-            blocks = [frame for frame in frames]
+            blocks = list(frames)
             self.staged.setdefault(cut.attempt, {})[index] = (blocks, list(holes))
             done(None)
 

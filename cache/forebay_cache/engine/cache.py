@@ -21,7 +21,7 @@ from forebay_cache.engine.attaching import Attaching
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.destage import Destage
 from forebay_cache.engine.fetches import Fetches
-from forebay_cache.engine.limits import HOLES_KEPT_MAX, QUEUED_BLOCKS_FILL_MAX, ZONES_RESERVED
+from forebay_cache.engine.limits import HOLES_KEPT_MAX, HOLES_PER_TICK_MAX, QUEUED_BLOCKS_FILL_MAX, ZONES_RESERVED
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
@@ -31,6 +31,7 @@ from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
+from forebay_cache.format.checkpoint import hole_count_max
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY
 from forebay_core.extents import Extent
 from forebay_core.units import LBA_BITS, Epoch, Version, VolumeId
@@ -92,6 +93,8 @@ class CacheEngine:
         self.attaching = Attaching(self)
         self._timers: list[_Timer] = []
         self._now_ns = 0
+        self._hole_count = 0
+        self._hole_count_max = hole_count_max(self.map.place_count) - HOLES_PER_TICK_MAX
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
         for volume in recovered.volumes.values():
             self._recover_volume(volume)
@@ -114,11 +117,13 @@ class CacheEngine:
         for timer in due:
             timer.act()
         self.count_dirty_blocks()
+        self._count_holes()
         self.destage.tick(now_ns, wall_ns)
         self.checkpoints.step()
         self.policy.step()
         self.reclaim.kick()
         self.log.kick()
+        self.log.note_durable()
         self.resume_writers()
 
     def after(self, delay_ns: int, act: Callable[[], None]) -> None:
@@ -175,6 +180,7 @@ class CacheEngine:
             len(self.zones.free) > ZONES_RESERVED
             and self.dirty_blocks < self._dirty_max
             and len(volume.holes) < HOLES_KEPT_MAX
+            and self._hole_count < self._hole_count_max
         ):
             return True
         self.reclaim.kick()
@@ -255,6 +261,13 @@ class CacheEngine:
             batch.buffers.append(view[i << 12 : (i + 1) << 12])
         self.log.seal_if_full()
         self.log.kick()
+
+    def _count_holes(self) -> None:
+        """Count the holes of all volumes; when a checkpoint could hardly take them, forget what the store knows."""
+        self._hole_count = sum(len(volume.holes) for volume in self.volumes.values())
+        if self._hole_count >= self._hole_count_max // 2:
+            for volume in self.volumes.values():
+                volume.holes.forget_up_to(volume.acknowledged)
 
     def _recover_volume(self, found: RecoveredVolume) -> None:
         note = found.note

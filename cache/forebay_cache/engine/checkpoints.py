@@ -109,7 +109,9 @@ class Checkpoints:
         place_count = (int(used[-1]) + 1) * engine.zones.zone_blocks if used.size else 0
         area = 1 - newest.area
         self._pass = _Pass(area, newest.sequence + 1, engine.log.applied, volumes, place_count)
-        self._pass.chunks = self._layout(self._pass).chunks
+        layout = self._layout(self._pass)
+        assert layout.size <= engine.superblock.checkpoint_size, "more holes than a checkpoint has room for"
+        self._pass.chunks = layout.chunks
         self._log_bytes = engine.log.bytes_written
         self._records = engine.log.records_written
         self._wanted = False

@@ -115,9 +115,9 @@ class Destage:
 
     def relieve(self) -> None:
         """The write buffer is nearly full: close what can be closed, the dirtiest volume first."""
-        volumes = [v for v in self._engine.volumes.values() if v.dirty and not v.cuts and self._may_send(v)]
+        volumes = [v for v in self._engine.volumes.values() if v.has_changes and not v.cuts and self._may_send(v)]
         if volumes:
-            self._close(max(volumes, key=lambda volume: len(volume.dirty)))
+            self._close(max(volumes, key=lambda volume: len(volume.dirty) + len(volume.holes)))
 
     def drain(self, volume: "CacheVolume", drained: Drained) -> None:
         """Tell when all that is applied now is upstream (True), or that the volume has failed (False)."""

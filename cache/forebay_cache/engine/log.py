@@ -88,7 +88,9 @@ class Log:
         self._syncing = False
         self.queued_blocks = 0
         self.applied = self._next
+        self.changed_position = 0  # behind the newest applied record that holds anything
         self.durable = 0
+        self._noted_durable = 0  # what the newest record says of `durable`
         self.failed = False
         self.bytes_written = 0
         self.records_written = 0
@@ -102,7 +104,7 @@ class Log:
         now. What is on the device must be durable.
         """
         self._next = self.applied = point
-        self.durable = point.position
+        self.durable = self.changed_position = point.position
 
     # --- appending --------------------------------------------------------------------------------------------
 
@@ -164,6 +166,15 @@ class Log:
     def kick(self) -> None:
         """Submit what is gathered unless the device has enough to do; then it goes when that is done."""
         if self._batch is not None and len(self._in_flight) < RECORDS_IN_FLIGHT_MAX and not self._sealed:
+            self._seal()
+
+    def note_durable(self) -> None:
+        """Leave an empty record behind what is durable when nothing else follows.
+
+        Without it a damaged last record could not be told from one that was never finished.
+        """
+        if self.idle and self.durable == self.applied.position > self._noted_durable and not self.failed:
+            self._fresh_batch()
             self._seal()
 
     # --- durability -------------------------------------------------------------------------------------------
@@ -260,6 +271,7 @@ class Log:
             ),
             batch.packed,
         )
+        self._noted_durable = self.durable
         batch.buffers.insert(0, header)
         chain = record.record_xxh3(header)
         self._next = LogPoint(point.position + 1, point.zone, point.block + 1 + batch.data_count, chain)
@@ -286,6 +298,8 @@ class Log:
             first = self._in_flight.popleft()
             self.queued_blocks -= first.data_count
             self.applied = first.after
+            if first.entries:
+                self.changed_position = first.after.position
             if first.kind == record.SEAL:
                 self._zones.close(first.zone)
             self._apply(first)

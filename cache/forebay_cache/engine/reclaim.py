@@ -66,7 +66,9 @@ class Reclaim:
             engine.checkpoints.want()
             self._free_empty()
             return
-        if victim.keep.size and self._moving + victim.keep.size > (len(engine.zones.free) - 1) * (engine.zones.zone_blocks * 3 // 4):
+        if victim.keep.size and self._moving + victim.keep.size > (len(engine.zones.free) - 1) * (
+            engine.zones.zone_blocks * 3 // 4
+        ):
             self._free_empty()  # what is moving already may take the last free zones
             return
         self._busy += 1

@@ -82,7 +82,7 @@ class Writes:
             reply(IoError.IO)
         else:
             log = self._engine.log
-            log.when_durable(log.applied.position, lambda ok: reply(IoError.OK if ok else IoError.IO))
+            log.when_durable(log.changed_position, lambda ok: reply(IoError.OK if ok else IoError.IO))
 
     def resume(self) -> None:
         """There may be room again: carry on with waiting requests, in order."""

@@ -1,0 +1,122 @@
+"""Flipped bits on the cache device: an error or a repair, never wrong bytes."""
+
+import random
+
+import pytest
+from engine_rig import Rig, joined
+
+from forebay_cache.engine.front import IoError
+from forebay_cache.format.checkpoint import choose_checkpoints
+from forebay_core.errors import ForebayError
+from forebay_core.units import BLOCK_SIZE
+
+BLOCKS = 300
+
+
+def worked_in() -> tuple[Rig, bytes]:
+    """A device with clean, dirty, trimmed and moved blocks, everything flushed, and what a guest must read."""
+    rig = Rig(5, size=8 << 20, blocks=BLOCKS)
+    rng = random.Random(5)
+    model = bytearray(rig.size)
+    for turn in range(240):
+        lba = rng.randrange(BLOCKS)
+        count = min(rng.choice((1, 2, 9)), BLOCKS - lba)
+        if rng.random() < 0.15:
+            got: list[IoError] = []
+            rig.volume.trim(lba * BLOCK_SIZE, count * BLOCK_SIZE, False, got.append)
+            rig.volume.kick()
+            rig.run_until(lambda got=got: bool(got))
+            model[lba * BLOCK_SIZE : (lba + count) * BLOCK_SIZE] = bytes(count * BLOCK_SIZE)
+        else:
+            payload = rng.randbytes(count * BLOCK_SIZE)
+            rig.write(lba * BLOCK_SIZE, payload)
+            model[lba * BLOCK_SIZE : (lba + count) * BLOCK_SIZE] = payload
+        if turn == 150:
+            assert rig.drain()
+    assert rig.flush() == IoError.OK
+    for _ in range(40):
+        rig.tick()
+        while rig.device.step():
+            pass
+    return rig, bytes(model)
+
+
+def check_damaged(rig: Rig, model: bytes, image: bytes) -> str:
+    """Start on a damaged image and read everything; return what came of it."""
+    rig.device.bytes[:] = image
+    rig.device.unsynced.clear()
+    rig.device.queue.clear()
+    rig.device.writes.clear()
+    rig.store.queue.clear()
+    rig.reports.clear()
+    try:
+        rig.start()
+    except ForebayError as error:
+        assert str(error)
+        return "refused"
+    rig.attach()
+    errors = 0
+    for lba in range(BLOCKS):
+        got: list[tuple[IoError, object]] = []
+        rig.volume.read(lba * BLOCK_SIZE, BLOCK_SIZE, lambda error, chunks, got=got: got.append((error, chunks)))
+        rig.run_until(lambda got=got: bool(got))
+        error, chunks = got[0]
+        if error == IoError.OK:
+            same = joined(chunks) == model[lba * BLOCK_SIZE : (lba + 1) * BLOCK_SIZE]
+            assert same, f"block {lba} is wrong"
+        else:
+            assert rig.reports, "an error that nobody was told of"
+            errors += 1
+    return "errors" if errors else "repaired" if rig.reports else "harmless"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_anywhere_is_never_served(seed: int) -> None:
+    rig, model = worked_in()
+    image = bytes(rig.device.bytes)
+    used = [at for at in range(0, len(image), BLOCK_SIZE) if any(image[at : at + 64])]
+    rng = random.Random(seed)
+    seen: dict[str, int] = {}
+    assert check_damaged(rig, model, image) == "harmless"
+    for _ in range(60):
+        block = rng.choice(used)
+        damaged = bytearray(image)
+        damaged[block + rng.choice((rng.randrange(64), rng.randrange(BLOCK_SIZE)))] ^= 1 << rng.randrange(8)
+        outcome = check_damaged(rig, model, bytes(damaged))
+        seen[outcome] = seen.get(outcome, 0) + 1
+    assert seen.get("harmless", 0) < 60, seen
+
+
+def test_every_record_header_since_the_checkpoint_is_guarded() -> None:
+    rig, model = worked_in()
+    image = bytes(rig.device.bytes)
+    zones = rig.engine.zones
+    newest = rig.engine.checkpoints._kept[0]
+    headers = [
+        at
+        for at in range(zones.zones_offset, len(image), BLOCK_SIZE)
+        if image[at : at + 4] == b"FBRR" and int.from_bytes(image[at + 24 : at + 32], "little") >= newest.position
+    ]
+    assert headers
+    outcomes = []
+    for at in headers:
+        damaged = bytearray(image)
+        damaged[at + 97] ^= 4
+        outcomes.append(check_damaged(rig, model, bytes(damaged)))
+    assert outcomes.count("refused") >= len(headers) - 3, outcomes
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_older_one() -> None:
+    rig, model = worked_in()
+    image = bytes(rig.device.bytes)
+    superblock = rig.engine.superblock
+    blocks = [image[offset : offset + BLOCK_SIZE] for offset in superblock.checkpoint_offsets]
+    names = ("area 0", "area 1")
+    found = choose_checkpoints(blocks, device=superblock.device, size_max=superblock.checkpoint_size, places=names)
+    assert len(found) == 2
+    newest = superblock.checkpoint_offsets[found[0][0]]
+    chunk = found[0][1].layout.zone_chunks[0]
+    for at in (newest, newest + 100, newest + chunk.offset):
+        damaged = bytearray(image)
+        damaged[at] ^= 1
+        assert check_damaged(rig, model, bytes(damaged)) in ("harmless", "repaired")

@@ -1,0 +1,142 @@
+"""Planted faults: each breaks the engine on purpose, and the tests that guard it must notice.
+
+A guard that passes with its fault planted proves nothing. The faults are put in by replacing methods of the engine,
+here and nowhere else.
+"""
+
+from collections.abc import Callable
+
+import pytest
+from test_engine_damage import check_damaged, worked_in
+from test_engine_model import run_kills, run_power_cuts, run_requests
+
+from forebay_cache.engine import cache, fetches, log, reads, recovery
+from forebay_cache.engine.apply import Apply
+from forebay_cache.engine.checkpoints import Checkpoints
+from forebay_cache.engine.reclaim import Reclaim
+from forebay_cache.engine.writes import Writes
+
+SEEDS = 8
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def flush_before_sync(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(log.Log, "when_durable", lambda self, position, settled: settled(True))
+
+
+def acknowledge_before_written(patch: pytest.MonkeyPatch) -> None:
+    append = Writes._append
+
+    def early(self, volume, lba, view, settled) -> None:
+        settled(True)
+        append(self, volume, lba, view, lambda ok: None)
+
+    patch.setattr(Writes, "_append", early)
+
+
+def torn_data_accepted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recovery._Replay, "_matches", lambda self, one: True)
+
+
+def zone_freed_before_sync(patch: pytest.MonkeyPatch) -> None:
+    def free(self) -> None:
+        zones, self._empty = self._empty, []
+        self._synced(zones)
+
+    patch.setattr(Reclaim, "_free_empty", free)
+
+
+def moved_blocks_dropped(patch: pytest.MonkeyPatch) -> None:
+    keep = Reclaim._to_keep
+    patch.setattr(Reclaim, "_to_keep", lambda self, zone, *, worthy: keep(self, zone, worthy=worthy)[:0])
+
+
+def pinned_version_forgotten(patch: pytest.MonkeyPatch) -> None:
+    def forget(self, volume, key, lba, place) -> None:
+        self._engine.map.remove(key)
+
+    patch.setattr(Apply, "_pin", forget)
+
+
+def stale_fetch_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(fetches.Unit, "touch", lambda self, extent: None)
+
+
+def known_blocks_fetched_over(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cache.CacheEngine, "_known", lambda self, volume, extent: [])
+
+
+def trim_not_replayed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recovery._Replay, "_zero", lambda self, volume, kind, extent, version: None)
+
+
+def older_record_wins(patch: pytest.MonkeyPatch) -> None:
+    def place(self, volume, kind, lba, version, block_checksum, place) -> None:
+        if self.map.find(volume.note.volume_key << 40 | lba) < 0 and not self.map.keys[place]:
+            self.map.insert(volume.note.volume_key << 40 | lba, version, block_checksum, place)
+
+    patch.setattr(recovery._Replay, "_place", place)
+
+
+def merge_without_second_look(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Writes, "changing", lambda self, volume_key, extent: [])
+
+
+def checkpoint_header_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Checkpoints, "_sync_body", lambda self, one, table_xxh3: self._complete(one))
+
+
+def cut_sent_before_sync(patch: pytest.MonkeyPatch) -> None:
+    from forebay_cache.engine.destage import Destage
+
+    close = Destage._close
+
+    def early(self, volume) -> None:
+        when_durable = self._engine.log.when_durable
+        self._engine.log.when_durable = lambda position, settled: settled(True)
+        close(self, volume)
+        self._engine.log.when_durable = when_durable
+
+    patch.setattr(Destage, "_close", early)
+
+
+@pytest.mark.parametrize(
+    ("fault", "guard"),
+    [
+        (flush_before_sync, run_power_cuts),
+        (acknowledge_before_written, run_kills),
+        (torn_data_accepted, run_power_cuts),
+        (moved_blocks_dropped, run_requests),
+        (pinned_version_forgotten, run_requests),
+        (stale_fetch_kept, run_requests),
+        (known_blocks_fetched_over, run_requests),
+        (trim_not_replayed, run_kills),
+        (older_record_wins, run_kills),
+        (merge_without_second_look, run_requests),
+        (checkpoint_header_first, run_kills),
+        (cut_sent_before_sync, run_power_cuts),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_a_planted_fault_is_caught(fault: Patch, guard: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    for seed in range(SEEDS):
+        try:
+            guard(seed)
+        except Exception:  # whatever way the guard fails is a catch
+            return
+    raise AssertionError(f"{fault.__name__} went unnoticed by {guard.__name__} in {SEEDS} seeds")
+
+
+def test_unchecked_blocks_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, model = worked_in()
+    place = int(rig.engine.map.find(rig.volume.key << 40 | 7))
+    if place < 0:
+        place = next(p for p in range(rig.engine.map.place_count) if rig.engine.map.is_linked(p))
+    damaged = bytearray(rig.device.bytes)
+    damaged[rig.engine.zones.offset_of(place) + 9] ^= 1
+    monkeypatch.setattr(reads, "_mismatches", lambda buffer, sums: [])
+    with pytest.raises(AssertionError, match="is wrong"):
+        for _ in range(4):  # the fast path compares on its own; the slow one is what is broken here
+            rig.device.now_share = 0.0
+            check_damaged(rig, model, bytes(damaged))
