@@ -25,6 +25,7 @@ class History:
         self.numbers = 0
         self.acknowledged = 0
         self.flushed = 0
+        self.order: list[tuple[int, list[int]]] = []  # what each change left in which blocks, as issued
         self._issued: dict[int, list[tuple[int, bool]]] = {}  # lba: numbers that it may show, and whether it is a trim
         self._busy: set[int] = set()
         self._under_way: dict[int, tuple[int, list[int]]] = {}
@@ -59,6 +60,22 @@ class History:
             number = self._number_of(lba, block)
             self._issued[lba] = [(number, number == 0)]
 
+    def prefix_of(self, content: bytes) -> int:
+        """Return after how many changes, given one at a time, the volume was as `content` shows it; -1: never."""
+        shown = [
+            self._number_of(lba, content[lba * BLOCK_SIZE : (lba + 1) * BLOCK_SIZE]) for lba in range(self.block_count)
+        ]
+        state = [0] * self.block_count
+        wrong = sum(number != 0 for number in shown)
+        found = 0 if wrong == 0 else -1
+        for count, (number, lbas) in enumerate(self.order, 1):
+            for lba in lbas:
+                wrong += (number != shown[lba]) - (state[lba] != shown[lba])
+                state[lba] = number
+            if wrong == 0:
+                found = count
+        return found
+
     def _number_of(self, lba: int, block: bytes) -> int:
         if not any(block):
             return 0
@@ -89,6 +106,7 @@ class History:
             payload = b"".join(_CONTENT.pack(one, self.numbers) * _SYMBOLS for one in lbas)
             cookie = client.submit(WRITE, lba * BLOCK_SIZE, len(payload), payload)
         self._under_way[cookie] = (self.numbers, lbas)
+        self.order.append((0 if trim else self.numbers, lbas))
 
     def _reply(self, client: NbdClient) -> None:
         cookie, pending, _ = client.next_reply()

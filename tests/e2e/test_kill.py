@@ -29,14 +29,16 @@ def load_and_kill(rig: Rig, history: History, kill_after_s: float) -> None:
             killer.join()
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_acknowledged_writes_survive_kill_of_the_cache_under_load(rig: Rig, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "cache_size"), [(1, "48MiB"), (2, "12MiB")])
+def test_acknowledged_writes_survive_kill_of_the_cache_under_load(rig: Rig, seed: int, cache_size: str) -> None:
+    rig.cache_size = cache_size  # the small one wraps, so zones are reclaimed under load
+    rig.cache_flags = ["--zone-size", "256KiB", "--cut-age-s-max", "0.3"]
     moments = random.Random(seed)
     history = History(BLOCKS, seed)
     rig.start()
     rig.create("disk", SIZE)
     rig.attach("disk")
-    for _ in range(5):
+    for _ in range(4):
         load_and_kill(rig, history, moments.uniform(0.05, 1.2))
         began_s = time.monotonic()
         rig.start_cache()
@@ -92,3 +94,22 @@ def test_both_killed_at_once_lose_nothing_acknowledged(rig: Rig) -> None:
         history.settle(content)
     rig.detach("disk")
     history.verify(rig.exported("disk"))
+
+
+def test_the_store_alone_shows_the_volume_as_it_was_at_one_moment(rig: Rig) -> None:
+    history = History(256, 7)
+    rig.cache_flags = ["--zone-size", "256KiB", "--cut-age-s-max", "0.1"]
+    rig.start()
+    rig.create("disk", 256 * BLOCK_SIZE)
+    rig.attach("disk")
+    last = 0
+    with rig.nbd("disk") as client:
+        for _ in range(4):
+            until_s = time.monotonic() + 0.4
+            history.run(client, depth=1, until=lambda until_s=until_s: time.monotonic() > until_s)
+            rig.kill_store()  # at any point of a cut
+            rig.start_store()
+            prefix = history.prefix_of(rig.exported("disk"))
+            assert prefix >= last, f"the store shows no moment of the history behind {last}"
+            last = prefix
+    assert last > 0
