@@ -1,7 +1,7 @@
 """The builder of frames, in processes of their own: compression would stall the event loop's thread for the GIL.
 
-Measured 2026-07 (2 shared cores): see the figures in ARCHITECTURE.md; a second Python thread that computes costs the
-loop a factor of hundreds.
+Measured 2026-11 (2 shared, loaded cores): one worker builds 285 MiB/s of incompressible blocks and 600 MiB/s of
+compressible ones; the daemon spends about 1 ms on a part of 4 MiB.
 
 Invariants:
     A worker has at most one request; the others wait here, in order.
