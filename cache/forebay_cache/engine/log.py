@@ -41,6 +41,18 @@ class Entry(NamedTuple):
     source: int
 
 
+class _Event(NamedTuple):
+    """An entry without data, or a volume's row, that is not in a batch yet."""
+
+    kind: int
+    volume_key: int
+    start: int
+    version: int
+    value: int
+    settled: Settled | None
+    note: VolumeNote | None = None
+
+
 class LogPoint(NamedTuple):
     """A place in the log: the record that comes next, where it goes, and the chain it continues."""
 
@@ -81,6 +93,7 @@ class Log:
         self._apply = apply
         self._next = LogPoint(0, 0, 0, 0)  # where the next sealed record goes
         self._batch: Batch | None = None
+        self._held: deque[_Event] = deque()  # entries without data that wait for a free zone
         self._sealed: deque[Batch] = deque()
         self._in_flight: deque[Batch] = deque()
         self._waiting: deque[tuple[int, Settled]] = deque()
@@ -114,9 +127,14 @@ class Log:
         return self._next.position
 
     @property
+    def room_in_zone(self) -> int:
+        """Blocks that the open zone still takes, headers included."""
+        return max(0, self._zones.zone_blocks - 2 - self._next.block)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is gathered, queued or under way."""
-        return not (self._batch or self._sealed or self._in_flight)
+        return not (self._batch or self._sealed or self._in_flight or self._held)
 
     def data_batch(self) -> tuple[Batch, int]:
         """Return the batch that takes the next data block, and how many blocks it has room for."""
@@ -146,6 +164,13 @@ class Log:
         self, kind: int, volume_key: int, start: int, version: int, value: int, settled: Settled | None = None
     ) -> None:
         """Add an entry without data: a trim, zeroes, an acknowledgement, a drop."""
+        if self._held or not self._has_place():
+            self._held.append(_Event(kind, volume_key, start, version, value, settled))
+            return
+        self._append_event(_Event(kind, volume_key, start, version, value, settled))
+
+    def _append_event(self, event: _Event) -> None:
+        kind, volume_key, start, version, value, settled, _ = event
         batch = self._batch
         if batch is None or len(batch.entries) >= record.RECORD_ENTRIES_MAX:
             batch = self._fresh_batch()
@@ -156,6 +181,12 @@ class Log:
 
     def add_note(self, note: VolumeNote, settled: Settled) -> None:
         """Append a record that holds one volume's row."""
+        if self._held or not self._has_place():
+            self._held.append(_Event(record.BLOB, 0, 0, 0, 0, settled, note))
+            return
+        self._append_note(note, settled)
+
+    def _append_note(self, note: VolumeNote, settled: Settled) -> None:
         batch = self._fresh_batch()
         batch.kind = record.NOTE
         batch.packed += record.pack_note(note)
@@ -163,8 +194,21 @@ class Log:
         batch.settled.append(settled)
         self._seal()
 
+    def _has_place(self) -> bool:
+        """Whether one more record has somewhere to go; guests leave zones free for it, a restart may find none."""
+        return bool(self._zones.free) or self.room_in_zone > 1
+
+    def _append_held(self) -> None:
+        while self._held and self._has_place():
+            event = self._held.popleft()
+            if event.note is not None and event.settled is not None:
+                self._append_note(event.note, event.settled)
+            else:
+                self._append_event(event)
+
     def kick(self) -> None:
         """Submit what is gathered unless the device has enough to do; then it goes when that is done."""
+        self._append_held()
         if self._batch is not None and len(self._in_flight) < RECORDS_IN_FLIGHT_MAX and not self._sealed:
             self._seal()
 
@@ -173,7 +217,12 @@ class Log:
 
         Without it a damaged last record could not be told from one that was never finished.
         """
-        if self.idle and self.durable == self.applied.position > self._noted_durable and not self.failed:
+        if (
+            self.room_in_zone > 1
+            and self.idle
+            and self.durable == self.applied.position > self._noted_durable
+            and not self.failed
+        ):
             self._fresh_batch()
             self._seal()
 
@@ -317,6 +366,8 @@ class Log:
         waiting = [settled for _, settled in self._waiting] + self._barriers
         for batch in (*self._in_flight, *self._sealed, *((self._batch,) if self._batch else ())):
             waiting += batch.settled
+        waiting += [event.settled for event in self._held if event.settled is not None]
+        self._held.clear()
         self._waiting.clear()
         self._barriers.clear()
         self._in_flight.clear()

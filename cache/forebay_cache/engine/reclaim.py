@@ -66,9 +66,7 @@ class Reclaim:
             engine.checkpoints.want()
             self._free_empty()
             return
-        if victim.keep.size and self._moving + victim.keep.size > (len(engine.zones.free) - 1) * (
-            engine.zones.zone_blocks * 3 // 4
-        ):
+        if victim.keep.size and self._moving + victim.keep.size > self._room():
             self._free_empty()  # what is moving already may take the last free zones
             return
         self._busy += 1
@@ -77,6 +75,11 @@ class Reclaim:
             self._move(victim)
         else:
             self._clear(victim.zone)
+
+    def _room(self) -> int:
+        """Return how many blocks may be moved without touching the last free zone; a quarter is left for headers."""
+        zones, log = self._engine.zones, self._engine.log
+        return max(0, log.room_in_zone + (len(zones.free) - 1) * zones.zone_blocks) * 3 // 4
 
     def prepare(self) -> None:
         """Before the log begins: free zones that hold nothing dirty, at once, because all is durable now.
