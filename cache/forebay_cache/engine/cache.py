@@ -256,8 +256,8 @@ class CacheEngine:
         for lba in absent:
             i = lba - piece.extent.start
             self.log.seal_if_full()
-            batch, _ = self.log.data_batch()
-            self.log.add_data(batch, record.FILL, volume.key, lba, piece.version, piece.checksums[i])
+            batch = self.log.data_batch()
+            self.log.add_block(batch, record.FILL, volume.key, lba, piece.version, piece.checksums[i])
             batch.buffers.append(view[i << 12 : (i + 1) << 12])
         self.log.seal_if_full()
         self.log.kick()

@@ -46,6 +46,9 @@ share of 0.3, 0.647 and 0.73 at 0.5, 0.655 and 0.89 at 0.6, 0.662 and 1.19 at 0.
 RECORDS_IN_FLIGHT_MAX: Final = 2
 """Records given to the device at a time: one being written, one behind it; others gather meanwhile, so they grow."""
 
+RUN_BLOCKS_MIN: Final = 16
+"""Blocks of one write from which on it is logged and applied with arrays instead of block by block."""
+
 ZONES_RESERVED: Final = 3
 """Free zones that guests and fills may not take: moves, seals and state records need them."""
 

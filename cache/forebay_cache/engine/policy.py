@@ -122,9 +122,14 @@ class AgedFrequency:
 
     def moved(self, source: int, target: int) -> None:
         """See Policy."""
-        count = self._view[source]
-        self._set(source, 0)
-        self._set(target, count or _NEVER_HIT)
+        view = self._view
+        count = view[source]
+        if count and not view[target]:  # the usual case: the histogram stays as it is
+            view[target] = count
+            view[source] = 0
+        else:
+            self._set(source, 0)
+            self._set(target, count or _NEVER_HIT)
 
     def moved_many(self, sources: PlaceArray, targets: PlaceArray) -> None:
         """See Policy."""

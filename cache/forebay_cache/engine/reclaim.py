@@ -191,9 +191,9 @@ class Reclaim:
             if key == 0 or not self._is_sound(key, place, block):
                 continue
             log.seal_if_full()
-            batch, _ = log.data_batch()
+            batch = log.data_batch()
             volume_key, lba = key >> LBA_BITS, key & LBA_MAX
-            log.add_data(batch, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
+            log.add_block(batch, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
             batch.buffers.append(block)
             self.moved_blocks += 1
             last = batch

@@ -14,7 +14,7 @@ from forebay_cache.engine.destage import Cut
 from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY, VolumeNote
-from forebay_core.units import BLOCK_SIZE, Buffer, Epoch, Version, VolumeId, make_version, sequence_of
+from forebay_core.units import BLOCK_SIZE, SEQUENCE_BITS, Buffer, Epoch, Version, VolumeId, make_version, sequence_of
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -139,7 +139,10 @@ class CacheVolume:
 
     def next_version(self) -> Version:
         """Number one more change, at the moment when it is appended."""
-        self.version = make_version(self.epoch, sequence_of(self.version) + 1)
+        version = self.version + 1
+        if version >> SEQUENCE_BITS != self.epoch:  # the first one of this epoch
+            version = make_version(self.epoch, sequence_of(self.version) + 1)
+        self.version = Version(version)
         return self.version
 
     def take_epoch(self, epoch: Epoch) -> None:

@@ -156,6 +156,18 @@ def record_xxh3(block: Buffer) -> int:
     return found
 
 
+def pack_writes(volume_key: int, lba: int, version: int, checksums: npt.NDArray[np.uint64]) -> bytes:
+    """Return the entries of consecutive blocks that are written under one version."""
+    rows = np.zeros(checksums.size, ENTRY_DTYPE)
+    rows["lba"] = np.arange(lba, lba + checksums.size, dtype=np.uint64)
+    rows["version"] = version
+    rows["checksum"] = checksums
+    rows["volume_key"] = volume_key
+    rows["kind"] = WRITE
+    rows["sector_mask"] = SECTOR_MASK_ALL
+    return rows.tobytes()
+
+
 def peek_header(block: Buffer) -> RecordHeader:
     """Return the fixed fields of any 4096 bytes, unchecked: only to guess what they once were."""
     return RecordHeader(*HEADER.unpack_from(block)[2:])
