@@ -55,6 +55,10 @@ assert ANSWER.size == 32
 assert READ_RUN_BLOCKS_MAX <= 1024  # IOV_MAX
 
 
+NICENESS: Final = 10
+"""Guests come first: destaging takes what the daemon and the virtual machines leave of the processor."""
+
+
 class Blocks(NamedTuple):
     """What one request names, read from the device in the order of the lbas."""
 
@@ -174,6 +178,7 @@ def send_answer(channel: socket.socket, part: BuiltPart | None) -> None:
 
 def main(device: str, channel_fd: int, level: int) -> None:
     """Answer requests until the daemon is gone."""
+    os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     builder = FrameBuilder(level)
