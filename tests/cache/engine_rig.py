@@ -43,6 +43,10 @@ class SimulatedDevice:
     def read_now(self, offset: int, size: int) -> Buffer | None:
         return bytes(self.bytes[offset : offset + size]) if self.rng.random() < self.now_share else None
 
+    def read_into_now(self, offset: int, view: memoryview) -> bool:
+        view[:] = self.bytes[offset : offset + view.nbytes]
+        return self.rng.random() < self.now_share
+
     def read(self, offset: int, size: int, done: Callable[[Buffer | None], None]) -> None:
         self.queue.append(lambda: done(bytes(self.bytes[offset : offset + size])))
 

@@ -23,6 +23,9 @@ class Device(Protocol):
     def read_now(self, offset: int, size: int) -> Buffer | None:
         """Return the bytes if that needs no waiting (they are in memory), else None; never an error."""
 
+    def read_into_now(self, offset: int, view: memoryview) -> bool:
+        """Fill the view if that needs no waiting; False leaves anything in it."""
+
     def read(self, offset: int, size: int, done: Callable[[Buffer | None], None]) -> None:
         """Read, waiting elsewhere if need be; None is a read error."""
 

@@ -6,11 +6,15 @@ Invariants:
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from forebay_cache.engine.front import Chunk, IoError, ReadReply, Reply
 from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
-from forebay_core.checksums import checksum
+from forebay_core.checksums import block_checksums, checksum
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
 from forebay_wire.limits import READ_BLOCKS_MAX
@@ -74,10 +78,19 @@ class Reads:
         count = (offset + length - 1 >> BLOCK_SHIFT) - first + 1
         if volume.error or self._engine.failed:
             reply(IoError.IO, ())
-        elif count > 1 or not self._read_one_now(volume, first, offset, length, reply):
-            request = _Read(Extent(first, count), offset, length, reply)
-            self._collect(volume, request)
-            request.arrived()
+        elif count == 1:
+            if not self._read_one_now(volume, first, offset, length, reply):
+                self._begin(volume, _Read(Extent(first, count), offset, length, reply))
+        else:
+            places = self._engine.map.find_run(volume.key << LBA_BITS | first, count)
+            found = self._read_now(places)
+            if found is None:
+                self._begin(volume, _Read(Extent(first, count), offset, length, reply))
+                return
+            volume.hit_blocks += count
+            self._engine.policy.hits(places)
+            skip = offset & _IN_BLOCK
+            reply(IoError.OK, (Chunk(length, found[skip : skip + length]),))
 
     def prefetch(self, volume: "CacheVolume", offset: int, length: int, reply: Reply) -> None:
         """See FrontVolume.prefetch: fetch what is missing, step by step; the bytes go nowhere else."""
@@ -105,6 +118,25 @@ class Reads:
             buffer = memoryview(buffer)[skip : skip + length]
         reply(IoError.OK, (Chunk(length, buffer),))
         return True
+
+    def _read_now(self, places: npt.NDArray[np.int64]) -> memoryview | None:
+        """Return the blocks of these places if all are cached, in memory and sound; they may lie anywhere."""
+        if int(places.min()) < 0:
+            return None
+        engine = self._engine
+        buffer = memoryview(bytearray(places.size << BLOCK_SHIFT))
+        starts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), places.size]
+        for start, end in pairwise(starts):
+            offset = engine.zones_offset + (int(places[start]) << BLOCK_SHIFT)
+            if not engine.device.read_into_now(offset, buffer[start << BLOCK_SHIFT : end << BLOCK_SHIFT]):
+                return None
+        if block_checksums(buffer) != engine.map.checksum_array.take(places).tolist():
+            return None
+        return buffer
+
+    def _begin(self, volume: "CacheVolume", request: _Read) -> None:
+        self._collect(volume, request)
+        request.arrived()
 
     def _collect(self, volume: "CacheVolume", request: _Read) -> None:
         engine = self._engine

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from forebay_cache.engine.limits import (
     VICTIM_CANDIDATES,
+    ZONES_PER_SPARE,
     ZONES_RESERVED,
     ZONES_SPARE_MAX,
     ZONES_SPARE_MIN,
@@ -42,7 +43,7 @@ class Reclaim:
 
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
-        self.spare = min(ZONES_SPARE_MAX, max(ZONES_SPARE_MIN, engine.zones.zone_count // 64))
+        self.spare = min(ZONES_SPARE_MAX, max(ZONES_SPARE_MIN, engine.zones.zone_count // ZONES_PER_SPARE))
         self._busy = 0  # zones being emptied or waiting for the sync that frees them
         self._moving = 0  # blocks that are about to take new places
         self._empty: list[int] = []  # wait to be synced together

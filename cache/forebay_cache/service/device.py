@@ -96,13 +96,15 @@ class FileDevice:
 
     def read_now(self, offset: int, size: int) -> Buffer | None:
         """Return the bytes if they are in memory, else None."""
-        buffer = bytearray(size)
+        buffer = memoryview(bytearray(size))
+        return buffer if self.read_into_now(offset, buffer) else None
+
+    def read_into_now(self, offset: int, view: memoryview) -> bool:
+        """Fill the view if its bytes are in memory."""
         try:
-            if os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT) == size and not self._failed:
-                return buffer
+            return os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT) == view.nbytes and not self._failed
         except OSError:
-            return None  # EAGAIN: not in memory; anything else comes back, and is logged, when it is read with waiting
-        return None
+            return False  # EAGAIN: not in memory; anything else comes back, and is logged, when it is read with waiting
 
     def read(self, offset: int, size: int, done: Callable[[Buffer | None], None]) -> None:
         """Read, waiting elsewhere; None is an error, which was logged."""
