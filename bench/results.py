@@ -100,7 +100,7 @@ class Row:
         }
 
 
-HEAD = ("figure", "unit", OURS, "peers", "ratio (range)", "at least", "aim", "", "CPU us/op")
+HEAD = ("row", "figure", "unit", OURS, "peers", "ratio (range)", "at least", "aim", "", "CPU us/op")
 
 
 def render(rows: list[Row]) -> str:
@@ -109,8 +109,10 @@ def render(rows: list[Row]) -> str:
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEAD))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    notes = [f"{row.what}: {row.note}" for row in rows]
-    return "\n".join([*lines, "", *dict.fromkeys(notes)])
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        notes.setdefault(row.note, []).append(row.key)
+    return "\n".join([*lines, "", *(f"{', '.join(keys)}: {note}" for note, keys in notes.items())])
 
 
 def save(rows: list[Row], path: Path, about: dict[str, object]) -> None:
@@ -125,7 +127,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     ratio = f"{row.figure:.2f} ({min(ratios):.2f}..{max(ratios):.2f})" if ratios else "-"
     cpu = ", ".join(f"{used:.1f}" for name in row.samples if (used := row.cpu_us(name)) is not None)
     goals = ["" if value is None else f"{value:g}" for value in (row.goal.at_least, row.goal.aim)]
-    return (row.what, row.unit, _number(row.median(OURS)), peers or "-", ratio, *goals, row.verdict, cpu)
+    return (row.key, row.what, row.unit, _number(row.median(OURS)), peers or "-", ratio, *goals, row.verdict, cpu)
 
 
 def _number(value: float) -> str:

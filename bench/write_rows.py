@@ -16,7 +16,9 @@ VOLUME_SIZE = 2048 * MIB
 CACHE_SIZE = "1GiB"
 WRITE_SIZE = 384 * MIB
 FLUSH_EVERY = 256
-FREE_SHARE_MAX = 0.1
+FREE_ZONES_MAX = 25
+"""A tenth of the cache: reclaim keeps some free, nothing else may be."""
+
 WRITE_GOAL = Goal(0.7, 1.5)
 SEQUENTIAL_GOAL = Goal(0.6, 1.0)
 
@@ -34,8 +36,7 @@ def measure(plan: Plan) -> list[Row]:
             make_random_file(file, VOLUME_SIZE)
             peers.append(Peer(name, file, plan.folder))
             stack.callback(peers[-1].stop)
-        free_zones = _fill(store, cache)
-        note = f"cache full of clean data ({free_zones} zones free), volume twice its size; buffered, ours and peers"
+        note = f"{_fill(store, cache)}, volume twice its size; buffered, ours and peers; drained and synced in between"
         rows = []
         if "write" in plan.keys:
             rows.append(_random(plan, [cache, *peers], None, note))
@@ -46,18 +47,18 @@ def measure(plan: Plan) -> list[Row]:
         return rows
 
 
-def _fill(store: Store, cache: Cache) -> int:
-    """Write the volume once and a part of it at random, destage all; return how many zones are free then."""
+def _fill(store: Store, cache: Cache) -> str:
+    """Write the volume once and a part of it at random, destage all; return how full the cache is."""
     store.command("volume", "create", "full", "--size", str(VOLUME_SIZE))
     cache.attach("full")
     fio.run(cache.uri, Load("write", MIB, 8, 300, VOLUME_SIZE, io_size=VOLUME_SIZE))
     fio.run(cache.uri, Load("randwrite", 4 * KIB, 16, 300, VOLUME_SIZE, io_size=WRITE_SIZE))
     cache.settle()
     status = cache.status()
-    free = 1 - status["cached_bytes"] / status["capacity_bytes"]
-    if status["dirty_bytes"] or free > FREE_SHARE_MAX:
+    if status["dirty_bytes"] or status["free_zones"] > FREE_ZONES_MAX:
         raise BenchError(f"the cache is not full of clean data: {status}")
-    return status["free_zones"]
+    live = status["cached_bytes"] / status["capacity_bytes"]
+    return f"cache full of clean data ({live:.0%} of it live, {status['free_zones']} zones free)"
 
 
 def _random(plan: Plan, servers: list[Server], flush_every: int | None, note: str) -> Row:
