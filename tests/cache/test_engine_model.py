@@ -209,3 +209,19 @@ def run_power_cuts(seed: int) -> None:
         assert checksum(found) in states, f"seed {seed}: not a state since the last flush"
         model = bytearray(found)
         assert rig.store.version <= rig.volume.version, "the store ran ahead of the device"
+
+
+def test_a_failed_device_answers_everybody_and_writes_no_more() -> None:
+    rig = Rig(3)
+    assert rig.write(0, b"a" * BLOCK_SIZE) == IoError.OK
+    rig.device.failing = True
+    got: list[IoError] = []
+    for lba in range(6):
+        rig.volume.write(lba * BLOCK_SIZE, b"b" * BLOCK_SIZE, False, got.append)
+    rig.volume.kick()
+    rig.run_until(lambda: len(got) == 6)
+    assert set(got) == {IoError.IO}
+    assert rig.engine.failed
+    assert rig.write(0, b"c" * BLOCK_SIZE) == IoError.IO
+    assert rig.flush() == IoError.IO
+    assert any("failed" in text for text in rig.reports)

@@ -82,7 +82,14 @@ class CacheEngine:
         self.volumes: dict[int, CacheVolume] = {}
         self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
         self.dirty_blocks = 0
-        self.log = Log(device, self.zones, device_tag=device_tag(self.superblock), life=life, apply=Apply(self))
+        self.log = Log(
+            device,
+            self.zones,
+            device_tag=device_tag(self.superblock),
+            life=life,
+            apply=Apply(self),
+            on_failure=self.fail,
+        )
         self.reads = Reads(self)
         self.writes = Writes(self)
         self.fetches = Fetches(upstream, unit_blocks=settings.fill_blocks, known=self._known, offer=self._offer)

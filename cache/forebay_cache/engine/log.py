@@ -120,16 +120,27 @@ class Batch:
 
 
 class Log:
-    """Appends to the zones of one device. `apply` is told of each written record, in order."""
+    """Appends to the zones of one device.
+
+    `apply` is told of each written record, in order; `on_failure` of a failed write or sync, and must call `fail`.
+    """
 
     def __init__(
-        self, device: Device, zones: ZoneTable, *, device_tag: int, life: int, apply: Callable[[Batch], None]
+        self,
+        device: Device,
+        zones: ZoneTable,
+        *,
+        device_tag: int,
+        life: int,
+        apply: Callable[[Batch], None],
+        on_failure: Callable[[str], None],
     ) -> None:
         self._device = device
         self._zones = zones
         self._device_tag = device_tag
         self._life = life
         self._apply = apply
+        self._on_failure = on_failure
         self._next = LogPoint(0, 0, 0, 0)  # where the next sealed record goes
         self._batch: Batch | None = None
         self._held: deque[_Event] = deque()  # entries without data that wait for a free zone
@@ -312,7 +323,7 @@ class Log:
         self._syncing = False
         if not ok:
             self._barriers += barriers
-            self.fail()
+            self._on_failure("a sync failed")
             return
         self.durable = max(self.durable, target)
         for settled in barriers:
@@ -393,7 +404,7 @@ class Log:
 
     def _written(self, batch: Batch, ok: bool) -> None:
         if not ok:
-            self.fail()
+            self._on_failure("a write failed")
         if self.failed:
             return
         batch.written = True

@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
     """Declare the command."""
     parser = add_command(commands, "attach", run, "serve a volume through the cache daemon; prints its URI as JSON")
     add_volume(parser)
-    parser.add_argument("--read-only", action="store_true", help="refuse writes; takes no epoch")
+    parser.add_argument("--read-only", action="store_true", help="refuse writes; nobody else can write meanwhile")
     parser.add_argument("--front", choices=["nbd"], default="nbd", help="how clients reach the volume")
     parser.add_argument(
         "--take-over", action="store_true", help="take the volume from a writer that is gone; fences that writer"
