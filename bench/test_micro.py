@@ -187,8 +187,8 @@ class _Engine:
         self.engine = CacheEngine(
             recover(self.device.read_now, superblock),
             device=self.device,
-            upstream=_NoStore(),  # type: ignore[arg-type]
-            builder=_NoStore(),  # type: ignore[arg-type]
+            upstream=_NoStore(),
+            builder=_NoStore(),
             settings=EngineSettings(cut_blocks_max=1 << 30, cut_age_ns_max=1 << 62, dirty_share_max=0.9),
             life=1,
             report=print,
