@@ -39,7 +39,7 @@ def test_a_short_transfer_writes_nothing_to_a_file() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_terminal_is_left_clean(monkeypatch) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def test_a_terminal_is_left_clean(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("forebay_tools.progress.TERMINAL_INTERVAL_S", 0.0)
     stream = Terminal()
     progress = Progress("importing", MIB, stream)

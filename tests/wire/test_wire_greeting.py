@@ -51,7 +51,7 @@ def test_the_verdict_is_what_it_always_was() -> None:
     ("packed", "decode"),
     [(encode_greeting(CLIENT), decode_greeting), (encode_verdict(Verdict(Reason.BUSY, NO_PROOF)), decode_verdict)],
 )
-def test_every_flipped_bit_is_noticed(packed: bytes, decode) -> None:  # noqa: ANN001
+def test_every_flipped_bit_is_noticed(packed: bytes, decode) -> None:
     for bit in range(len(packed) * 8):
         flipped = bytearray(packed)
         flipped[bit // 8] ^= 1 << bit % 8

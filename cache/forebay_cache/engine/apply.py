@@ -131,6 +131,7 @@ class Apply:
         key = change.volume_key << LBA_BITS | extent.start
         for places in engine.map.remove_range(key, extent.count, below=change.version):
             engine.policy.removed(places)
+            volume.trimmed = volume.trimmed or places.size > 0
         volume.holes.add(extent, change.version)
         volume.applied = Version(change.version)
 

@@ -19,7 +19,7 @@ from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
-from forebay_core.units import Epoch, Version, VolumeId, format_size
+from forebay_core.units import LBA_BITS, Epoch, Version, VolumeId, format_size
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -92,17 +92,20 @@ class Attaching:
             self._make_room()
             volume = CacheVolume(engine, self._next_key(), view.id, view.name, view.size)
             engine.volumes[volume.key] = volume
+        volume.error = ""
+        volume.closing = False
         self._take_over(volume, view)
         volume.resize(view.name, view.size, read_only=read_only)
         found = volume
         self._drop(found, stale, view.version, lambda ok: self._admit(found, ok, attached))
 
     def reopened(self, volume: CacheVolume, view: StoreView) -> None:
-        """The store granted our epoch again, after a reconnect or a restart: go on destaging."""
+        """The store granted our epoch again, after a reconnect or a restart: go on destaging, unless it has failed."""
+        if volume.error:
+            return
         standing = self.compare(view)
         if standing is Standing.VALID and view.epoch == volume.epoch:
             self._take_over(volume, view)
-            self._engine.destage.resume(volume)
         else:
             self._engine.destage.stop_volume(
                 volume,
@@ -115,7 +118,7 @@ class Attaching:
         volume.attached = False
         volume.held = leave_dirty
         volume.destaging = False
-        volume.error = ""
+        volume.closing = True
         self._note(volume, settled)
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -124,8 +127,8 @@ class Attaching:
         volume.take_epoch(view.epoch)
         volume.adopt(view.version)
         volume.destaging = True
-        volume.error = ""
         volume.warning = ""
+        self._engine.destage.granted(volume)
 
     def _drop(self, volume: CacheVolume, stale: Sequence[Extent], version: Version, settled: Settled) -> None:
         """Make the stale blocks vanish, twice: a move of one that is under way may be logged behind the first time,
@@ -170,18 +173,24 @@ class Attaching:
     def _next_key(self) -> int:
         return max(self._engine.volumes, default=0) + 1
 
-    def _make_room(self) -> None:
-        """Forget the released volume with the lowest key when the table is full."""
+    def forget_released(self, *, room: int = 0) -> None:
+        """Forget released volumes, lowest keys first, until `room` more would fit the table.
+
+        Forgetting is not logged: after a crash replay may know them again, so this runs at each start as well.
+        """
         engine = self._engine
-        if len(engine.volumes) < VOLUMES_MAX:
-            return
         for key, volume in sorted(engine.volumes.items()):
-            if not volume.held:
-                for places in engine.map.remove_range(key << 40, 1 << 40, below=(1 << 64) - 1):
+            if len(engine.volumes) + room <= VOLUMES_MAX:
+                return
+            if not (volume.held or volume.has_changes):
+                for places in engine.map.remove_range(key << LBA_BITS, 1 << LBA_BITS, below=(1 << 64) - 1):
                     engine.policy.removed(places)
                 del engine.volumes[key]
-                return
-        raise ForebayError(f"{VOLUMES_MAX} volumes are attached to this cache; detach one first")
+
+    def _make_room(self) -> None:
+        self.forget_released(room=1)
+        if len(self._engine.volumes) >= VOLUMES_MAX:
+            raise ForebayError(f"{VOLUMES_MAX} volumes are attached to this cache; detach one first")
 
 
 def _is_own_history(volume: CacheVolume, view: StoreView) -> bool:

@@ -21,7 +21,14 @@ from forebay_cache.engine.attaching import Attaching
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.destage import Destage
 from forebay_cache.engine.fetches import Fetches
-from forebay_cache.engine.limits import HOLES_KEPT_MAX, HOLES_PER_TICK_MAX, QUEUED_BLOCKS_FILL_MAX, ZONES_RESERVED
+from forebay_cache.engine.limits import (
+    HOLES_KEPT_MAX,
+    HOLES_PER_TICK_MAX,
+    OPEN_CUT_BLOCKS_MAX,
+    QUEUED_BLOCKS_FILL_MAX,
+    RECOUNT_NS,
+    ZONES_RESERVED,
+)
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
@@ -100,12 +107,14 @@ class CacheEngine:
         self.attaching = Attaching(self)
         self._timers: list[_Timer] = []
         self._now_ns = 0
+        self._recount_at_ns = 0
         self._hole_count = 0
         self._hole_count_max = hole_count_max(self.map.place_count) - HOLES_PER_TICK_MAX
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
         for volume in recovered.volumes.values():
             self._recover_volume(volume)
         self._find_dirty_blocks()
+        self.attaching.forget_released()
         self._start_point = recovered.point
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -123,7 +132,7 @@ class CacheEngine:
         self._timers = [timer for timer in self._timers if timer.due_ns > now_ns]
         for timer in due:
             timer.act()
-        self.count_dirty_blocks()
+        self._recount_dirty_blocks()
         self._count_holes()
         self.destage.tick(now_ns, wall_ns)
         self.checkpoints.step()
@@ -184,15 +193,21 @@ class CacheEngine:
     def has_room(self, volume: CacheVolume) -> bool:
         """Tell whether one more change of a guest may be appended; if not, see to it that it soon may."""
         if (
-            len(self.zones.free) > ZONES_RESERVED
+            self.free_zones > ZONES_RESERVED
             and self.dirty_blocks < self._dirty_max
             and len(volume.holes) < HOLES_KEPT_MAX
+            and len(volume.dirty) < OPEN_CUT_BLOCKS_MAX
             and self._hole_count < self._hole_count_max
         ):
             return True
         self.reclaim.kick()
         self.destage.relieve()
         return False
+
+    @property
+    def free_zones(self) -> int:
+        """Free zones that are not promised to moves."""
+        return len(self.zones.free) - self.reclaim.promised_zones
 
     def record_applied(self) -> None:
         """A record is in the map: let those go on who waited for it or for room."""
@@ -257,7 +272,7 @@ class CacheEngine:
                 for lba in absent:
                     volume.holes.add_where_absent(Extent(lba, 1), piece.version)
             return
-        if len(self.zones.free) <= ZONES_RESERVED + 1 or self.log.queued_blocks > QUEUED_BLOCKS_FILL_MAX:
+        if self.free_zones <= ZONES_RESERVED + 1 or self.log.queued_blocks > QUEUED_BLOCKS_FILL_MAX:
             return
         view = memoryview(piece.plain)
         for lba in absent:
@@ -268,6 +283,16 @@ class CacheEngine:
             batch.buffers.append(view[i << 12 : (i + 1) << 12])
         self.log.seal_if_full()
         self.log.kick()
+
+    def _recount_dirty_blocks(self) -> None:
+        """Count; when the buffer seems full, leave out what was trimmed since it became dirty, once a second."""
+        self.count_dirty_blocks()
+        if self.dirty_blocks >= self._dirty_max and self._now_ns >= self._recount_at_ns:
+            self._recount_at_ns = self._now_ns + RECOUNT_NS
+            for volume in self.volumes.values():
+                if volume.trimmed:
+                    self.destage.forget_trimmed(volume)
+            self.count_dirty_blocks()
 
     def _count_holes(self) -> None:
         """Count the holes of all volumes; when a checkpoint could hardly take them, forget what the store knows."""

@@ -12,6 +12,7 @@ Invariants:
 Crash: what was acknowledged is known to the store, which is asked on reopening; all the rest is the open cut.
 """
 
+from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
@@ -48,6 +49,7 @@ class Cut:
         "lbas",
         "next_part",
         "pinned",
+        "resting",
         "staged",
         "versions",
     )
@@ -62,6 +64,7 @@ class Cut:
         self.pinned: npt.NDArray[np.int64] = np.full(lbas.size, -1, np.int64)
         self.holes = holes
         self.next_part = 0
+        self.resting = False  # nobody sends it: the volume failed, was refused or detached
         self.staged = 0
 
     @property
@@ -120,21 +123,24 @@ class Destage:
             self._close(max(volumes, key=lambda volume: len(volume.dirty) + len(volume.holes)))
 
     def drain(self, volume: "CacheVolume", drained: Drained) -> None:
-        """Tell when all that is applied now is upstream (True), or that the volume has failed (False)."""
+        """Tell when all that is in the log now is upstream (True), or that the volume has failed (False)."""
+        self._engine.log.kick()
         if volume.error or self._engine.failed:
             drained(False)
-        elif not volume.has_changes:
+        elif volume.version <= volume.acknowledged:
             drained(True)
         else:
-            self._drains.append((volume, volume.applied, drained))
-            if not volume.cuts and self._may_send(volume):
+            self._drains.append((volume, volume.version, drained))
+            if volume.has_changes and not volume.cuts and self._may_send(volume):
                 self._close(volume)
 
     def stop_volume(self, volume: "CacheVolume", reason: str) -> None:
         """Give up on a volume: its dirty blocks stay, its I/O fails, whoever drains is told."""
         volume.error = volume.error or reason
-        self._sending = deque(item for item in self._sending if item[0] is not volume)
+        for cut in volume.cuts:
+            self._rest(cut)
         self._settle_drains()
+        self._engine.resume_writers()
 
     def fail(self) -> None:
         """The device failed: nothing is sent any more, whoever drains is told."""
@@ -143,10 +149,27 @@ class Destage:
         for _, _, drained in drains:
             drained(False)
 
-    def resume(self, volume: "CacheVolume") -> None:
-        """The volume may be destaged again."""
-        if any(drained[0] is volume for drained in self._drains) and not volume.cuts:
-            self._close(volume)
+    def granted(self, volume: "CacheVolume") -> None:
+        """The store granted the volume, and `acknowledged` says where it stands: cuts that it has are over, one that
+        nobody sends is begun anew."""
+        for cut in list(volume.cuts):
+            if cut.last_version <= volume.acknowledged:
+                self._rest(cut)
+                self._acknowledged(volume, cut, volume.acknowledged)
+            elif cut.resting:
+                self._begin_anew(volume, cut)
+
+    def _rest(self, cut: Cut) -> None:
+        """Send nothing more of a cut until the volume is granted again."""
+        cut.resting = True
+        self._sending = deque(item for item in self._sending if item[1] is not cut)
+
+    def _begin_anew(self, volume: "CacheVolume", cut: Cut) -> None:
+        identity = self._identify(volume)
+        cut.identity = identity._replace(first=cut.identity.first, last=cut.identity.last)
+        cut.next_part = cut.staged = 0
+        cut.resting = False
+        self._send(volume, cut)
 
     # --- closing ----------------------------------------------------------------------------------------------
 
@@ -161,19 +184,36 @@ class Destage:
             self._now_ns - volume.opened_ns >= settings.cut_age_ns_max
             or len(volume.dirty) >= settings.cut_blocks_max
             or len(volume.holes) >= HOLES_KEPT_MAX
+            or self._is_draining(volume)
         )
+
+    def _is_draining(self, volume: "CacheVolume") -> bool:
+        return any(drain[0] is volume for drain in self._drains)
+
+    def forget_trimmed(self, volume: "CacheVolume") -> None:
+        """Take the blocks out of the list of dirty ones that were trimmed since."""
+        lbas, _ = self._open_blocks(volume)
+        volume.dirty = array("Q")
+        volume.dirty.frombytes(lbas.tobytes())
+        volume.trimmed = False
+
+    def _open_blocks(self, volume: "CacheVolume") -> tuple[U64Array, U64Array]:
+        """Return lba and version of each block that is newer than the closed cuts, sorted."""
+        table = self._engine.map
+        lbas = np.unique(np.frombuffer(volume.dirty, np.uint64)) if volume.dirty else np.empty(0, np.uint64)
+        places = table.find_many(lbas | np.uint64(volume.key << LBA_BITS))
+        there = places >= 0
+        versions = table.version_array.take(places[there])
+        newer = versions > np.uint64(volume.closed_version)
+        return lbas[there][newer], versions[newer]
 
     def _close(self, volume: "CacheVolume") -> None:
         engine = self._engine
-        lbas = np.unique(np.frombuffer(volume.dirty, np.uint64)) if volume.dirty else np.empty(0, np.uint64)
-        places = engine.map.find_many(lbas | np.uint64(volume.key << LBA_BITS))
-        there = places >= 0
-        lbas, places = lbas[there], places[there]
-        versions = engine.map.version_array.take(places)
-        newer = versions > np.uint64(volume.acknowledged)
+        lbas, versions = self._open_blocks(volume)
         holes = [Extent(h.start, h.end - h.start) for h in volume.holes.newer_than(volume.acknowledged)]
-        cut = Cut(self._identify(volume), lbas[newer], versions[newer], holes)
-        volume.dirty = type(volume.dirty)("Q")
+        cut = Cut(self._identify(volume), lbas, versions, holes)
+        volume.dirty = array("Q")
+        volume.trimmed = False
         volume.opened_ns = 0
         volume.cuts.append(cut)
         engine.log.kick()
@@ -188,6 +228,9 @@ class Destage:
     # --- sending ----------------------------------------------------------------------------------------------
 
     def _send(self, volume: "CacheVolume", cut: Cut) -> None:
+        if not self._may_send(volume):
+            cut.resting = True
+            return
         self._sending.append((volume, cut))
         self._pump()
 
@@ -221,7 +264,7 @@ class Destage:
 
         def built(answer: BuiltPart | None) -> None:
             engine.release_zones(zones)
-            if attempt != cut.identity.attempt or volume.error:
+            if attempt != cut.identity.attempt or cut.resting:
                 self._part_over()
             elif answer is None or answer.corrupt:
                 self._part_over()
@@ -241,7 +284,7 @@ class Destage:
 
         def staged(refusal: UpstreamRefusal | None) -> None:
             self._part_over()
-            if attempt != cut.identity.attempt or volume.error:
+            if attempt != cut.identity.attempt or cut.resting:
                 return
             if refusal is not None:
                 self._refused(volume, cut, refusal)
@@ -257,8 +300,10 @@ class Destage:
         self._pump()
 
     def _commit(self, volume: "CacheVolume", cut: Cut) -> None:
+        attempt = cut.identity.attempt
+
         def committed(answer: Version | UpstreamRefusal) -> None:
-            if volume.error or cut not in volume.cuts:
+            if attempt != cut.identity.attempt or cut.resting:
                 return
             if isinstance(answer, UpstreamRefusal):
                 self._refused(volume, cut, answer)
@@ -272,10 +317,13 @@ class Destage:
             self.stop_volume(volume, f"the store refuses this volume's changes: {refusal.text}")
             return
         volume.warning = f"destaging is being tried again: {refusal.text}"
-        self._sending = deque(item for item in self._sending if item[1] is not cut)
-        cut.identity = self._identify(volume)._replace(first=cut.identity.first, last=cut.identity.last)
-        cut.next_part = cut.staged = 0
-        self._engine.after(self._engine.settings.retry_ns, lambda: self._send(volume, cut))
+        self._rest(cut)
+
+        def again() -> None:
+            if cut.resting and cut in volume.cuts and self._may_send(volume):
+                self._begin_anew(volume, cut)
+
+        self._engine.after(self._engine.settings.retry_ns, again)
 
     def _acknowledged(self, volume: "CacheVolume", cut: Cut, version: Version) -> None:
         engine = self._engine
@@ -288,7 +336,7 @@ class Destage:
         if len(volume.holes) >= HOLES_KEPT_MAX // 2:
             volume.holes.forget_up_to(volume.acknowledged)
         self._settle_drains()
-        if any(drain[0] is volume for drain in self._drains) and volume.has_changes:
+        if self._is_draining(volume) and volume.has_changes and self._may_send(volume):
             self._close(volume)
         engine.resume_writers()
 

@@ -4,7 +4,7 @@ from typing import Final
 
 from forebay_cache.format.checkpoint import HOLES_MIN, VOLUME_COUNT_MAX
 from forebay_cache.format.superblock import PLACE_COUNT_MAX
-from forebay_wire.limits import HOLES_PER_PART_MAX
+from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX
 
 PLACES_MAX: Final = (1 << 32) - 3
 """Places of one device: their numbers fit u32 beside two sentinels, which is 16 TiB of cache."""
@@ -63,6 +63,12 @@ VICTIM_CANDIDATES: Final = 8
 
 PART_BLOCKS: Final = 1024
 """Blocks of one part of a cut: 4 MiB of plain data in one message."""
+
+OPEN_CUT_BLOCKS_MAX: Final = PARTS_PER_CUT_MAX * PART_BLOCKS // 2
+"""Blocks of one volume that may become dirty while nothing can be sent: they become one cut, whose parts are limited."""
+
+RECOUNT_NS: Final = 1_000_000_000
+"""How often a buffer that seems full is searched for blocks that were trimmed while they were dirty."""
 
 PARTS_IN_FLIGHT_MAX: Final = 3
 """Parts being built or staged, of all volumes."""

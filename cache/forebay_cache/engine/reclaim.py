@@ -77,6 +77,12 @@ class Reclaim:
         else:
             self._clear(victim.zone)
 
+    @property
+    def promised_zones(self) -> int:
+        """Free zones that moves under way will fill; guests and fills leave them alone."""
+        zones = self._engine.zones
+        return -(-self._moving * 4 // (3 * zones.zone_blocks))
+
     def _room(self) -> int:
         """Return how many blocks may be moved without touching the last free zone; a quarter is left for headers."""
         zones, log = self._engine.zones, self._engine.log
@@ -157,15 +163,20 @@ class Reclaim:
         breaks = np.flatnonzero(np.diff(victim.keep) != 1) + 1
         runs = [run.tolist() for run in np.split(victim.keep, breaks)]
         left = len(runs)
+        whole = True
         self._moving += victim.keep.size
 
         def moved(ok: bool) -> None:
-            nonlocal left
+            nonlocal left, whole
             left -= 1
-            if left == 0:
-                self._moving -= victim.keep.size
-            if left == 0 and ok and not engine.failed:
+            whole = whole and ok
+            if left:
+                return
+            self._moving -= victim.keep.size
+            if whole and not engine.failed:
                 self._clear(victim.zone)
+            else:
+                self._busy -= 1  # it stays as it is, with what could not be read; the next start looks at it again
 
         for places in runs:
             self._move_run(places, moved)
@@ -176,6 +187,7 @@ class Reclaim:
         def done(answer: Buffer | None) -> None:
             if answer is None:
                 engine.report(f"zone {places[0] // engine.zones.zone_blocks} can't be read and is left as it is")
+                moved(False)
             elif not engine.failed:
                 self._append(places, memoryview(answer), moved)
 

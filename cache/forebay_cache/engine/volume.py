@@ -42,6 +42,8 @@ class CacheVolume:
         self._acknowledged = Version(0)
         self.holes = HoleMap()
         self.dirty = array("Q")
+        self.trimmed = False  # blocks in `dirty` may be gone
+        self.closing = False  # being detached: what still comes is refused
         self.cuts: list[Cut] = []
         self.opened_ns = 0  # when the open cut got its first change; 0: it has none
         self.connections = 0
@@ -126,6 +128,11 @@ class CacheVolume:
     def dirty_blocks(self) -> int:
         """Upper bound of blocks that are not upstream."""
         return len(self.dirty) + sum(cut.block_count for cut in self.cuts)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether changes are answered with an error."""
+        return bool(self.error) or self.closing
 
     @property
     def has_changes(self) -> bool:

@@ -37,7 +37,7 @@ class Writes:
 
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
-        self._waiting: deque[_Parked] = deque()
+        self._waiting: dict[int, deque[_Parked]] = {}  # by volume key; none is empty
         self._merging: list[_Parked] = []
         self._events: deque[tuple[int, Extent]] = deque()
         self.pending: dict[int, Batch] = {}
@@ -51,7 +51,7 @@ class Writes:
         if self._refuse(volume, reply):
             return
         view = memoryview(payload)
-        if view.nbytes == BLOCK_SIZE and not (fua or offset & _IN_BLOCK or self._waiting) and engine.has_room(volume):
+        if view.nbytes == BLOCK_SIZE and not (fua or offset & _IN_BLOCK) and self._is_open(volume):
             batch = engine.log.data_batch()
             self._append_blocks(batch, volume, offset >> BLOCK_SHIFT, view, 1)
             batch.replies.append(reply)
@@ -60,10 +60,8 @@ class Writes:
         settled = self._settler(fua, reply)
         if (offset | view.nbytes) & _IN_BLOCK:
             self._in_turn(volume, settled, lambda: self._write_unaligned(volume, offset, view, settled))
-        elif self._waiting or not engine.has_room(volume):
-            self._park(volume, settled, lambda: self._append(volume, offset >> BLOCK_SHIFT, view, settled))
         else:
-            self._append(volume, offset >> BLOCK_SHIFT, view, settled)
+            self._in_turn(volume, settled, lambda: self._append(volume, offset >> BLOCK_SHIFT, view, settled))
 
     def trim(self, volume: "CacheVolume", offset: int, length: int, fua: bool, reply: Reply) -> None:
         """See FrontVolume.trim: the blocks that are only partly inside stay."""
@@ -93,9 +91,21 @@ class Writes:
             log.when_durable(log.changed_position, lambda ok: reply(IoError.OK if ok else IoError.IO))
 
     def resume(self) -> None:
-        """There may be room again: carry on with waiting requests, in order."""
-        while self._waiting and self._engine.has_room(self._waiting[0].volume):
-            self._waiting.popleft().go_on()
+        """There may be room again: carry on with waiting requests, those of each volume in order.
+
+        A volume that has no room, or has failed, keeps nobody else waiting.
+        """
+        for key in list(self._waiting):
+            queue = self._waiting.pop(key)
+            for _ in range(len(queue)):
+                volume = queue[0].volume
+                if not (volume.refuses or self._engine.has_room(volume)):
+                    break
+                queue.popleft().go_on()
+            if key in self._waiting:  # what went on parked its rest, or itself anew: that comes first
+                queue.extendleft(reversed(self._waiting.pop(key)))
+            if queue:
+                self._waiting[key] = queue
         self._engine.log.kick()
 
     def applied(self) -> None:
@@ -108,7 +118,7 @@ class Writes:
 
     def fail(self) -> None:
         """The device failed: everybody who waits is told."""
-        parked = [*self._waiting, *self._merging]
+        parked = [one for queue in self._waiting.values() for one in queue] + self._merging
         self._waiting.clear()
         self._merging.clear()
         for one in parked:
@@ -149,7 +159,7 @@ class Writes:
             log.seal_if_full()
             if not self._engine.has_room(volume):
                 rest = partial(self._append, volume, lba + at, view[at << BLOCK_SHIFT :], settled)
-                self._waiting.appendleft(_Parked(volume, settled, rest))
+                self._park(volume, settled, rest, first=True)
                 return
 
     def _append_blocks(self, batch: Batch, volume: "CacheVolume", lba: int, view: memoryview, count: int) -> None:
@@ -215,7 +225,7 @@ class Writes:
         seen = self._state_of(volume, lba)
 
         def got(error: IoError, chunks: "Sequence[Chunk]") -> None:
-            if error != IoError.OK or volume.error or self._engine.failed:
+            if error != IoError.OK or volume.refuses or self._engine.failed:
                 settled(False)
             elif self.changing(volume.key, Extent(lba, 1)) or self._state_of(volume, lba) != seen:
                 self._merge(volume, offset, view, settled)
@@ -235,17 +245,24 @@ class Writes:
     # --- waiting ----------------------------------------------------------------------------------------------
 
     def _in_turn(self, volume: "CacheVolume", settled: Settled, act: Callable[[], None]) -> None:
-        if self._waiting or not self._engine.has_room(volume):
-            self._park(volume, settled, act)
-        else:
+        if self._is_open(volume):
             act()
+        else:
+            self._park(volume, settled, act)
 
-    def _park(self, volume: "CacheVolume", settled: Settled, act: Callable[[], None]) -> None:
-        self._waiting.append(_Parked(volume, settled, act))
+    def _is_open(self, volume: "CacheVolume") -> bool:
+        return volume.key not in self._waiting and self._engine.has_room(volume)
+
+    def _park(self, volume: "CacheVolume", settled: Settled, act: Callable[[], None], *, first: bool = False) -> None:
+        queue = self._waiting.setdefault(volume.key, deque())
+        if first:
+            queue.appendleft(_Parked(volume, settled, act))
+        else:
+            queue.append(_Parked(volume, settled, act))
 
     def _refuse(self, volume: "CacheVolume", reply: Reply) -> bool:
-        if volume.error or self._engine.failed:
-            reply(IoError.IO)
+        if volume.refuses or self._engine.failed:
+            reply(IoError.SHUTDOWN if volume.closing else IoError.IO)
             return True
         if volume.read_only:
             reply(IoError.READ_ONLY)
@@ -275,7 +292,7 @@ class _Parked(NamedTuple):
 
     def go_on(self) -> None:
         """Act now, unless the volume has failed meanwhile."""
-        if self.volume.error:
+        if self.volume.refuses:
             self.settled(False)
         else:
             self.act()

@@ -212,9 +212,11 @@ class Shell:
 
     async def _release(self, volume: CacheVolume) -> None:
         """Stop serving a volume whose clients are gone, and give it back at the store."""
+        volume.closing = True  # what a client left behind is refused, so nothing comes behind the drain
         try:
             await self._drain(volume)
         except RefusedError:
+            volume.closing = False
             self._exports.add(volume)
             raise
         epoch = volume.epoch
