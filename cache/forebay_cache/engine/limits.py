@@ -65,7 +65,7 @@ PART_BLOCKS: Final = 1024
 """Blocks of one part of a cut: 4 MiB of plain data in one message."""
 
 OPEN_CUT_BLOCKS_MAX: Final = PARTS_PER_CUT_MAX * PART_BLOCKS // 2
-"""Blocks of one volume that may become dirty while nothing can be sent: they become one cut, whose parts are limited."""
+"""Blocks of one volume that may become dirty while nothing can be sent: they become one cut of limited parts."""
 
 RECOUNT_NS: Final = 1_000_000_000
 """How often a buffer that seems full is searched for blocks that were trimmed while they were dirty."""
