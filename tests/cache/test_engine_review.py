@@ -1,0 +1,130 @@
+"""What a review broke, each as the scenario that broke it."""
+
+import pytest
+from engine_rig import VOLUME_ID, Rig, check_books
+
+from forebay_cache.engine import cache as cache_module
+from forebay_cache.engine.attaching import StoreView
+from forebay_cache.engine.front import IoError
+from forebay_cache.engine.ports import UpstreamRefusal
+from forebay_cache.engine.volume import CacheVolume
+from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId
+from forebay_wire import messages
+
+
+def settle(rig: Rig, steps: int = 400) -> None:
+    for _ in range(steps):
+        if not rig.step():
+            rig.tick()
+
+
+def attach_second(rig: Rig) -> CacheVolume:
+    got: list[CacheVolume | None] = []
+    view = StoreView(VolumeId(b"w" * 16), "w", 1 << 20, Epoch(1), Version(0))
+    rig.engine.attaching.attach(view, [], read_only=False, attached=got.append)
+    rig.run_until(lambda: bool(got))
+    assert got[0] is not None
+    return got[0]
+
+
+def test_a_volume_without_room_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "HOLES_KEPT_MAX", 100)
+    rig = Rig(1, size=64 << 20, blocks=4000)
+    other = attach_second(rig)
+    rig.volume.destaging = False
+    waiting: list[IoError] = []
+    for lba in range(0, 300, 2):
+        rig.volume.trim(lba * BLOCK_SIZE, BLOCK_SIZE, False, waiting.append)
+        rig.volume.kick()
+        settle(rig, 20)
+    assert len(waiting) < 150
+    got: list[IoError] = []
+    other.write(0, b"a" * BLOCK_SIZE, False, got.append)
+    other.kick()
+    rig.run_until(lambda: bool(got))
+    assert got == [IoError.OK]
+    rig.engine.destage.stop_volume(rig.volume, "fenced")
+    rig.run_until(lambda: len(waiting) == 150)
+    assert waiting[-1] == IoError.IO
+
+
+def test_trimmed_dirty_blocks_make_room_while_the_store_is_away() -> None:
+    rig = Rig(2, size=24 << 20, blocks=4000)
+    rig.store.away = True
+    for turn in range(3):
+        for lba in range(0, 1600, 8):
+            assert rig.write(lba * BLOCK_SIZE, bytes([turn + 1]) * (8 * BLOCK_SIZE)) == IoError.OK
+        got: list[IoError] = []
+        rig.volume.trim(0, 1600 * BLOCK_SIZE, False, got.append)
+        rig.volume.kick()
+        rig.run_until(lambda got=got: bool(got))
+    check_books(rig.engine)
+
+
+def test_a_drain_waits_for_what_is_in_the_log() -> None:
+    rig = Rig(3)
+    written: list[IoError] = []
+    drained: list[bool] = []
+    rig.volume.write(0, b"a" * BLOCK_SIZE, False, written.append)
+    rig.engine.destage.drain(rig.volume, drained.append)
+    rig.run_until(lambda: bool(drained))
+    assert written == [IoError.OK]
+    assert rig.store.plain() == {0: b"a" * BLOCK_SIZE}
+
+
+def test_a_volume_being_detached_refuses_late_writes() -> None:
+    rig = Rig(4)
+    rig.volume.closing = True
+    assert rig.write(0, b"a" * BLOCK_SIZE) == IoError.SHUTDOWN
+    assert rig.write(5, b"a") == IoError.SHUTDOWN
+    assert not rig.volume.has_changes
+
+
+def test_an_error_outlives_a_reconnect() -> None:
+    rig = Rig(5)
+    rig.engine.destage.stop_volume(rig.volume, "corrupt")
+    rig.attach()
+    assert rig.volume.error == "corrupt"
+
+
+def test_a_cut_whose_answer_was_lost_is_over_when_the_store_grants_the_volume() -> None:
+    rig = Rig(6, cut_age_ns_max=10**15)
+    engine, volume = rig.engine, rig.volume
+    assert rig.write(0, b"a" * (4 * BLOCK_SIZE)) == IoError.OK
+    commit = rig.store.commit
+    rig.store.commit = lambda cut, parts, ns, done: commit(  # type: ignore[method-assign]
+        cut, parts, ns, lambda _: done(UpstreamRefusal(messages.NOT_ATTACHED, "detached"))
+    )
+    engine.destage.drain(volume, lambda _: None)
+    rig.run_until(lambda: rig.store.version > 0)
+    settled: list[bool] = []
+    engine.attaching.detach(volume, leave_dirty=True, settled=settled.append)
+    rig.run_until(lambda: bool(settled))
+    settle(rig)
+    rig.store.commit = commit  # type: ignore[method-assign]
+    rig.attach()
+    assert not volume.cuts
+    assert rig.write(0, b"b" * BLOCK_SIZE) == IoError.OK
+    assert rig.drain()
+    assert rig.store.plain()[0] == b"b" * BLOCK_SIZE
+    check_books(engine)
+
+
+def test_a_cut_that_rested_over_a_detach_is_begun_anew() -> None:
+    rig = Rig(7, cut_age_ns_max=10**15)
+    rig.store.away = True
+    assert rig.write(0, b"a" * (4 * BLOCK_SIZE)) == IoError.OK
+    drained: list[bool] = []
+    rig.engine.destage.drain(rig.volume, drained.append)
+    settle(rig, 60)
+    rig.engine.destage.stop_volume(rig.volume, "the store is behind")
+    assert drained == [False]
+    settled: list[bool] = []
+    rig.engine.attaching.detach(rig.volume, leave_dirty=True, settled=settled.append)
+    rig.run_until(lambda: bool(settled))
+    rig.store.away = False
+    rig.store.queue.clear()
+    rig.attach()
+    assert rig.engine.by_id(VOLUME_ID) is rig.volume
+    assert rig.drain()
+    assert rig.store.plain()[3] == b"a" * BLOCK_SIZE
