@@ -64,7 +64,6 @@ class Checkpoints:
         self._records = 0
         zone_bytes = engine.zones.zone_blocks << 12
         self._log_bytes_max = min(CHECKPOINT_LOG_BYTES_MAX, max(1, engine.zones.zone_count // 16) * zone_bytes)
-        self.bytes_written = 0
 
     @property
     def replay_position(self) -> int:
@@ -150,7 +149,6 @@ class Checkpoints:
 
     def _write(self, one: _Pass, offset: int, block: Buffer, then: Callable[[], None]) -> None:
         self._writing = True
-        self.bytes_written += len(block)
 
         def done(ok: bool) -> None:
             self._writing = False

@@ -172,11 +172,6 @@ class Log:
     # --- appending --------------------------------------------------------------------------------------------
 
     @property
-    def position(self) -> int:
-        """Log position of the record that is sealed next."""
-        return self._next.position
-
-    @property
     def room_in_zone(self) -> int:
         """Blocks that the open zone still takes, headers included."""
         return max(0, self._zones.zone_blocks - 2 - self._next.block)

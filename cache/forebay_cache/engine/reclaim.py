@@ -51,11 +51,6 @@ class Reclaim:
         self.moved_blocks = 0
         self.dropped_blocks = 0
 
-    @property
-    def idle(self) -> bool:
-        """Whether no zone is being emptied."""
-        return self._busy == 0
-
     def kick(self) -> None:
         """Take one more victim unless enough zones are free or on their way; called after every applied record."""
         engine = self._engine

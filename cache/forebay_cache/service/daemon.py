@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import random
-import resource
 import secrets
 import signal
 import sys
@@ -36,6 +35,7 @@ from forebay_cache.service.store_session import StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.config import CacheSettings
 from forebay_core.errors import EXIT_FAILED, WrongUsageError
+from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_core.units import BLOCK_SHIFT, DeviceId
 from forebay_wire.address import is_loopback, parse_address
 from forebay_wire.auth import read_key_file
@@ -70,7 +70,7 @@ def run(settings: CacheSettings) -> int:
         raise WrongUsageError(
             f"control on {settings.control} needs a key file: others can reach it; give cache.key_file"
         )
-    _raise_file_limit()
+    raise_file_limit(FILES_MAX)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     folder = RunFolder(settings.run_dir)
     try:
@@ -162,7 +162,7 @@ class _Daemon:
         ready = await self._listen()
         self._session.start()
         _LOG.info("%s", ready)
-        _tell_parent(ready)
+        tell_parent(ready)
         notify("READY=1")
         await self._stop.wait()
         _LOG.info("stopping")
@@ -224,17 +224,3 @@ def _crash(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     _LOG.critical("%s: the daemon ends", context.get("message"), exc_info=error)
     logging.shutdown()
     os._exit(EXIT_FAILED)
-
-
-def _tell_parent(line: str) -> None:
-    """Whoever started us may wait for this line; nobody has to."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(FILES_MAX, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

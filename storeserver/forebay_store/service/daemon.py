@@ -1,9 +1,7 @@
 """The store daemon: opens the data folder, listens, and ends cleanly on SIGTERM and SIGINT."""
 
 import asyncio
-import contextlib
 import logging
-import resource
 import signal
 import sys
 import time
@@ -11,6 +9,7 @@ from typing import Final
 
 from forebay_core.config import StoreSettings
 from forebay_core.errors import WrongUsageError
+from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_store.limits import OPEN_FILES_MAX
 from forebay_store.service.opening import OpenStore, open_store
 from forebay_store.service.shell import StoreShell
@@ -41,7 +40,7 @@ def run(settings: StoreSettings) -> int:
     if key is None and not is_loopback(address.host):
         # Said before the folder is touched; the server checks it again.
         raise WrongUsageError(f"listening on {address} needs a key file: others can reach it; give store.key_file")
-    _raise_file_limit()
+    raise_file_limit(FILES_MAX)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     store = open_store(settings.data, now_ns=time.time_ns())
     try:
@@ -62,7 +61,7 @@ async def _serve(store: OpenStore, address: Address, key: bytes | None) -> None:
         try:
             ready = f"store listening on {await server.listen_tcp(address)}"
             _LOG.info("%s", ready)
-            _tell_parent(ready)
+            tell_parent(ready)
             await stop.wait()
             _LOG.info("store stopping")
         finally:
@@ -70,17 +69,3 @@ async def _serve(store: OpenStore, address: Address, key: bytes | None) -> None:
     finally:
         await shell.stop()
         store.index.sync()
-
-
-def _tell_parent(line: str) -> None:
-    """Whoever started us may wait for this line; nobody has to."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_MAX if hard == resource.RLIM_INFINITY else min(FILES_MAX, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
