@@ -30,6 +30,9 @@ LBA_MAX: Final = (1 << LBA_BITS) - 1
 VOLUME_SIZE_MAX: Final = BLOCK_SIZE << LBA_BITS
 assert EPOCH_BITS + SEQUENCE_BITS == 64
 
+RATE_UNLIMITED: Final = (1 << 64) - 1
+"""A rate in bytes per second that limits nothing."""
+
 Lba = NewType("Lba", int)
 Epoch = NewType("Epoch", int)
 Sequence = NewType("Sequence", int)

@@ -54,14 +54,16 @@ def volume(key: int, *rows: tuple[int, int, int]) -> VolumeState:
 
 
 VOLUMES = [volume(1), volume(2, (0, 5, 7), (100, 1 << 39, 8)), volume(9, ((1 << 40) - 1, 1, 2))]
-HEADER_1 = CheckpointHeader(DEVICE, 41, 1000, 0x1122334455667788, 3, 17, 5, 70000, 100, 3, 3, 0, 0xAABBCCDDEEFF0011)
+HEADER_1 = CheckpointHeader(
+    DEVICE, 41, 1000, 0x1122334455667788, 3, 17, 5, 70000, 100, 3, 3, 0, 0xAABBCCDDEEFF0011, 20, 60
+)
 BLOCK_1 = encode_checkpoint_header(HEADER_1)
 
 
 def sealed(block: bytes) -> bytes:
     """Return the block with a fresh checksum."""
-    bare = block[:88] + bytes(8) + block[96:]
-    return bare[:88] + checksum(bare).to_bytes(8, "little") + bare[96:]
+    bare = block[:104] + bytes(8) + block[112:]
+    return bare[:104] + checksum(bare).to_bytes(8, "little") + bare[112:]
 
 
 def decode(block: bytes, device: bytes = DEVICE, size_max: int = SIZE_MAX) -> CheckpointHeader:
@@ -149,11 +151,12 @@ def test_tables_are_the_code() -> None:
 
 
 def test_golden_bytes() -> None:
-    assert BLOCK_1[:96].hex() == (
-        "46434b5001000000000102030405060708090a0b0c0d0e0f2900000000000000e8030000000000008877665544332211"
-        "03000000110000000500000070110100640000000300000003000000050000001100ffeeddccbbaa9a0ab56681bf44d8"
+    assert BLOCK_1[:112].hex() == (
+        "46434b5002000000000102030405060708090a0b0c0d0e0f2900000000000000e8030000000000008877665544332211"
+        "03000000110000000500000070110100640000000300000003000000050000001100ffeeddccbbaa"
+        "14000000000000003c0000000000000033c0289db00305d8"
     )
-    assert BLOCK_1[96:] == bytes(BLOCK_SIZE - 96)
+    assert BLOCK_1[112:] == bytes(BLOCK_SIZE - 112)
     table = encode_volumes(VOLUMES)
     assert len(table) == 3 * 360 + 3 * 24
     assert table[336:360].hex() == "8503000000000000200300000000000000000000" + "00000000"
@@ -244,7 +247,7 @@ def test_without_any_valid_checkpoint_the_first_error_is_raised() -> None:
     [
         BLOCK_1[:-1],
         BLOCK_1 + b"\0",
-        sealed(BLOCK_1[:4] + b"\2" + BLOCK_1[5:]),
+        sealed(BLOCK_1[:4] + b"\1" + BLOCK_1[5:]),
         sealed(BLOCK_1[:6] + b"\1" + BLOCK_1[7:]),
         sealed(BLOCK_1[:-1] + b"\1"),
         sealed(BLOCK_1[:60] + b"\xff\xff\xff\xff" + BLOCK_1[64:]),
@@ -252,6 +255,8 @@ def test_without_any_valid_checkpoint_the_first_error_is_raised() -> None:
         sealed(BLOCK_1[:68] + (VOLUME_COUNT_MAX + 1).to_bytes(4, "little") + BLOCK_1[72:]),
         sealed(BLOCK_1[:72] + b"\xff\xff\xff\xff" + BLOCK_1[76:]),
         sealed(BLOCK_1[:76] + b"\xff" + BLOCK_1[77:]),
+        sealed(BLOCK_1[:88] + bytes(8) + BLOCK_1[96:]),
+        sealed(BLOCK_1[:96] + b"\1" + BLOCK_1[97:]),
     ],
 )
 def test_a_sealed_header_that_contradicts_itself_is_refused(block: bytes) -> None:

@@ -31,10 +31,10 @@ from forebay_cache.format.volume_note import (
 )
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
-from forebay_core.units import BLOCK_SIZE, LBA_MAX, VOLUME_SIZE_MAX
+from forebay_core.units import BLOCK_SIZE, LBA_MAX, RATE_UNLIMITED, VOLUME_SIZE_MAX
 
 PLAIN = RecordHeader(record.DATA, 0, 0x1122334455667788, 3, 4, 5, 2, 0xAABBCCDDEEFF0011, 2, 1, 0, 0x99)
-NOTE = VolumeNote(7, READ_ONLY, bytes(range(16)), 1 << 30, 9, "vm-1@monday")
+NOTE = VolumeNote(7, READ_ONLY, bytes(range(16)), 1 << 30, 9, "vm-1@monday", 20 << 20, 60 << 20)
 
 
 def entry(
@@ -65,7 +65,9 @@ SAMPLES = {
     "data": data_record(entry(), entry(record.TRIM, 0, 78, 1 << 40), blocks=1),
     "full": data_record(*(entry(lba=lba) for lba in range(RECORD_ENTRIES_MAX)), blocks=RECORD_ENTRIES_MAX),
     "seal": data_record(blocks=0, kind=record.SEAL, next_zone=12),
-    "state": data_record(entry(record.ACKNOWLEDGED, 0), entry(record.DROP, 0), blocks=0),
+    "state": data_record(
+        entry(record.ACKNOWLEDGED, 0), entry(record.DROP, 0), entry(record.LIMIT, 0, 5, 7, key=0), blocks=0
+    ),
     "note": encode_record(PLAIN._replace(kind=record.NOTE, entry_count=1, block_count=0), pack_note(NOTE)),
 }
 
@@ -83,19 +85,20 @@ def test_tables_are_the_code() -> None:
 
 def test_golden_bytes() -> None:
     assert SAMPLES["data"][:160].hex() == (
-        "4642525201000100887766554433221103000000040000000500000000000000"
+        "4642525202000100887766554433221103000000040000000500000000000000"
         "02000000000000001100ffeeddccbbaa02000000010000000000000000000000"
         "9900000000000000" + SAMPLES["data"][72:80].hex() + "00000000000000000000000000000000"
         "0a000000000000004d00000000000000550000000000000001000000" + "0100ff00"
         "00000000000000004e0000000000000000000000000100000100000004" + "00ff00"
     )
     assert {name: f"{record_xxh3(block):016x}" for name, block in SAMPLES.items()} == {
-        "data": "5ca2593c7f7266a1",
-        "full": "a63ea86fc25eeab0",
-        "seal": "d7fb88893fd0af0d",
-        "state": "193ebcfbd8a0b7fe",
-        "note": "b4917ffa78f6080b",
+        "data": "5fdc02ff35f6ca41",
+        "full": "58f7e044a8a4b1f3",
+        "seal": "dded9c401e77a16c",
+        "state": "5b76326a72711f5e",
+        "note": "baa8e901bbe8cc97",
     }
+    assert encode_volume_note(NOTE)[304:].hex() == "00004001000000000000c00300000000" + 32 * "0"
     assert encode_volume_note(NOTE)[:56].hex() == (
         "0700000001000b00000102030405060708090a0b0c0d0e0f00000040000000000900000000000000"
         + b"vm-1@monday".hex()
@@ -171,6 +174,10 @@ MANY = [entry(lba=lba) for lba in range(20)]
         data_record(entry(record.ZERO, 1, 1, 1 << 40), blocks=0),
         data_record(entry(record.TRIM, (1 << 64) - 1, 1, 1), blocks=0),
         data_record(entry(record.ACKNOWLEDGED, 1), blocks=0),
+        data_record(entry(record.LIMIT, 0, 5, 7), blocks=0),
+        data_record(entry(record.LIMIT, 0, 8, 7, key=0), blocks=0),
+        data_record(entry(record.LIMIT, 0, 0, 7, key=0), blocks=0),
+        data_record(entry(record.LIMIT, 1, 5, 7, key=0), blocks=0),
         data_record(entry(record.BLOB, record.BLOB_VOLUME, 0, VOLUME_NOTE.size), blocks=0),
         data_record(entry(), blocks=1, kind=record.NOTE),
         data_record(entry(record.TRIM, 0, 1, 1), blocks=0, kind=record.SEAL),
@@ -178,7 +185,7 @@ MANY = [entry(lba=lba) for lba in range(20)]
         data_record(entry(), blocks=1, kind=4),
         data_record(entry(), blocks=1, kind=0),
         sealed(SAMPLES["data"][:7] + b"\1" + SAMPLES["data"][8:]),
-        sealed(SAMPLES["data"][:4] + b"\2" + SAMPLES["data"][5:]),
+        sealed(SAMPLES["data"][:4] + b"\1" + SAMPLES["data"][5:]),
         sealed(SAMPLES["data"][:48] + b"\x7e" + SAMPLES["data"][49:]),
         sealed(SAMPLES["data"][:48] + b"\xff\xff\xff\xff" * 2 + SAMPLES["data"][56:]),
         sealed(SAMPLES["data"][:60] + b"\1" + SAMPLES["data"][61:]),
@@ -214,6 +221,8 @@ def test_sealed_rubbish_is_decoded_or_refused(rubbish: bytes, at: int) -> None:
         ),
         NOTE._replace(size=VOLUME_SIZE_MAX, epoch=(1 << 20) - 1, flags=0, name="a"),
         NOTE._replace(size=0),
+        NOTE._replace(average=0, peak=0),
+        NOTE._replace(average=RATE_UNLIMITED, peak=RATE_UNLIMITED),
     ],
 )
 def test_volume_rows_come_back(note: VolumeNote) -> None:
@@ -240,6 +249,8 @@ ROW = encode_volume_note(NOTE)
         ROW[:40] + b"\xff" + ROW[41:],
         ROW[:60] + b"x" + ROW[61:],
         ROW[:-1] + b"\1",
+        ROW[:304] + bytes(8) + ROW[312:],
+        ROW[:312] + bytes(8) + ROW[320:],
     ],
 )
 def test_a_volume_row_that_contradicts_itself_is_refused(row: bytes) -> None:

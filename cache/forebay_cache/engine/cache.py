@@ -32,6 +32,7 @@ from forebay_cache.engine.limits import (
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
+from forebay_cache.engine.rates import Limit
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
@@ -105,6 +106,7 @@ class CacheEngine:
         self.reclaim = Reclaim(self)
         self.checkpoints = Checkpoints(self, recovered.kept)
         self.attaching = Attaching(self)
+        self.own_limit = Limit(recovered.limit_average, recovered.limit_peak)  # of all volumes together
         self._timers: list[_Timer] = []
         self._now_ns = 0
         self._recount_at_ns = 0
@@ -306,6 +308,7 @@ class CacheEngine:
         volume = CacheVolume(self, note.volume_key, VolumeId(note.volume_id), note.name, note.size)
         volume.resize(note.name, note.size, read_only=bool(note.flags & READ_ONLY))
         volume.epoch = Epoch(note.epoch)
+        volume.own_limit = Limit(note.average, note.peak)
         volume.attached = not note.flags & (LEFT_DIRTY | CLOSED)
         volume.held = not note.flags & CLOSED
         volume.version = volume.applied = Version(max(found.version, found.acknowledged))

@@ -16,6 +16,7 @@ import numpy as np
 
 from forebay_cache.engine.limits import CHECKPOINT_LOG_BYTES_MAX, CHECKPOINT_RECORDS_MAX
 from forebay_cache.engine.log import LogPoint, Settled
+from forebay_cache.engine.rates import Limit
 from forebay_cache.format import checkpoint
 from forebay_cache.format.checkpoint import CheckpointHeader, CheckpointLayout, Chunk, VolumeState
 from forebay_core.checksums import checksum
@@ -38,7 +39,15 @@ class Kept(NamedTuple):
 class _Pass:
     """One checkpoint in the making."""
 
-    def __init__(self, area: int, sequence: int, point: LogPoint, volumes: list[VolumeState], place_count: int) -> None:
+    def __init__(
+        self,
+        area: int,
+        sequence: int,
+        point: LogPoint,
+        volumes: list[VolumeState],
+        place_count: int,
+        limit: Limit,
+    ) -> None:
         self.area = area
         self.sequence = sequence
         self.point = point
@@ -46,6 +55,7 @@ class _Pass:
         self.volume_count = len(volumes)
         self.hole_count = sum(volume.holes.size for volume in volumes)
         self.place_count = place_count
+        self.limit = limit
         self.chunks: list[Chunk] = []
         self.sums: list[int] = []
 
@@ -107,7 +117,7 @@ class Checkpoints:
         used = np.flatnonzero(engine.map.live_array)
         place_count = (int(used[-1]) + 1) * engine.zones.zone_blocks if used.size else 0
         area = 1 - newest.area
-        self._pass = _Pass(area, newest.sequence + 1, engine.log.applied, volumes, place_count)
+        self._pass = _Pass(area, newest.sequence + 1, engine.log.applied, volumes, place_count, engine.own_limit)
         layout = self._layout(self._pass)
         assert layout.size <= engine.superblock.checkpoint_size, "more holes than a checkpoint has room for"
         self._pass.chunks = layout.chunks
@@ -183,6 +193,8 @@ class Checkpoints:
             hole_count=one.hole_count,
             chunk_count=0,
             table_xxh3=table_xxh3,
+            limit_average=one.limit.average,
+            limit_peak=one.limit.peak,
         )
         block = checkpoint.encode_checkpoint_header(header)
         self._write(one, 0, block, lambda: engine.log.barrier(lambda ok: self._complete(one) if ok else None))

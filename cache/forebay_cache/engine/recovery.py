@@ -58,6 +58,8 @@ class Recovered(NamedTuple):
     point: LogPoint
     findings: list[str]
     records_replayed: int
+    limit_average: int = 0  # of all volumes together, as in VolumeNote
+    limit_peak: int = 0
 
 
 class _Record(NamedTuple):
@@ -146,6 +148,7 @@ class _Replay:
         self.counts = np.zeros(geometry.place_count, np.uint8)
         self.volumes: dict[int, RecoveredVolume] = {}
         self.start = LogPoint(FIRST_POSITION, 0, 0, 0)
+        self.limit = (0, 0)
 
     def run(self, kept: list[Kept], findings: list[str]) -> Recovered:
         """Apply the log and settle the zones."""
@@ -163,6 +166,7 @@ class _Replay:
             end,
             findings,
             len(records),
+            *self.limit,
         )
 
     # --- walking the log --------------------------------------------------------------------------------------
@@ -284,6 +288,9 @@ class _Replay:
             return
         first_place = self.zones.place_at(one.zone, one.block) + 1
         for index, (start, version, value, volume_key, kind, *_) in enumerate(one.entries.tolist()):
+            if kind == record.LIMIT:
+                self.limit = (version, value)
+                continue
             volume = self.volumes.get(volume_key)
             if volume is None:
                 continue  # forgotten since
@@ -407,5 +414,6 @@ def _load(
         replay.map.checksum_array[part] = checksums
         replay.counts[part] = counts
         replay.map.link_places(chunk.first, chunk.count)
+    replay.limit = (header.limit_average, header.limit_peak)
     replay.start = LogPoint(header.log_position, header.replay_zone, header.replay_block, header.previous_xxh3)
     return replay

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from forebay_cache.engine.destage import Cut
 from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
 from forebay_cache.engine.holes import HoleMap
+from forebay_cache.engine.rates import NOT_SET
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY, VolumeNote
 from forebay_core.units import BLOCK_SIZE, SEQUENCE_BITS, Buffer, Epoch, Version, VolumeId, make_version, sequence_of
 
@@ -47,6 +48,7 @@ class CacheVolume:
         self.cuts: list[Cut] = []
         self.opened_ns = 0  # when the open cut got its first change; 0: it has none
         self.connections = 0
+        self.own_limit = NOT_SET  # as set by an admin for this volume
         self.hit_blocks = 0
         self.miss_blocks = 0
 
@@ -173,4 +175,4 @@ class CacheVolume:
         """Return the row for log and checkpoint."""
         detached = 0 if self.attached else LEFT_DIRTY if self.held else CLOSED
         flags = (READ_ONLY if self._read_only else 0) | detached
-        return VolumeNote(self.key, flags, self.id, self._size, self.epoch, self._name)
+        return VolumeNote(self.key, flags, self.id, self._size, self.epoch, self._name, *self.own_limit)

@@ -17,12 +17,12 @@ A chunk holds CHUNK_SIZE bytes, the last of each kind less:
                    Key 0: empty. A place's four values belong together, because a chunk is copied in one step.
 Places from `place_count` on are empty; so the checkpoint of a blank device has none.
 
-Header, 96 bytes, little-endian, then zeros up to 4096:
+Header, 112 bytes, little-endian, then zeros up to 4096:
 
     offset  size  type  field               meaning
     ------  ----  ----  ------------------  --------------------------------------------------------
          0     4  u32   magic               0x504b4346, "FCKP"
-         4     2  u16   format_version      1
+         4     2  u16   format_version      2
          6     2  2x    reserved            0
          8    16  16s   device              device id
         24     8  u64   sequence            counts checkpoints; the highest valid one wins
@@ -37,7 +37,9 @@ Header, 96 bytes, little-endian, then zeros up to 4096:
         72     4  u32   hole_count          holes of all volumes
         76     4  u32   chunk_count         chunks of the body
         80     8  u64   table_xxh3          over the padded chunk table
-        88     8  u64   header_xxh3         over these 4096 bytes with this field as 0
+        88     8  u64   limit_average       bytes per second that destaging all volumes may take, as in VolumeNote
+        96     8  u64   limit_peak          the same for its peak
+       104     8  u64   header_xxh3         over these 4096 bytes with this field as 0
 
 Volume row, 360 bytes, little-endian:
 
@@ -62,20 +64,20 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.format.volume_note import VOLUME_NOTE, VolumeNote, decode_volume_note, encode_volume_note
+from forebay_cache.format.volume_note import VOLUME_NOTE, VolumeNote, decode_volume_note, encode_volume_note, is_limit
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, ID_SIZE, LBA_MAX, Buffer
 
 CHECKPOINT_MAGIC: Final = 0x504B4346
-CHECKPOINT_FORMAT_VERSION: Final = 1
-HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQ")
+CHECKPOINT_FORMAT_VERSION: Final = 2
+HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQQQ")
 VOLUME_ROW: Final = struct.Struct(f"<{VOLUME_NOTE.size}sQQI4x")
 HOLE_DTYPE: Final = np.dtype([("start", "<u8"), ("count", "<u8"), ("version", "<u8")])
 ZONE_DTYPE: Final = np.dtype(
     [("first_position", "<u8"), ("incarnation", "<u4"), ("state", "u1"), ("reserved", "u1", 3)]
 )
-assert HEADER.size == 96
+assert HEADER.size == 112
 assert VOLUME_ROW.size == 360
 assert HOLE_DTYPE.itemsize == 24
 assert ZONE_DTYPE.itemsize == 16
@@ -94,7 +96,7 @@ U64Array = npt.NDArray[np.uint64]
 U8Array = npt.NDArray[np.uint8]
 RowArray = npt.NDArray[np.void]
 
-_XXH3_OFFSET: Final = 88
+_XXH3_OFFSET: Final = 104
 _U64: Final = struct.Struct("<Q")
 
 
@@ -114,6 +116,8 @@ class CheckpointHeader(NamedTuple):
     hole_count: int
     chunk_count: int
     table_xxh3: int
+    limit_average: int = 0
+    limit_peak: int = 0
     header_xxh3: int = 0
 
     @property
@@ -376,6 +380,9 @@ def decode_checkpoint_header(block: Buffer, *, device: bytes, size_max: int, pla
     layout = header.layout
     if header.volume_count > VOLUME_COUNT_MAX or layout.size > size_max or layout.chunk_count != header.chunk_count:
         raise CorruptionError(place=place, what="checkpoint counts", expected=f"at most {size_max} bytes", found=layout)
+    if not is_limit(header.limit_average, header.limit_peak):
+        found_limit = (header.limit_average, header.limit_peak)
+        raise CorruptionError(place=place, what="checkpoint limit", expected="average <= peak", found=found_limit)
     if any(copy[6:8]) or any(copy[HEADER.size :]):
         raise CorruptionError(place=place, what="checkpoint unused bytes", expected="zeros", found="others")
     return header

@@ -9,7 +9,7 @@ Header, 96 bytes, little-endian, then the entry area of 125 * 32 = 4000 bytes, z
     offset  size  type  field             meaning
     ------  ----  ----  ----------------  ---------------------------------------------------------------
          0     4  u32   magic             0x52524246, "FBRR"
-         4     2  u16   format_version    1
+         4     2  u16   format_version    2
          6     1  u8    kind              1 DATA, 2 SEAL (last of its zone), 3 NOTE (state, no data)
          7     1  u8    flags             0
          8     8  u64   device            first 8 bytes of the device id
@@ -31,11 +31,13 @@ Entry, 32 bytes, little-endian:
     offset  size  type  field        meaning
     ------  ----  ----  -----------  -----------------------------------------------------------------------
          0     8  u64   lba          WRITE, FILL, MOVE: block; TRIM, ZERO, DROP: first block; BLOB: 1; else 0
-         8     8  u64   version      of the change; ACKNOWLEDGED: cuts are upstream through it
-        16     8  u64   checksum     of the data block; TRIM, ZERO, DROP: count of blocks; BLOB: size; else a value
-        24     4  u32   volume_key   1 to 2**24 - 1, see VolumeNote
+         8     8  u64   version      of the change; ACKNOWLEDGED: cuts are upstream through it; LIMIT: average
+        16     8  u64   checksum     of the data block; TRIM, ZERO, DROP: count of blocks; BLOB: size; LIMIT: peak;
+                                     else a value
+        24     4  u32   volume_key   1 to 2**24 - 1, see VolumeNote; LIMIT: 0
         28     1  u8    kind         1 WRITE, 2 FILL, 3 MOVE, 4 TRIM, 5 ZERO, 6 ACKNOWLEDGED,
-                                     7 DROP (older blocks are stale: the volume changed elsewhere), 9 BLOB
+                                     7 DROP (older blocks are stale: the volume changed elsewhere),
+                                     8 LIMIT (of all volumes together, as the checkpoint's header has it), 9 BLOB
         29     1  u8    flags        0
         30     1  u8    sector_mask  0xff; reserved for partial blocks
         31     1  u8    reserved     0
@@ -55,13 +57,14 @@ from forebay_cache.format.volume_note import (
     VolumeNote,
     decode_volume_note,
     encode_volume_note,
+    is_limit,
 )
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
 
 RECORD_MAGIC: Final = 0x52524246
-RECORD_FORMAT_VERSION: Final = 1
+RECORD_FORMAT_VERSION: Final = 2
 HEADER: Final = struct.Struct("<IHBBQIIQQQIII4xQQ16x")
 ENTRY: Final = struct.Struct("<QQQIBBBB")
 ENTRY_DTYPE: Final = np.dtype(
@@ -96,6 +99,7 @@ TRIM: Final = 4
 ZERO: Final = 5
 ACKNOWLEDGED: Final = 6
 DROP: Final = 7
+LIMIT: Final = 8
 BLOB: Final = 9
 
 BLOB_VOLUME: Final = 1
@@ -240,14 +244,18 @@ def _check_entries(header: RecordHeader, entries: EntryArray, place: str) -> Non
     if blocks > _SCALAR_ENTRIES_MAX:
         _check_entries_with_blocks(entries[:blocks], place)
         checked = blocks
-    for index, (lba, _, value, volume_key, kind, flags, mask, reserved) in enumerate(
+    for index, (lba, version, value, volume_key, kind, flags, mask, reserved) in enumerate(
         entries[checked:].tolist(), checked
     ):
         if kind in (WRITE, FILL, MOVE):
             valid = index < blocks and lba <= LBA_MAX
         else:
             valid = index >= blocks and _is_state(header, lba, value, kind)
-        if not (valid and 0 < volume_key <= VOLUME_KEY_MAX and (flags, mask, reserved) == (0, SECTOR_MASK_ALL, 0)):
+        if kind == LIMIT:
+            valid = valid and volume_key == 0 and is_limit(version, value)
+        else:
+            valid = valid and 0 < volume_key <= VOLUME_KEY_MAX
+        if not (valid and (flags, mask, reserved) == (0, SECTOR_MASK_ALL, 0)):
             raise CorruptionError(
                 place=place, what="record entry", expected="as its table says", found=(index, entries[index].tolist())
             )
@@ -279,7 +287,7 @@ def _is_state(header: RecordHeader, lba: int, value: int, kind: int) -> bool:
     if kind == BLOB:
         alone = header.kind == NOTE and header.entry_count == 1
         return alone and lba == BLOB_VOLUME and value == VOLUME_NOTE.size
-    return kind == ACKNOWLEDGED and lba == 0
+    return kind in (ACKNOWLEDGED, LIMIT) and lba == 0
 
 
 def _check_unused(header: RecordHeader, entries: EntryArray, copy: bytearray, place: str) -> None:

@@ -14,7 +14,9 @@ VolumeNote, 336 bytes, little-endian:
         24     8  u64   size        bytes, whole blocks
         32     8  u64   epoch       0 for read-only volumes, else as given by the store
         40   264  264s  name        `volume` or `volume@snapshot`, ASCII, padded with zeros
-       304    32  32x   reserved    0
+       304     8  u64   average     bytes per second that destaging may take; 0: not set, RATE_UNLIMITED: no limit
+       312     8  u64   peak        the same for its peak; not set if and only if `average` is not
+       320    16  16x   reserved    0
 """
 
 import struct
@@ -24,7 +26,7 @@ from forebay_core.errors import CorruptionError
 from forebay_core.names import NAME_SIZE_MAX, is_name
 from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, VOLUME_SIZE_MAX, Buffer
 
-VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264s32x")
+VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264sQQ16x")
 VOLUME_KEY_MAX: Final = (1 << 24) - 1
 READ_ONLY: Final = 1
 LEFT_DIRTY: Final = 2
@@ -33,7 +35,7 @@ EXPORT_NAME_SIZE_MAX: Final = 2 * NAME_SIZE_MAX + 1
 assert VOLUME_NOTE.size == 336
 assert EXPORT_NAME_SIZE_MAX <= 264
 
-_RESERVED_OFFSET: Final = 304
+_RESERVED_OFFSET: Final = 320
 
 
 class VolumeNote(NamedTuple):
@@ -45,13 +47,17 @@ class VolumeNote(NamedTuple):
     size: int
     epoch: int
     name: str
+    average: int = 0
+    peak: int = 0
 
 
 def encode_volume_note(note: VolumeNote) -> bytes:
     """Return the row's 336 bytes."""
     name = note.name.encode("ascii")
     assert _is_valid(note), note
-    return VOLUME_NOTE.pack(note.volume_key, note.flags, len(name), note.volume_id, note.size, note.epoch, name)
+    return VOLUME_NOTE.pack(
+        note.volume_key, note.flags, len(name), note.volume_id, note.size, note.epoch, name, note.average, note.peak
+    )
 
 
 def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
@@ -62,12 +68,17 @@ def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
     """
     if len(row) != VOLUME_NOTE.size:
         raise CorruptionError(place=place, what="volume row size", expected=VOLUME_NOTE.size, found=len(row))
-    volume_key, flags, name_size, volume_id, size, epoch, padded = VOLUME_NOTE.unpack(row)
+    volume_key, flags, name_size, volume_id, size, epoch, padded, average, peak = VOLUME_NOTE.unpack(row)
     name = padded[:name_size].decode("ascii", errors="replace")
-    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name)
+    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name, average, peak)
     if not _is_valid(note) or name_size != len(name) or any(padded[name_size:]) or any(bytes(row)[_RESERVED_OFFSET:]):
         raise CorruptionError(place=place, what="volume row", expected="as its table says", found=note)
     return note
+
+
+def is_limit(average: int, peak: int) -> bool:
+    """Tell whether these two are both not set, or an average that the peak allows."""
+    return average == peak == 0 or 0 < average <= peak
 
 
 def _is_valid(note: VolumeNote) -> bool:
@@ -78,6 +89,7 @@ def _is_valid(note: VolumeNote) -> bool:
         and note.size % BLOCK_SIZE == 0
         and note.size <= VOLUME_SIZE_MAX
         and note.epoch <= EPOCH_MAX
+        and is_limit(note.average, note.peak)
         and _is_export_name(note.name)
     )
 
