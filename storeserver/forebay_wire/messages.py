@@ -290,6 +290,15 @@ class GetCacheStatus(Message, frozen=True, array_like=True, tag=64):
     """To a cache daemon: answered by CacheStatus."""
 
 
+class LimitStatus(Message, frozen=True, array_like=True):
+    """How fast destaging may go, in bytes per second of what is sent as frames; 0: no limit."""
+
+    average: int = 0
+    peak: int = 0
+    allowed: int = 0  # just now: from average to peak, by the fill of the buffer and the age of what is in it
+    own: bool = False  # set by SetLimit, not by the daemon's settings
+
+
 class VolumeStatus(Message, frozen=True, array_like=True):
     """One attached volume."""
 
@@ -306,6 +315,8 @@ class VolumeStatus(Message, frozen=True, array_like=True):
     miss_blocks: int
     connections: int
     error: str = ""
+    limit: LimitStatus = LimitStatus()
+    write_delay_us: int = 0  # how much each written block is slowed just now, because the buffer is nearly full
 
 
 class CacheStatus(Message, frozen=True, array_like=True, tag=65):
@@ -327,6 +338,20 @@ class CacheStatus(Message, frozen=True, array_like=True, tag=65):
     store_connected: bool
     volumes: tuple[VolumeStatus, ...]
     error: str = ""
+    limit: LimitStatus = LimitStatus()  # of all volumes together
+
+
+class SetLimit(Message, frozen=True, array_like=True, tag=66):
+    """To a cache daemon: limit the destaging of one volume, or with an empty name of all together; answered by Done.
+
+    Bytes per second; RATE_UNLIMITED is no limit, 0 leaves a value as it is (the other one, if nothing is set yet).
+    With `reset` the daemon's settings hold again.
+    """
+
+    name: str
+    average: int = 0
+    peak: int = 0
+    reset: bool = False
 
 
 AnyMessage = (
@@ -360,4 +385,5 @@ AnyMessage = (
     | Drain
     | GetCacheStatus
     | CacheStatus
+    | SetLimit
 )
