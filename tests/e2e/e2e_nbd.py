@@ -30,6 +30,7 @@ class Pending(NamedTuple):
     command: int
     offset: int
     length: int
+    flags: int
 
 
 class NbdClient:
@@ -59,7 +60,7 @@ class NbdClient:
 
     def submit(self, command: int, offset: int, length: int, payload: bytes = b"", flags: int = 0) -> int:
         self._cookie += 1
-        self.pending[self._cookie] = Pending(command, offset, length)
+        self.pending[self._cookie] = Pending(command, offset, length, flags)
         header = _REQUEST.pack(0x25609513, flags, command, self._cookie, offset, length)
         self._socket.sendall(header + payload)
         return self._cookie
