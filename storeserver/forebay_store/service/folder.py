@@ -97,6 +97,7 @@ def make_folder(path: Path) -> StoreFolder:
                 raise ForebayError(f"{path / IDENTITY_NAME} is missing; run: forebay store rebuild-index --data {path}")
             folder.segments.mkdir(mode=0o700, exist_ok=True)
             sync_folder(path)
+            _sync_above(path)
             folder.write_identity(uuid.uuid4().bytes)
         return folder
     except BaseException:
@@ -130,6 +131,19 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _sync_above(path: Path) -> None:
+    """Make the names durable that lead to a new folder: a power cut that takes one takes the store.
+
+    An earlier start may have made them and been killed, so it does not matter which are ours. Those of another file
+    system are not, nor are those that this user may not read.
+    """
+    device = path.stat().st_dev
+    for above in path.resolve().parents:
+        if above.stat().st_dev != device or not os.access(above, os.R_OK):
+            return
+        sync_folder(above)
 
 
 def _check_foreign(path: Path) -> None:

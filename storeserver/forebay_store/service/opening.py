@@ -8,13 +8,14 @@ from pathlib import Path
 from forebay_core.errors import CorruptionError, ForebayError
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
-from forebay_store.engine.volumes import read_store, write_store
+from forebay_store.engine.volumes import read_store
 from forebay_store.format.layout import build_segment
 from forebay_store.format.records import StoreClaimed
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
 from forebay_store.service.dir_backend import DirBackend
-from forebay_store.service.folder import StoreFolder, make_folder, sync_folder
+from forebay_store.service.folder import StoreFolder, make_folder
 from forebay_store.service.lmdb_index import LmdbIndex
+from forebay_store.service.rebuild import make_index
 
 
 class OpenStore:
@@ -44,7 +45,7 @@ def open_store(path: Path, *, now_ns: int) -> OpenStore:
     try:
         backend = DirBackend(folder.segments)
         backend.recover()
-        index = _open_index(folder, has_segments=bool(backend.list()))
+        index = _open_index(folder, backend)
     except BaseException:
         if backend is not None:
             backend.close()
@@ -72,23 +73,17 @@ def claim(backend: DirBackend, index: LmdbIndex, *, store: bytes, now_ns: int) -
     return name
 
 
-def _open_index(folder: StoreFolder, *, has_segments: bool) -> LmdbIndex:
+def _open_index(folder: StoreFolder, backend: DirBackend) -> LmdbIndex:
     hint = f"run: forebay store rebuild-index --data {folder.path}"
-    if not folder.index.is_dir():
-        if has_segments:
-            raise ForebayError(f"the index {folder.index} is missing; {hint}")
-        folder.index.mkdir(mode=0o700)
-    elif has_segments and not (folder.index / "data.mdb").exists():
-        raise ForebayError(f"the index {folder.index} is empty; {hint}")
+    if not (folder.index / "data.mdb").exists():
+        if backend.list():
+            raise ForebayError(f"the index {folder.index} is {'empty' if folder.index.is_dir() else 'missing'}; {hint}")
+        make_index(backend, folder)
     index = LmdbIndex(folder.index)
     try:
         with index.view() as reader:
             found = read_store(reader)
-        if found is None and not has_segments:
-            index.update(lambda writer: write_store(writer, folder.store))
-            sync_folder(folder.index)
-            sync_folder(folder.path)
-        elif found != folder.store:
+        if found != folder.store:
             raise CorruptionError(
                 place=f"index {folder.index}", what="store UUID", expected=folder.store.hex(), found=found or b""
             )

@@ -43,13 +43,21 @@ def rebuild_index(data: Path) -> Summary:
             backend.recover()
             if not folder.has_identity:
                 folder.write_identity(_find_store(backend, folder))
-            summary = _build(backend, folder)
+            return make_index(backend, folder)
         finally:
             backend.close()
-        _swap(folder)
-        return summary
     finally:
         folder.close()
+
+
+def make_index(backend: DirBackend, folder: StoreFolder) -> Summary:
+    """Make an index from the segments, or from none, beside its place; it goes there when it is whole and durable."""
+    summary = _build(backend, folder)
+    if folder.index.exists():
+        shutil.rmtree(folder.index)
+    (folder.path / NEW_INDEX_NAME).rename(folder.index)
+    sync_folder(folder.path)
+    return summary
 
 
 def _build(backend: DirBackend, folder: StoreFolder) -> Summary:
@@ -68,13 +76,6 @@ def _build(backend: DirBackend, folder: StoreFolder) -> Summary:
     finally:
         index.close()
     return Summary(segments, volumes, head_entries)
-
-
-def _swap(folder: StoreFolder) -> None:
-    if folder.index.exists():
-        shutil.rmtree(folder.index)
-    (folder.path / NEW_INDEX_NAME).rename(folder.index)
-    sync_folder(folder.path)
 
 
 def _find_store(backend: DirBackend, folder: StoreFolder) -> bytes:
