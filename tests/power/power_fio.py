@@ -19,7 +19,7 @@ class Fio:
         self._undo = undo
         self._key = 0
         self._words = ("fio", "--name=power", "--ioengine=nbd", f"--uri={uri}", f"--size={size}", f"--bs={BLOCK}")
-        self._words += ("--iodepth=8", "--verify=crc32c", "--verify_fatal=1")
+        self._words += ("--iodepth=8", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0")
         self._load: subprocess.Popen[bytes] | None = None
 
     def fill(self) -> None:
