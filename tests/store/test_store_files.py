@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import shutil
 import subprocess
 import threading
@@ -15,7 +16,6 @@ from forebay_core.errors import CorruptionError, ForebayError, InUseError, NoSpa
 from forebay_store.engine.ports import BackendError, Index, SegmentBackend, SegmentExistsError, SegmentMissingError
 from forebay_store.format.rows import Table
 from forebay_store.format.segment import SegmentName
-from forebay_store.service import dir_backend
 from forebay_store.service.dir_backend import DirBackend
 from forebay_store.service.folder import make_folder
 from forebay_store.service.lmdb_index import LmdbIndex
@@ -81,6 +81,33 @@ def test_many_small_buffers_are_gathered(tmp_path: Path) -> None:
     backend.close()
 
 
+GATHERED = 4 << 20
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, GATHERED - 1, GATHERED, GATHERED + 1, 2 * GATHERED + 4097])
+def test_a_segment_of_any_size_comes_back_exactly(
+    direct: bool, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not direct:
+        monkeypatch.setattr(os, "open", open_without_direct)
+    content = random.Random(size).randbytes(size)
+    backend = DirBackend(tmp_path)
+    backend.create(NAME, [content[: size // 3], content[size // 3 :]])
+    assert bytes(backend.read(NAME)) == content
+    assert backend.stat(NAME) == size
+    backend.close()
+
+
+real_open = os.open
+
+
+def open_without_direct(path: str | Path, flags: int, mode: int = 0o777) -> int:
+    if flags & os.O_DIRECT:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return real_open(path, flags, mode)
+
+
 def test_leftovers_of_a_crash_are_removed_at_start_and_are_no_segments(tmp_path: Path) -> None:
     (tmp_path / (NAME + ".tmp")).write_bytes(b"half")
     (tmp_path / "notes.txt").write_bytes(b"mine")
@@ -95,10 +122,10 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(dir_backend.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
 
 
-@pytest.mark.parametrize("call", ["writev", "fdatasync", "link"])
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "link"])
 def test_a_full_disk_leaves_nothing_and_creating_goes_on(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +139,7 @@ def test_a_full_disk_leaves_nothing_and_creating_goes_on(
     backend.close()
 
 
-@pytest.mark.parametrize("call", ["writev", "fdatasync", "link", "fsync"])
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "link", "fsync"])
 def test_after_a_failed_sync_nothing_is_created_until_it_is_opened_anew(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,10 +17,10 @@ from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError
 from forebay_core.units import Buffer
 from forebay_store.engine.ports import BackendError, SegmentExistsError, SegmentMissingError
 from forebay_store.format.segment import parse_name
+from forebay_store.service.new_file import NewFileWriter
 from forebay_store.service.open_files import OpenFiles
 
 TEMPORARY_SUFFIX: Final = ".tmp"
-_BUFFERS_MAX: Final = 512  # of one writev; the kernel takes 1024
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -33,6 +33,7 @@ class DirBackend:
         self._error = ""
         self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files = OpenFiles(folder)
+        self._writer = NewFileWriter()
 
     def recover(self) -> None:
         """Remove what a crash left and make the names durable that it had no time for; before anything is read.
@@ -60,7 +61,7 @@ class DirBackend:
         assert parse_name(name) is not None
         temporary = self._folder / (name + TEMPORARY_SUFFIX)
         try:
-            self._write(temporary, buffers)
+            self._writer.write(temporary, buffers)
             os.link(temporary, self._folder / name)
         except FileExistsError as error:
             self._remove(temporary)
@@ -110,14 +111,6 @@ class DirBackend:
         except OSError as error:
             raise _read_failure(name, error) from error
 
-    def _write(self, path: Path, buffers: Sequence[Buffer]) -> None:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            _write_all(fd, buffers)
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
-
     def _remove(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
@@ -154,16 +147,6 @@ class DirBackend:
 def is_temporary(name: str) -> bool:
     """Tell whether a file is what a crash left of a segment."""
     return name.endswith(TEMPORARY_SUFFIX) and parse_name(name.removesuffix(TEMPORARY_SUFFIX)) is not None
-
-
-def _write_all(fd: int, buffers: Sequence[Buffer]) -> None:
-    rest = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-    while rest:
-        count = os.writev(fd, rest[:_BUFFERS_MAX])
-        while rest and count >= rest[0].nbytes:
-            count -= rest.pop(0).nbytes
-        if count:
-            rest[0] = rest[0][count:]
 
 
 def _read_failure(name: str, error: OSError) -> ForebayError:
