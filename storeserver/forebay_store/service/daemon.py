@@ -9,6 +9,7 @@ from typing import Final
 
 from forebay_core.config import StoreSettings
 from forebay_core.errors import WrongUsageError
+from forebay_core.memory import keep_freed_memory
 from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_store.limits import OPEN_FILES_MAX
 from forebay_store.service.opening import OpenStore, open_store
@@ -41,6 +42,7 @@ def run(settings: StoreSettings) -> int:
         # Said before the folder is touched; the server checks it again.
         raise WrongUsageError(f"listening on {address} needs a key file: others can reach it; give store.key_file")
     raise_file_limit(FILES_MAX)
+    keep_freed_memory()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     store = open_store(settings.data, now_ns=time.time_ns())
     try:
