@@ -23,7 +23,7 @@ def measure(plan: Plan) -> list[Row]:
         "import of 1 GiB that does not compress",
         "MiB/s",
         Goal(0.5, 0.9),
-        "the command from start to end, durable; source in the page cache; ours direct, dd buffered, both with fdatasync; "
+        "the command from start to end; source in the page cache; ours direct, dd buffered, both with fdatasync; "
         "CPU is the store's per MiB",
     )
     for number in range(plan.rounds):
