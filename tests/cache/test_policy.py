@@ -168,11 +168,15 @@ CALLS = st.one_of(
     st.tuples(st.just("run"), st.integers(0, PLACES - 100), st.integers(1, 100)),
     st.tuples(st.just("hits"), st.lists(st.integers(0, PLACES - 1), unique=True)),
     st.tuples(st.just("inserted"), st.integers(0, PLACES - 1)),
-    st.tuples(st.just("inserted_many"), st.lists(st.integers(0, PLACES - 1), unique=True)),
     st.tuples(st.just("moved"), st.integers(0, PLACES - 1), st.integers(0, PLACES - 1)),
-    st.tuples(st.just("moved_many"), st.lists(st.integers(0, PLACES - 1), unique=True)),
+    st.tuples(st.just("written"), st.lists(st.integers(-1, PLACES - 101), max_size=100)),
     st.tuples(st.just("removed"), st.lists(st.integers(0, PLACES - 1), unique=True)),
 )
+
+
+def distinct(olds: list[int]) -> list[int]:
+    """A block has one place: of equal ones the first stays, the others were not cached."""
+    return [old if old not in olds[:i] else -1 for i, old in enumerate(olds)]
 
 
 def apply_to_model(model: list[int], call: tuple) -> None:  # type: ignore[type-arg]
@@ -187,17 +191,15 @@ def apply_to_model(model: list[int], call: tuple) -> None:  # type: ignore[type-
                 model[place] += 1
         case ("inserted", place):
             model[place] = 1
-        case ("inserted_many", places):
-            for place in places:
-                model[place] = 1
         case ("moved", source, target):
             count, model[source] = model[source], 0
             model[target] = max(count, 1)
-        case ("moved_many", places):
-            half = len(places) // 2
-            for source, target in zip(places[:half], places[half : 2 * half], strict=True):
-                count, model[source] = model[source], 0
-                model[target] = max(count, 1)
+        case ("written", olds):
+            for place, old in enumerate(distinct(olds), PLACES - 100):
+                count = 0
+                if old >= 0:
+                    count, model[old] = model[old], 0
+                model[place] = max(count, 1)
         case ("removed", places):
             for place in places:
                 model[place] = 0
@@ -213,13 +215,11 @@ def apply_to_policy(policy: AgedFrequency, call: tuple) -> None:  # type: ignore
             policy.hits(places_of(places))
         case ("inserted", place):
             policy.inserted(place, 1)
-        case ("inserted_many", places):
-            policy.inserted_many(places_of(places), keys_of(places_of(places)))
         case ("moved", source, target):
             policy.moved(source, target)
-        case ("moved_many", places):
-            half = len(places) // 2
-            policy.moved_many(places_of(places[:half]), places_of(places[half : 2 * half]))
+        case ("written", olds):
+            moved = places_of(distinct(olds))
+            policy.written(PLACES - 100, moved, keys_of(moved))
         case ("removed", places):
             policy.removed(places_of(places))
 

@@ -5,14 +5,16 @@ Invariants:
     A version of a closed cut that is overwritten or trimmed stays held at its place, and the cut knows where.
 """
 
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from forebay_cache.engine.destage import Cut
-from forebay_cache.engine.log import Batch, Block, Change, Run
+from forebay_cache.engine.entering import Entered
+from forebay_cache.engine.log import Batch, Change, Copy, Writes
 from forebay_cache.format import record
-from forebay_core.extents import Extent
+from forebay_core.extents import Extent, from_blocks
 from forebay_core.units import LBA_BITS, LBA_MAX, Version
 
 if TYPE_CHECKING:
@@ -20,20 +22,22 @@ if TYPE_CHECKING:
     from forebay_cache.engine.volume import CacheVolume
 
 
+_version_of = struct.Struct("<8xQ").unpack_from  # of the packed entry at an offset
+
+
 class Apply:
     """Called by the log for each record, in order."""
 
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
+        self._found = Entered.make()
 
     def __call__(self, batch: Batch) -> None:
         """Apply one record."""
         for item in batch.data:
-            if isinstance(item, Run):
-                self._write_run(batch, item)
-            elif item[0] == record.WRITE:
+            if isinstance(item, Writes):
                 self._write(batch, item)
-            elif item[0] == record.FILL:
+            elif item.kind == record.FILL:
                 self._fill(item)
             else:
                 self._move(item)
@@ -44,68 +48,42 @@ class Apply:
                 self._drop(change)
         self._engine.record_applied()
 
-    def _write(self, batch: Batch, block: Block) -> None:
-        """One block: the hottest path of writing, so the map is walked once unless a version may have to be pinned."""
-        _, volume_key, lba, version, checksum, place, _ = block
+    def _write(self, batch: Batch, writes: Writes) -> None:
+        """Blocks that a guest wrote: the hottest path of writing, so nothing is done one by one here."""
         engine = self._engine
-        volume = engine.volumes[volume_key]
-        key = volume_key << LBA_BITS | lba
-        pending = engine.writes.pending
-        if pending.get(key) is batch:
-            del pending[key]
-        table = engine.map
-        if volume.cuts:
-            self._pin_if_closed(volume, key, lba)
-        old = table.insert(key, version, checksum, place)
-        if old >= 0:
-            engine.policy.moved(old, place)
-        else:
-            if len(volume.holes):
-                volume.holes.remove(Extent(lba, 1))
-            engine.policy.inserted(place, key)
-        if old < 0 or table.versions[old] <= volume.acknowledged:
-            volume.dirty.append(lba)
-            engine.dirty_blocks += 1
-        volume.applied = Version(version)
-
-    def _write_run(self, batch: Batch, run: Run) -> None:
-        """The same for consecutive blocks, with arrays."""
-        engine = self._engine
-        table = engine.map
-        volume = engine.volumes[run.volume_key]
-        count = run.checksums.size
-        first = run.volume_key << LBA_BITS | run.lba
-        pending = engine.writes.pending
-        for key in range(first, first + count):
-            if pending.get(key) is batch:
-                del pending[key]
-        if volume.cuts:
-            for cut in volume.cuts:
-                self._pin_extent(volume, cut, Extent(run.lba, count))
-        keys = np.arange(first, first + count, dtype=np.uint64)
-        places = np.arange(run.place, run.place + count, dtype=np.int64)
-        old = table.insert_many(keys, np.full(count, run.version, np.uint64), run.checksums, places)
-        there = old >= 0
-        engine.policy.moved_many(old[there], places[there])
-        engine.policy.inserted_many(places[~there], keys[~there])
+        volume = engine.volumes[writes.volume_key]
+        found, count = self._found, writes.count
+        first_place = batch.first_place + writes.index
+        dirty_count, pinned_count = engine.map.enter_writes(
+            batch.packed,
+            writes.index,
+            count,
+            first_place,
+            acknowledged=volume.acknowledged,
+            closed=volume.closed_version,
+            found=found,
+        )
+        engine.policy.written(first_place, found.olds[:count], found.keys[:count])
+        volume.dirty.frombytes(found.dirty_lbas[:dirty_count].tobytes())
+        engine.dirty_blocks += dirty_count
+        if pinned_count:
+            self._pin(volume, found.pinned_lbas[:pinned_count].tolist(), found.pinned_places[:pinned_count].tolist())
         if len(volume.holes):
-            volume.holes.remove(Extent(run.lba, count))
-        was_dirty = there & (table.version_array.take(np.maximum(old, 0)) > np.uint64(volume.acknowledged))
-        lbas = keys[~was_dirty] & np.uint64(LBA_MAX)
-        volume.dirty.frombytes(lbas.tobytes())
-        engine.dirty_blocks += lbas.size
-        volume.applied = Version(run.version)
+            fresh = found.keys[:count][found.olds[:count] < 0] & np.uint64(LBA_MAX)
+            for extent in from_blocks(fresh):
+                volume.holes.remove(extent)
+        volume.applied = Version(_version_of(batch.packed, (writes.index + count - 1) * record.ENTRY_SIZE)[0])
 
-    def _fill(self, block: Block) -> None:
-        _, volume_key, lba, version, checksum, place, _ = block
+    def _fill(self, copy: Copy) -> None:
+        _, volume_key, lba, version, checksum, place, _ = copy
         engine = self._engine
         key = volume_key << LBA_BITS | lba
         if volume_key in engine.volumes and engine.map.find(key) < 0:
             engine.map.insert(key, version, checksum, place)
             engine.policy.inserted(place, key)
 
-    def _move(self, block: Block) -> None:
-        _, volume_key, lba, version, checksum, place, source = block
+    def _move(self, copy: Copy) -> None:
+        _, volume_key, lba, version, checksum, place, source = copy
         engine = self._engine
         table = engine.map
         key = volume_key << LBA_BITS | lba
@@ -143,20 +121,15 @@ class Apply:
             engine.policy.removed(places)
         engine.volumes[change.volume_key].holes.remove(extent)
 
-    def _pin_if_closed(self, volume: "CacheVolume", key: int, lba: int) -> None:
-        place = self._engine.map.find(key)
-        if place >= 0 and volume.acknowledged < self._engine.map.versions[place] <= volume.closed_version:
-            self._pin(volume, key, lba, place)
-
-    def _pin(self, volume: "CacheVolume", key: int, lba: int, place: int) -> None:
-        cut = _cut_of(volume, self._engine.map.versions[place])
-        assert cut is not None
-        cut.pinned[cut.index_of(lba)] = place
-        self._engine.map.unlink(key)
-        self._engine.policy.removed(np.array([place]))
+    def _pin(self, volume: "CacheVolume", lbas: list[int], places: list[int]) -> None:
+        """Tell the closed cuts where the versions lie that were just overwritten."""
+        for lba, place in zip(lbas, places, strict=True):
+            cut = _cut_of(volume, self._engine.map.versions[place])
+            assert cut is not None
+            cut.pinned[cut.index_of(lba)] = place
 
     def _pin_extent(self, volume: "CacheVolume", cut: Cut, extent: Extent) -> None:
-        """Pin the blocks of a closed cut that are about to be trimmed or overwritten."""
+        """Pin the blocks of a closed cut that are about to be trimmed."""
         table = self._engine.map
         first, end = np.searchsorted(cut.lbas, (extent.start, extent.end))
         lbas = cut.lbas[first:end]

@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.entering import NIL, UNLINKED, Entered, MapViews, enter_writes_fast
 from forebay_cache.engine.limits import (
     LINK_ROUNDS_MAX,
     LOAD_SLICE_PLACES,
@@ -29,15 +30,13 @@ from forebay_cache.engine.limits import (
     RANGE_SCAN_RATIO,
     SCALAR_KEYS_MAX,
 )
-from forebay_core.units import LBA_BITS, LBA_MAX
+from forebay_core.units import LBA_BITS, LBA_MAX, Buffer
 
 U32Array = npt.NDArray[np.uint32]
 U64Array = npt.NDArray[np.uint64]
 PlaceArray = npt.NDArray[np.int64]
 IntView = memoryview  # of ints: indexing one costs a third of indexing the numpy array
 
-NIL: Final = 0xFFFFFFFF
-UNLINKED: Final = 0xFFFFFFFE
 _NIL: Final = np.uint32(NIL)
 _UNLINKED: Final = np.uint32(UNLINKED)
 _ONE: Final = np.uint16(1)
@@ -78,6 +77,7 @@ class BlockMap:
         self.live: Final[IntView] = self.live_array.data
         self._nexts: Final[IntView] = self._next_array.data
         self._heads: Final[IntView] = self._head_array.data
+        self._views = MapViews(self._heads, self._nexts, self.keys, self.versions, self.checksums, self.live)
         self.find: Final[Callable[[int], int]] = _make_find(self._heads, self.keys, self._nexts, self.bucket_count)
 
     @property
@@ -173,6 +173,21 @@ class BlockMap:
         """Return for each place of a run whether it is linked."""
         mask: npt.NDArray[np.bool_] = self._next_array[first_place : first_place + count] != _UNLINKED
         return mask
+
+    def enter_writes(
+        self,
+        packed: Buffer,
+        index: int,
+        count: int,
+        first_place: int,
+        *,
+        acknowledged: int,
+        closed: int,
+        found: Entered,
+    ) -> tuple[int, int]:
+        """Map packed entries to consecutive empty places; see `entering.enter_writes`."""
+        views, zone_blocks = self._views, self.zone_blocks
+        return enter_writes_fast(views, zone_blocks, packed, index, count, first_place, acknowledged, closed, found)
 
     def find_run(self, key: int, count: int) -> PlaceArray:
         """Return the places of `count` consecutive blocks, -1 where one is missing."""

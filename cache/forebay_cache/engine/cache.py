@@ -281,7 +281,7 @@ class CacheEngine:
             i = lba - piece.extent.start
             self.log.seal_if_full()
             batch = self.log.data_batch()
-            self.log.add_block(batch, record.FILL, volume.key, lba, piece.version, piece.checksums[i])
+            self.log.add_copy(batch, record.FILL, volume.key, lba, piece.version, piece.checksums[i])
             batch.buffers.append(view[i << 12 : (i + 1) << 12])
         self.log.seal_if_full()
         self.log.kick()

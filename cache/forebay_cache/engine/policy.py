@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.entering import NEVER_HIT, move_counts_fast
 from forebay_cache.engine.limits import AGEING_HITS_PER_PLACE, AGEING_SLICE_PLACES, COUNT_MAX, WORTHY_SHARE
 
 U64Array = npt.NDArray[np.uint64]
@@ -25,7 +26,6 @@ PlaceArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 _ONE: Final = np.uint8(1)
-_NEVER_HIT: Final = 1
 _FEW: Final = 32  # up to so many places one by one is faster than by arrays
 
 
@@ -49,14 +49,14 @@ class Policy(Protocol):
     def inserted(self, place: int, key: int) -> None:
         """A block that was not in the cache lies here now."""
 
-    def inserted_many(self, places: PlaceArray, keys: U64Array) -> None:
-        """The same for distinct places."""
-
     def moved(self, source: int, target: int) -> None:
         """A cached block has another place now: moved by reclaim, or overwritten (which is a hit as well)."""
 
-    def moved_many(self, sources: PlaceArray, targets: PlaceArray) -> None:
-        """The same for distinct places."""
+    def written(self, first_place: int, olds: PlaceArray, keys: U64Array) -> None:
+        """Blocks were written to consecutive places; `olds` are the places they had before, -1 for those not cached.
+
+        What lies at an old place from now on is not the policy's matter.
+        """
 
     def removed(self, places: PlaceArray) -> None:
         """These distinct places are empty now, whatever they were."""
@@ -81,7 +81,7 @@ class AgedFrequency:
         self.place_count: Final = place_count
         self.counts: Final[U8Array] = np.zeros(place_count, np.uint8)
         self._view: Final = self.counts.data
-        self._histogram: Final = [0] * (COUNT_MAX + 1)
+        self._histogram: Final = np.zeros(COUNT_MAX + 1, np.int64).data
         self._histogram[0] = place_count
         self._worthy_max: Final = int(place_count * worthy_share)
         self._ageing_hits: Final = AGEING_HITS_PER_PLACE * place_count
@@ -92,7 +92,7 @@ class AgedFrequency:
     @property
     def histogram(self) -> list[int]:
         """Places by count."""
-        return list(self._histogram)
+        return self._histogram.tolist()
 
     @property
     def memory_bytes(self) -> int:
@@ -113,12 +113,7 @@ class AgedFrequency:
 
     def inserted(self, place: int, key: int) -> None:
         """See Policy; a block begins with one use."""
-        self._set(place, _NEVER_HIT)
-
-    def inserted_many(self, places: PlaceArray, keys: U64Array) -> None:
-        """See Policy."""
-        assert places.size == keys.size
-        self._set_many(places, np.ones(places.size, np.uint8))
+        self._set(place, NEVER_HIT)
 
     def moved(self, source: int, target: int) -> None:
         """See Policy."""
@@ -129,13 +124,12 @@ class AgedFrequency:
             view[source] = 0
         else:
             self._set(source, 0)
-            self._set(target, count or _NEVER_HIT)
+            self._set(target, count or NEVER_HIT)
 
-    def moved_many(self, sources: PlaceArray, targets: PlaceArray) -> None:
-        """See Policy."""
-        counts = np.maximum(self.counts.take(sources), _ONE)
-        self._set_many(sources, np.zeros(sources.size, np.uint8))
-        self._set_many(targets, counts)
+    def written(self, first_place: int, olds: PlaceArray, keys: U64Array) -> None:
+        """See Policy; a block keeps its count."""
+        assert olds.size == keys.size
+        move_counts_fast(self._view, self._histogram, olds, olds.size, first_place)
 
     def removed(self, places: PlaceArray) -> None:
         """See Policy."""
@@ -157,11 +151,11 @@ class AgedFrequency:
         256 if even the places with the largest count are too many.
         """
         worthy_count = 0
-        for count in range(COUNT_MAX, _NEVER_HIT, -1):
+        for count in range(COUNT_MAX, NEVER_HIT, -1):
             worthy_count += self._histogram[count]
             if worthy_count > self._worthy_max:
                 return count + 1
-        return _NEVER_HIT + 1
+        return NEVER_HIT + 1
 
     def step(self) -> bool:
         """See Policy: halve the counts of one slice while ageing. Halves are rounded up, so a block keeps its 1."""
@@ -196,7 +190,7 @@ class AgedFrequency:
             self._histogram[count] += int(change[count])
 
 
-def _make_hit(counts: memoryview, histogram: list[int], tally: list[int]) -> Callable[[int], None]:
+def _make_hit(counts: memoryview, histogram: memoryview, tally: list[int]) -> Callable[[int], None]:
     """Return the policy's hottest function; as a closure it looks nothing up on an object."""
 
     def hit(place: int) -> None:

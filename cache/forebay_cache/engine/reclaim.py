@@ -201,7 +201,7 @@ class Reclaim:
             log.seal_if_full()
             batch = log.data_batch()
             volume_key, lba = key >> LBA_BITS, key & LBA_MAX
-            log.add_block(batch, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
+            log.add_copy(batch, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
             batch.buffers.append(block)
             self.moved_blocks += 1
             last = batch

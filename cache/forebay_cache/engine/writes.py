@@ -4,8 +4,7 @@ A change gets its version when it is appended, never while it waits. A partial b
 whole block, which is repeated if the block changed meanwhile.
 
 Invariants:
-    `pending` maps the key of each appended, not yet applied block to its newest batch; `_events` lists the extents of
-    appended trims and zeroes in log order.
+    `_events` lists the extents of trims and zeroes that are appended but not applied, in log order.
     A request that waits for room holds nothing but its payload; waiting requests keep their order.
 Crash: what was not applied was not acknowledged.
 """
@@ -14,6 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from forebay_cache.engine.front import Chunk, IoError, Reply
 from forebay_cache.engine.limits import RUN_BLOCKS_MIN
@@ -40,7 +41,6 @@ class Writes:
         self._waiting: dict[int, deque[_Parked]] = {}  # by volume key; none is empty
         self._merging: list[_Parked] = []
         self._events: deque[tuple[int, Extent]] = deque()
-        self.pending: dict[int, Batch] = {}
         self.written_blocks = 0
 
     # --- requests ---------------------------------------------------------------------------------------------
@@ -135,9 +135,14 @@ class Writes:
             for key, event in self._events
             if key == volume_key and (common := event.intersect(extent)) is not None
         ]
-        if self.pending:
-            first = volume_key << LBA_BITS | extent.start
-            found += [Extent(extent.start + i, 1) for i in range(extent.count) if first + i in self.pending]
+        first = volume_key << LBA_BITS | extent.start
+        for batch in self._engine.log.unapplied():
+            if batch.data_count:
+                rows = np.frombuffer(batch.packed, record.ENTRY_DTYPE)[: batch.data_count]
+                keys = rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"]
+                # A key below the first one wraps around to a huge distance.
+                near = rows["lba"][keys - np.uint64(first) < np.uint64(extent.count)]
+                found += [Extent(lba, 1) for lba in near.tolist()]
         return found
 
     # --- appending --------------------------------------------------------------------------------------------
@@ -165,17 +170,13 @@ class Writes:
     def _append_blocks(self, batch: Batch, volume: "CacheVolume", lba: int, view: memoryview, count: int) -> None:
         log = self._engine.log
         version = volume.next_version()
-        first = volume.key << LBA_BITS | lba
         if count == 1:
-            log.add_block(batch, record.WRITE, volume.key, lba, version, checksum(view))
-            self.pending[first] = batch
+            log.add_write(batch, volume.key, lba, version, checksum(view))
         elif count < RUN_BLOCKS_MIN:
             for i, block_checksum in enumerate(block_checksums(view)):
-                log.add_block(batch, record.WRITE, volume.key, lba + i, version, block_checksum)
-                self.pending[first + i] = batch
+                log.add_write(batch, volume.key, lba + i, version, block_checksum)
         else:
-            log.add_run(batch, volume.key, lba, version, block_checksums(view))
-            self.pending.update(dict.fromkeys(range(first, first + count), batch))
+            log.add_writes(batch, volume.key, lba, version, block_checksums(view))
         batch.buffers.append(view)
         if self._engine.fetches.under_way:
             self._engine.fetches.touch(volume, Extent(lba, count))

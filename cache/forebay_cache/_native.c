@@ -1,0 +1,207 @@
+/* The native twins of `forebay_cache.engine.entering`: see there what each function does, takes and returns.
+
+   Everything lies in arrays that Python owns; here they are only read and written, with their bounds checked first.
+   A chain that leads out of the map would be a bug of ours, so it raises SystemError instead of crashing the daemon. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#define NIL 0xFFFFFFFFu
+#define UNLINKED 0xFFFFFFFEu
+#define LBA_BITS 40
+#define ENTRY_SIZE 32
+#define COUNT_SLOTS 256
+
+typedef struct {
+    uint64_t lba, version, checksum;
+    uint32_t volume_key;
+    uint8_t kind, flags, sector_mask, reserved;
+} entry_t;
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "records are little-endian; elsewhere the twin does the work");
+_Static_assert(sizeof(entry_t) == ENTRY_SIZE, "an entry has 32 bytes");
+
+typedef struct {
+    Py_buffer views[16];
+    int count;
+} buffers_t;
+
+static void release(buffers_t *held)
+{
+    while (held->count)
+        PyBuffer_Release(&held->views[--held->count]);
+}
+
+/* Get the items of an array; NULL with an exception set, what was got before is still held. */
+static void *items(buffers_t *held, PyObject *object, int writable, Py_ssize_t size, Py_ssize_t *length)
+{
+    Py_buffer *view = &held->views[held->count];
+    if (PyObject_GetBuffer(object, view, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) < 0)
+        return NULL;
+    held->count++;
+    if (view->len % size) {
+        PyErr_SetString(PyExc_ValueError, "an array of another item size was expected");
+        return NULL;
+    }
+    *length = view->len / size;
+    return view->buf;
+}
+
+static int numbers(PyObject *const *arguments, int count, uint64_t *into)
+{
+    for (int i = 0; i < count; i++) {
+        into[i] = PyLong_AsUnsignedLongLong(arguments[i]);
+        if (into[i] == (uint64_t)-1 && PyErr_Occurred())
+            return -1;
+    }
+    return 0;
+}
+
+static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    Py_ssize_t head_count = 0, place_count = 0, key_count = 0, version_count = 0, sum_count = 0, live_count = 0;
+    Py_ssize_t packed_count = 0;
+    Py_ssize_t room[5] = {0};
+    uint64_t n[6];
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 9 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 6
+        || !PyTuple_Check(arguments[8]) || PyTuple_GET_SIZE(arguments[8]) != 5) {
+        PyErr_SetString(PyExc_TypeError, "enter_writes takes 9 arguments, the first and last are tuples of 6 and 5");
+        return NULL;
+    }
+    PyObject *const views = arguments[0], *const found = arguments[8];
+    uint32_t *heads = items(&held, PyTuple_GET_ITEM(views, 0), 1, 4, &head_count);
+    uint32_t *nexts = heads ? items(&held, PyTuple_GET_ITEM(views, 1), 1, 4, &place_count) : NULL;
+    uint64_t *keys = nexts ? items(&held, PyTuple_GET_ITEM(views, 2), 1, 8, &key_count) : NULL;
+    uint64_t *versions = keys ? items(&held, PyTuple_GET_ITEM(views, 3), 1, 8, &version_count) : NULL;
+    uint64_t *sums = versions ? items(&held, PyTuple_GET_ITEM(views, 4), 1, 8, &sum_count) : NULL;
+    uint16_t *live = sums ? items(&held, PyTuple_GET_ITEM(views, 5), 1, 2, &live_count) : NULL;
+    const char *packed = live ? items(&held, arguments[2], 0, ENTRY_SIZE, &packed_count) : NULL;
+    uint64_t *out[5];
+    for (int i = 0; i < 5; i++) {
+        out[i] = packed ? items(&held, PyTuple_GET_ITEM(found, i), 1, 8, &room[i]) : NULL;
+        if (out[i] == NULL)
+            packed = NULL;
+    }
+    if (packed == NULL || numbers(arguments + 1, 1, n) < 0 || numbers(arguments + 3, 5, n + 1) < 0)
+        goto end;
+    const uint64_t zone_blocks = n[0], index = n[1], count = n[2], first_place = n[3], acknowledged = n[4], closed = n[5];
+    int fits = zone_blocks > 0 && head_count > 0 && key_count == place_count && version_count == place_count
+        && sum_count == place_count && (uint64_t)live_count * zone_blocks >= (uint64_t)place_count
+        && count <= (uint64_t)packed_count && index <= (uint64_t)packed_count - count
+        && count <= (uint64_t)place_count && first_place <= (uint64_t)place_count - count;
+    for (int i = 0; i < 5; i++)
+        fits = fits && count <= (uint64_t)room[i];
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or the entries do not fit them");
+        goto end;
+    }
+    uint64_t dirty_count = 0, pinned_count = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        entry_t entry;
+        memcpy(&entry, packed + (index + i) * ENTRY_SIZE, ENTRY_SIZE);
+        const uint64_t key = (uint64_t)entry.volume_key << LBA_BITS | entry.lba;
+        const uint32_t place = (uint32_t)(first_place + i);
+        uint32_t *link = &heads[key % (uint64_t)head_count];
+        uint32_t *const head = link;
+        while (*link < (uint64_t)place_count && keys[*link] != key)
+            link = &nexts[*link];
+        const uint32_t old = *link;
+        if ((old != NIL && old >= (uint64_t)place_count) || keys[place] != 0) {
+            PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
+            goto end;
+        }
+        out[0][i] = key;
+        out[1][i] = old == NIL ? (uint64_t)-1 : old;
+        if (old == NIL) {
+            nexts[place] = *head;
+            *head = place;
+        } else {
+            nexts[place] = nexts[old];
+            *link = place;
+            nexts[old] = UNLINKED;
+            live[old / zone_blocks]--;
+            if (versions[old] > acknowledged && versions[old] <= closed) {
+                out[3][pinned_count] = entry.lba;
+                out[4][pinned_count++] = old;
+            } else {
+                keys[old] = 0;
+            }
+        }
+        if (old == NIL || versions[old] <= closed)
+            out[2][dirty_count++] = entry.lba;
+        keys[place] = key;
+        versions[place] = entry.version;
+        sums[place] = entry.checksum;
+        live[place / zone_blocks]++;
+    }
+    answer = Py_BuildValue("(KK)", (unsigned long long)dirty_count, (unsigned long long)pinned_count);
+end:
+    release(&held);
+    return answer;
+}
+
+static PyObject *move_counts(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    Py_ssize_t place_count = 0, slot_count = 0, old_count = 0;
+    uint64_t n[2];
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 5) {
+        PyErr_SetString(PyExc_TypeError, "move_counts takes 5 arguments");
+        return NULL;
+    }
+    uint8_t *counts = items(&held, arguments[0], 1, 1, &place_count);
+    int64_t *histogram = counts ? items(&held, arguments[1], 1, 8, &slot_count) : NULL;
+    const int64_t *olds = histogram ? items(&held, arguments[2], 0, 8, &old_count) : NULL;
+    if (olds == NULL || numbers(arguments + 3, 2, n) < 0)
+        goto end;
+    const uint64_t count = n[0], first_place = n[1];
+    if (slot_count < COUNT_SLOTS || count > (uint64_t)old_count || count > (uint64_t)place_count
+        || first_place > (uint64_t)place_count - count) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+        goto end;
+    }
+    for (uint64_t i = 0; i < count; i++) {
+        const int64_t old = olds[i];
+        uint8_t moved = 1;
+        if (old >= (int64_t)place_count) {
+            PyErr_SetString(PyExc_ValueError, "a place is outside of the device");
+            goto end;
+        }
+        if (old >= 0) {
+            if (counts[old])
+                moved = counts[old];
+            histogram[counts[old]]--;
+            histogram[0]++;
+            counts[old] = 0;
+        }
+        histogram[counts[first_place + i]]--;
+        histogram[moved]++;
+        counts[first_place + i] = moved;
+    }
+    answer = Py_NewRef(Py_None);
+end:
+    release(&held);
+    return answer;
+}
+
+static PyMethodDef methods[] = {
+    {"enter_writes", (PyCFunction)(void (*)(void))enter_writes, METH_FASTCALL, NULL},
+    {"move_counts", (PyCFunction)(void (*)(void))move_counts, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "forebay_cache._native", .m_size = -1, .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    return PyModule_Create(&definition);
+}

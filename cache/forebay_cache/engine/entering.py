@@ -1,0 +1,132 @@
+"""Entering written blocks into the map and the policy's counts: the hottest part of applying a record.
+
+Both functions have a native twin, which the engine uses where it was built; these here say what both do and pass the
+same tests. Per written block, 2 cores EPYC in a virtual machine, November 2026: 9 us here, 0.1 us natively.
+"""
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from forebay_cache.format.record import ENTRY, ENTRY_SIZE, RECORD_ENTRIES_MAX
+from forebay_core.units import LBA_BITS, Buffer
+
+try:
+    from forebay_cache import _native
+except ImportError:  # no compiler when it was installed
+    _native = None  # type: ignore[assignment]
+
+NIL: Final = 0xFFFFFFFF
+UNLINKED: Final = 0xFFFFFFFE
+NEVER_HIT: Final = 1
+
+
+class Entered(NamedTuple):
+    """What a call of `enter_writes` found: arrays that are filled from the start and reused by the next call."""
+
+    keys: npt.NDArray[np.uint64]  # of each entry
+    olds: npt.NDArray[np.int64]  # for each entry the place that the block had before, or -1
+    dirty_lbas: npt.NDArray[np.uint64]  # of blocks that became dirty
+    pinned_lbas: npt.NDArray[np.uint64]  # of versions that are pinned from now on
+    pinned_places: npt.NDArray[np.int64]  # and where they lie
+
+    @classmethod
+    def make(cls) -> "Entered":
+        """Return arrays that a whole record fits in."""
+        lbas, olds = np.zeros(RECORD_ENTRIES_MAX, np.uint64), np.zeros(RECORD_ENTRIES_MAX, np.int64)
+        return cls(lbas, olds, lbas.copy(), lbas.copy(), olds.copy())
+
+
+class MapViews(NamedTuple):
+    """The arrays of a `BlockMap`."""
+
+    heads: memoryview
+    nexts: memoryview
+    keys: memoryview
+    versions: memoryview
+    checksums: memoryview
+    live: memoryview
+
+
+def enter_writes(
+    views: MapViews,
+    zone_blocks: int,
+    packed: Buffer,
+    index: int,
+    count: int,
+    first_place: int,
+    acknowledged: int,
+    closed: int,
+    found: Entered,
+    /,
+) -> tuple[int, int]:
+    """Map `count` packed entries from `index` on to the places from `first_place` on; return how many became dirty
+    and how many versions were pinned.
+
+    A version that is newer than `acknowledged` but not newer than `closed` belongs to a closed cut: its place stays
+    held, with its key, though it is no longer what the key is mapped to.
+    """
+    heads, nexts, keys, versions, checksums, live = views
+    dirty_count = pinned_count = 0
+    for i in range(count):
+        lba, version, checksum, volume_key, *_ = ENTRY.unpack_from(packed, (index + i) * ENTRY_SIZE)
+        key = volume_key << LBA_BITS | lba
+        place = first_place + i
+        bucket = key % len(heads)
+        before, old = NIL, heads[bucket]
+        while old != NIL and keys[old] != key:
+            before, old = old, nexts[old]
+        assert keys[place] == 0, place
+        found.keys[i] = key
+        if old == NIL:
+            found.olds[i] = -1
+            nexts[place] = heads[bucket]
+            heads[bucket] = place
+        else:
+            found.olds[i] = old
+            nexts[place] = nexts[old]
+            nexts[old] = UNLINKED
+            live[old // zone_blocks] -= 1
+            if before == NIL:
+                heads[bucket] = place
+            else:
+                nexts[before] = place
+            if acknowledged < versions[old] <= closed:
+                found.pinned_lbas[pinned_count] = lba
+                found.pinned_places[pinned_count] = old
+                pinned_count += 1
+            else:
+                keys[old] = 0
+        if old == NIL or versions[old] <= closed:
+            found.dirty_lbas[dirty_count] = lba
+            dirty_count += 1
+        keys[place] = key
+        versions[place] = version
+        checksums[place] = checksum
+        live[place // zone_blocks] += 1
+    return dirty_count, pinned_count
+
+
+def move_counts(
+    counts: memoryview, histogram: memoryview, olds: npt.NDArray[np.int64], count: int, first: int, /
+) -> None:
+    """Give `count` places from `first` on the use count of the place that each block had before, or NEVER_HIT.
+
+    `counts` holds one byte for each place, `histogram` an i64 for each count: the places that have it.
+    """
+    for i in range(count):
+        old = int(olds[i])
+        moved = NEVER_HIT
+        if old >= 0:
+            moved = counts[old] or NEVER_HIT
+            histogram[counts[old]] -= 1
+            histogram[0] += 1
+            counts[old] = 0
+        histogram[counts[first + i]] -= 1
+        histogram[moved] += 1
+        counts[first + i] = moved
+
+
+enter_writes_fast = enter_writes if _native is None else _native.enter_writes
+move_counts_fast = move_counts if _native is None else _native.move_counts

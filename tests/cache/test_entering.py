@@ -1,0 +1,135 @@
+"""Entering written blocks: the native functions and their twins leave the same arrays, and refuse what does not fit."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_blockmap import check_chains
+from test_engine_model import run_power_cuts, run_requests
+
+from forebay_cache.engine import blockmap, entering, policy
+from forebay_cache.engine.blockmap import BlockMap, make_key
+from forebay_cache.engine.entering import Entered, enter_writes, move_counts
+from forebay_cache.engine.policy import AgedFrequency
+from forebay_cache.format.record import ENTRY, WRITE
+
+ZONE_BLOCKS = 16
+PLACES = 8 * ZONE_BLOCKS
+
+native = entering._native
+
+
+def test_the_native_part_was_built_where_there_is_a_compiler() -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc: the twins do the work")
+    assert native is not None, "install again: .venv/bin/pip install --editable ."
+
+
+needs_native = pytest.mark.skipif(native is None, reason="there is no compiler here")
+
+
+def pack(lbas: list[int], version: int) -> bytes:
+    return b"".join(ENTRY.pack(lba, version + i, lba * 7, 1 + lba % 2, WRITE, 0, 0xFF, 0) for i, lba in enumerate(lbas))
+
+
+def state_of(table: BlockMap, found: Entered) -> list[list[int]]:
+    arrays = (table._head_array, table._next_array, table.key_array, table.version_array, table.checksum_array)
+    return [array.tolist() for array in (*arrays, table.live_array, *found)]
+
+
+@needs_native
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=20), min_size=1, max_size=6),
+    st.sampled_from([1, 7, 131]),
+    st.integers(0, 120),
+    st.integers(0, 120),
+)
+def test_both_twins_leave_the_same_map(writes: list[list[int]], buckets: int, one: int, other: int) -> None:
+    acknowledged, closed = sorted((one, other))
+    twins = [(BlockMap(PLACES, zone_blocks=ZONE_BLOCKS, bucket_count=buckets), Entered.make()) for _ in range(2)]
+    first, version = 1, 1
+    for lbas in writes:
+        packed = b"x" * ENTRY.size + pack(lbas, version)  # entries of something else stand before them
+        answers = [
+            enter(table._views, ZONE_BLOCKS, packed, 1, len(lbas), first, acknowledged, closed, found)
+            for enter, (table, found) in zip((native.enter_writes, enter_writes), twins, strict=True)
+        ]
+        assert answers[0] == answers[1]
+        assert state_of(*twins[0]) == state_of(*twins[1])
+        first += len(lbas)
+        version += len(lbas)
+    check_chains(twins[0][0])
+
+
+def test_dirty_and_pinned_are_told_by_the_version_that_was_overwritten() -> None:
+    table, found = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS), Entered.make()
+    for lba, version in ((0, 10), (2, 20), (4, 30)):
+        table.insert(make_key(1, lba), version, 1, lba)
+    packed = pack([0, 2, 4, 6, 6], 40)
+    counts = table.enter_writes(packed, 0, 5, 50, acknowledged=10, closed=20, found=found)
+    assert counts == (3, 1)
+    assert found.olds[:5].tolist() == [0, 2, 4, -1, 53]
+    assert found.dirty_lbas[:3].tolist() == [0, 2, 6]  # clean, in the closed cut, new; not the two that were dirty
+    assert (found.pinned_lbas[0], found.pinned_places[0]) == (2, 2)
+    assert table.keys[2] == make_key(1, 2)
+    assert not table.is_linked(2)
+    assert table.keys[0] == table.keys[4] == table.keys[53] == 0
+    assert table.find(make_key(1, 6)) == 54
+    check_chains(table)
+
+
+@needs_native
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(-1, 59), max_size=40), st.lists(st.integers(0, 255), min_size=PLACES, max_size=PLACES))
+def test_both_twins_leave_the_same_counts(olds: list[int], counts: list[int]) -> None:
+    left = []
+    for move in (native.move_counts, move_counts):
+        mine = np.array(counts, np.uint8)
+        histogram = np.bincount(mine, minlength=256).astype(np.int64)
+        move(mine.data, histogram.data, np.array(olds, np.int64), len(olds), 60)
+        assert histogram.tolist() == np.bincount(mine, minlength=256).tolist()
+        left.append(mine.tolist())
+    assert left[0] == left[1]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("index", "count", "first"), [(0, 3, 0), (2, 1, 0), (1 << 63, 1, 0), (0, 1, PLACES), (0, 2, PLACES - 1)]
+)
+def test_entries_that_do_not_fit_are_refused(index: int, count: int, first: int) -> None:
+    table = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS)
+    with pytest.raises(ValueError, match="fit"):
+        native.enter_writes(table._views, ZONE_BLOCKS, pack([1, 2], 1), index, count, first, 0, 0, Entered.make())
+    assert table.linked_count == 0
+
+
+@needs_native
+def test_a_damaged_map_is_an_error_and_no_crash() -> None:
+    table = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS, bucket_count=1)
+    table._heads[0] = PLACES + 5
+    with pytest.raises(SystemError, match="damaged"):
+        native.enter_writes(table._views, ZONE_BLOCKS, pack([1], 1), 0, 1, 0, 0, 0, Entered.make())
+
+
+@needs_native
+def test_arguments_of_another_kind_are_refused() -> None:
+    table, found = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS), Entered.make()
+    for views in (table._views[:5], list(table._views), None):
+        with pytest.raises(TypeError):
+            native.enter_writes(views, ZONE_BLOCKS, b"", 0, 0, 0, 0, 0, found)
+    with pytest.raises(ValueError, match="size"):
+        native.enter_writes(table._views, ZONE_BLOCKS, b"123", 0, 0, 0, 0, 0, found)
+    with pytest.raises(BufferError):
+        native.move_counts(bytes(4), AgedFrequency(4)._histogram, found.olds, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_engine_holds_with_the_twins(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockmap, "enter_writes_fast", enter_writes)
+    monkeypatch.setattr(policy, "move_counts_fast", move_counts)
+    run_requests(random.Random(seed).randrange(1000))
+    run_power_cuts(random.Random(seed).randrange(1000))
