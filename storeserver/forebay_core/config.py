@@ -15,7 +15,19 @@ from typing import Any, Final, NamedTuple, TypeVar
 import msgspec
 
 from forebay_core.errors import WrongUsageError
-from forebay_core.units import BLOCK_SIZE, GIB, KIB, MIB, VOLUME_SIZE_MAX, format_size, parse_size
+from forebay_core.units import (
+    BLOCK_SIZE,
+    GIB,
+    KIB,
+    MIB,
+    RATE_MAX,
+    RATE_MIN,
+    VOLUME_SIZE_MAX,
+    format_rate,
+    format_size,
+    parse_rate,
+    parse_size,
+)
 
 CONFIG_SIZE_MAX: Final = 1 * MIB
 STORES_MAX: Final = 1
@@ -53,6 +65,10 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     cut_size_max: int = 256 * MIB
     cut_age_s_max: float = 10.0
     dirty_share_max: float = 0.6
+    destage_average: int | None = None
+    destage_peak: int | None = None
+    destage_total_average: int | None = None
+    destage_total_peak: int | None = None
     zone_size: int = 4 * MIB
     fill_blocks: int = 4
     compression_level: int = 1
@@ -89,7 +105,16 @@ def load_settings(
             raise WrongUsageError(
                 f"{place}: {TABLE_NAMES[table]}.{field.name} is missing; give {SETTINGS[table][field.name].allowed}"
             )
-    return table(**values)
+    settings = table(**values)
+    if isinstance(settings, CacheSettings):
+        for key in ("destage", "destage_total"):
+            average, peak = getattr(settings, f"{key}_average"), getattr(settings, f"{key}_peak")
+            if None not in (average, peak) and average > peak:
+                raise WrongUsageError(
+                    f"{place}: cache.{key}_average = {format_rate(average)}: allowed is a rate up to "
+                    f"cache.{key}_peak, {format_rate(peak)}"
+                )
+    return settings
 
 
 def check_file(path: Path) -> list[Settings]:
@@ -208,6 +233,16 @@ def _size(low: int, high: int, meaning: str) -> Setting:
     return Setting(read, allowed, "SIZE", meaning)
 
 
+def _rate(meaning: str) -> Setting:
+    def read(value: object) -> int:
+        rate = parse_rate(value) if isinstance(value, str) else value
+        if not isinstance(rate, int) or isinstance(rate, bool) or not RATE_MIN <= rate <= RATE_MAX:
+            raise ValueError(value)
+        return rate
+
+    return Setting(read, f"a rate from {format_rate(RATE_MIN)} to {format_rate(RATE_MAX)}", "RATE", meaning)
+
+
 def _number(low: float, high: float, unit: str, meaning: str) -> Setting:
     def read(value: object) -> float:
         number = float(value) if isinstance(value, str) else value
@@ -249,6 +284,10 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "cut_size_max": _size(1 * MIB, 1 * GIB, "a cut closes when it holds so much"),
         "cut_age_s_max": _number(0.1, 3600, " seconds", "a cut closes when it is so old"),
         "dirty_share_max": _number(0.05, 0.9, "", "share of the cache that may wait to be destaged"),
+        "destage_average": _rate("bytes a second that a volume is destaged with; without it, no limit or the peak"),
+        "destage_peak": _rate("what that rises to as the buffer fills; without it, the average"),
+        "destage_total_average": _rate("the same for all volumes together"),
+        "destage_total_peak": _rate("the same for all volumes together"),
         "zone_size": _size(256 * KIB, 16 * MIB, "size of a zone, chosen when the device is made"),
         "fill_blocks": _whole(FILL_BLOCKS, "1, 2, 4, 8 or 16", "blocks to fetch around a missing one"),
         "compression_level": _whole(range(1, 20), "a whole number from 1 to 19", "zstd level of destaged frames"),

@@ -33,6 +33,10 @@ assert EPOCH_BITS + SEQUENCE_BITS == 64
 RATE_UNLIMITED: Final = (1 << 64) - 1
 """A rate in bytes per second that limits nothing."""
 
+RATE_MIN: Final = 512 * KIB
+RATE_MAX: Final = TIB
+"""Limits of destaging that can be set. Below, not even one block at a time would keep to a peak by the second."""
+
 Lba = NewType("Lba", int)
 Epoch = NewType("Epoch", int)
 Sequence = NewType("Sequence", int)
@@ -78,6 +82,23 @@ def parse_size(text: str) -> int:
         if size.denominator == 1:
             return int(size)
     raise ValueError(f"{text!r} is not a size; write for example 10GiB, 512MiB or 4096")
+
+
+def parse_rate(text: str) -> int:
+    """Return the bytes per second that a rate such as `20MiB/s`, or a size, names.
+
+    Raises:
+        ValueError: the text is no rate.
+    """
+    try:
+        return parse_size(text.strip().removesuffix("/s"))
+    except ValueError:
+        raise ValueError(f"{text!r} is not a rate; write for example 20MiB/s") from None
+
+
+def format_rate(rate: int) -> str:
+    """Return bytes per second for people; 0 and RATE_UNLIMITED are no limit."""
+    return "no limit" if rate in (0, RATE_UNLIMITED) else f"{format_size(rate)}/s"
 
 
 def format_size(size: int) -> str:

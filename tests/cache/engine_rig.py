@@ -151,7 +151,7 @@ class SimulatedStore:
 
     def stage(self, cut: CutIdentity, index: int, frames, holes, done) -> None:
         def act() -> None:
-            blocks = list(frames)
+            blocks = [(int.from_bytes(frame[:8], "little"), frame[8:]) for frame in frames]
             self.staged.setdefault(cut.attempt, {})[index] = (blocks, list(holes))
             done(None)
 
@@ -193,7 +193,7 @@ class SimulatedStore:
 
 
 class SimulatedBuilder:
-    """Reads and compares at some later moment; a frame here is (lba, bytes)."""
+    """Reads and compares at some later moment; a frame here is an lba and its bytes."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         self.device = device
@@ -211,7 +211,7 @@ class SimulatedBuilder:
                 elif content == ZERO_BLOCK:
                     holes.append(lba)
                 else:
-                    frames.append((lba, content))
+                    frames.append(lba.to_bytes(8, "little") + content)
             done(BuiltPart(frames, from_blocks(holes), len(frames) * BLOCK_SIZE, corrupt, found))
 
         self.device.queue.append(act)
@@ -234,6 +234,7 @@ class Rig:
         self.size = blocks * BLOCK_SIZE
         self.settings = EngineSettings(**{"cut_blocks_max": 400, "cut_age_ns_max": 400_000_000, **settings})
         self.now_ns = 0
+        self.alarm_ns: int | None = None
         self.reports: list[str] = []
         self.engine: CacheEngine
         self.volume: CacheVolume
@@ -255,8 +256,12 @@ class Rig:
             settings=self.settings,
             life=self.rng.getrandbits(64),
             report=self.reports.append,
+            alarm=self.set_alarm,
         )
         self.engine.start()
+
+    def set_alarm(self, due_ns: int) -> None:
+        self.alarm_ns = due_ns
 
     def attach(self) -> None:
         view = StoreView(VOLUME_ID, "v", self.size, self.store.epoch, self.store.version)
@@ -284,7 +289,13 @@ class Rig:
         first, second = (self.device, self.store) if self.rng.random() < 0.7 else (self.store, self.device)
         if self.rng.random() < 0.02:
             self.tick()
+        if self.alarm_ns is not None and self.alarm_ns <= self.now_ns:
+            self.pace()
         return first.step() or second.step()
+
+    def pace(self) -> None:
+        self.alarm_ns = None
+        self.engine.pace(self.now_ns)
 
     def tick(self) -> None:
         self.now_ns += 50_000_000

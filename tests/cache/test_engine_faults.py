@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from test_engine_damage import check_damaged, worked_in
-from test_engine_model import run_kills, run_power_cuts, run_requests
+from test_engine_model import run_backlog, run_kills, run_power_cuts, run_requests
 
 from forebay_cache.engine import cache, fetches, log, reads, recovery
 from forebay_cache.engine.apply import Apply
@@ -106,7 +106,7 @@ def cut_sent_before_sync(patch: pytest.MonkeyPatch) -> None:
         (flush_before_sync, run_power_cuts),
         (acknowledge_before_written, run_kills),
         (torn_data_accepted, run_power_cuts),
-        (moved_blocks_dropped, run_requests),
+        (moved_blocks_dropped, run_backlog),
         (pinned_version_forgotten, run_requests),
         (stale_fetch_kept, run_requests),
         (known_blocks_fetched_over, run_requests),

@@ -125,6 +125,10 @@ def test_random_requests_equal_a_byte_array(seed: int) -> None:
     run_requests(seed)
 
 
+def test_dirty_blocks_survive_the_log_going_round_while_the_store_is_away() -> None:
+    run_backlog(1)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_acknowledged_is_lost_when_the_daemon_dies(seed: int) -> None:
     run_kills(seed)
@@ -154,6 +158,25 @@ def run_requests(seed: int) -> None:
     assert_same(store_content(rig.store.plain(), rig.size), guest.model)
     check_books(rig.engine)
     assert rig.engine.reclaim.dropped_blocks > 0, "the device was never full: the test is too small"
+
+
+def run_backlog(seed: int) -> None:
+    """The store is away while a few blocks are overwritten until the log has gone round: the others must be moved."""
+    rig = Rig(seed, size=12 << 20, blocks=2500)
+    rng = random.Random(seed)
+    model = bytearray(rig.size)
+    rig.store.away = True
+    for turn in range(60):
+        start, count = (turn * 60, 60) if turn < 10 else (600 + rng.randrange(200), 60)
+        payload = rng.randbytes(count * BLOCK_SIZE)
+        assert rig.write(start * BLOCK_SIZE, payload) == IoError.OK
+        model[start * BLOCK_SIZE : (start + count) * BLOCK_SIZE] = payload
+    check_books(rig.engine)
+    assert rig.engine.reclaim.moved_blocks > 0
+    assert_same(rig.read(0, 600 * BLOCK_SIZE), model[: 600 * BLOCK_SIZE])
+    rig.store.away = False
+    assert rig.drain()
+    assert_same(store_content(rig.store.plain(), rig.size), model)
 
 
 def run_kills(seed: int) -> None:

@@ -8,11 +8,14 @@ from forebay_core.units import (
     EPOCH_MAX,
     GIB,
     MIB,
+    RATE_UNLIMITED,
     SEQUENCE_MAX,
     TIB,
     epoch_of,
+    format_rate,
     format_size,
     make_version,
+    parse_rate,
     parse_size,
     sequence_of,
 )
@@ -106,3 +109,16 @@ def test_a_shown_size_is_close_to_the_truth(size: int) -> None:
 def parse_size_loosely(text: str) -> float:
     number, unit = text.split()
     return float(number) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit)
+
+
+@pytest.mark.parametrize(("text", "rate"), [("20MiB/s", 20 << 20), ("1.5 GiB/s", 3 << 29), ("4096", 4096)])
+def test_a_rate_is_a_size_per_second(text: str, rate: int) -> None:
+    assert parse_rate(text) == rate
+    assert format_rate(20 << 20) == "20 MiB/s"
+    assert format_rate(0) == format_rate(RATE_UNLIMITED) == "no limit"
+
+
+@pytest.mark.parametrize("text", ["", "/s", "20MiB/h", "20 MiB/s/s", "fast"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a rate"):
+        parse_rate(text)

@@ -53,6 +53,7 @@ def test_the_commands_of_the_design_exist() -> None:
         "attach",
         "detach",
         "drain",
+        "limit",
         "status",
         "config check",
     }
@@ -120,6 +121,7 @@ def test_a_cache_that_is_not_there_is_one_line_and_code_1(tmp_path: Path, capsys
     assert "start one with forebay cache serve" in complaint(capsys, ["status", "--run-dir", str(tmp_path)], 1)
     (tmp_path / "control.sock").touch()
     complaint(capsys, ["drain", "v", "--run-dir", str(tmp_path)], 1)
+    complaint(capsys, ["limit", "v", "--run-dir", str(tmp_path)], 1)
 
 
 def test_the_environment_stands_in_for_flags(

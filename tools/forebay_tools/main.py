@@ -17,6 +17,7 @@ from forebay_tools.commands import (
     config_check,
     detach,
     drain,
+    limit,
     status,
     store_fsck,
     store_rebuild_index,
@@ -84,7 +85,7 @@ def build_parser() -> Parser:
         volume_delete,
     ):
         module.add(volume)
-    for module in (attach, detach, drain, status):
+    for module in (attach, detach, drain, limit, status):
         module.add(top)
     config_check.add(config)
     return parser

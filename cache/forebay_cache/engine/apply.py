@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forebay_cache.engine.destage import Cut
+from forebay_cache.engine.cuts import Cut
 from forebay_cache.engine.entering import Entered
 from forebay_cache.engine.log import Batch, Change, Copy, Writes
 from forebay_cache.format import record

@@ -91,6 +91,7 @@ class Attaching:
         if volume is None:
             self._make_room()
             volume = CacheVolume(engine, self._next_key(), view.id, view.name, view.size)
+            volume.shaper.set_limit(engine.limit_of(volume))
             engine.volumes[volume.key] = volume
         volume.error = ""
         volume.closing = False

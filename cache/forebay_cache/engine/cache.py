@@ -32,17 +32,19 @@ from forebay_cache.engine.limits import (
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
-from forebay_cache.engine.rates import Limit
+from forebay_cache.engine.rates import NEVER, NO_LIMIT, NOT_SET, Limit, changed_limit, is_settable
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
+from forebay_cache.engine.slowing import Slowing
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
 from forebay_cache.format.checkpoint import hole_count_max
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY
+from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
-from forebay_core.units import LBA_BITS, Epoch, Version, VolumeId
+from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Epoch, Version, VolumeId, format_size
 
 
 class EngineSettings(NamedTuple):
@@ -53,6 +55,8 @@ class EngineSettings(NamedTuple):
     dirty_share_max: float = 0.6
     fill_blocks: int = 4
     retry_ns: int = 2_000_000_000
+    limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
+    total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one
 
 
 class _Timer(NamedTuple):
@@ -73,6 +77,7 @@ class CacheEngine:
         settings: EngineSettings,
         life: int,
         report: Callable[[str], None],
+        alarm: Callable[[int], None] = lambda _due_ns: None,
     ) -> None:
         self.superblock = recovered.superblock
         self.map = recovered.map
@@ -84,6 +89,7 @@ class CacheEngine:
         self.settings = settings
         self.life = life
         self.report = report
+        self.alarm = alarm
         self.failed = ""
         self.policy: Policy = AgedFrequency(recovered.map.place_count)
         self.policy.restore(0, recovered.counts)
@@ -103,6 +109,7 @@ class CacheEngine:
         self.fetches = Fetches(upstream, unit_blocks=settings.fill_blocks, known=self._known, offer=self._offer)
         self.allocations = Allocations(self)
         self.destage = Destage(self)
+        self.slowing = Slowing(self)
         self.reclaim = Reclaim(self)
         self.checkpoints = Checkpoints(self, recovered.kept)
         self.attaching = Attaching(self)
@@ -115,6 +122,7 @@ class CacheEngine:
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
         for volume in recovered.volumes.values():
             self._recover_volume(volume)
+        self.destage.total.set_limit(self.limit_of(None))
         self._find_dirty_blocks()
         self.attaching.forget_released()
         self._start_point = recovered.point
@@ -137,12 +145,25 @@ class CacheEngine:
         self._recount_dirty_blocks()
         self._count_holes()
         self.destage.tick(now_ns, wall_ns)
+        self.slowing.tick(now_ns)
+        self.pace(now_ns)
         self.checkpoints.step()
         self.policy.step()
         self.reclaim.kick()
         self.log.kick()
         self.log.note_durable()
         self.resume_writers()
+
+    def pace(self, now_ns: int) -> None:
+        """Do what depends on time more finely than ticks do: called when `alarm` said so, with the monotonic clock.
+
+        `alarm(due_ns)` asks for the next call, at once if that time is past; it replaces what was asked for before.
+        """
+        if self.failed:
+            return
+        due_ns = min(self.destage.pace(now_ns), self.slowing.pace(now_ns))
+        if due_ns < NEVER:
+            self.alarm(due_ns)
 
     def after(self, delay_ns: int, act: Callable[[], None]) -> None:
         """Act at the first tick after so many nanoseconds."""
@@ -190,6 +211,48 @@ class CacheEngine:
         counts = np.bincount((keys[keys != 0] >> np.uint64(LBA_BITS)).astype(np.int64))
         return {key: int(counts[key]) for key in self.volumes if key < counts.size}
 
+    # --- limits -----------------------------------------------------------------------------------------------
+
+    def limit_of(self, volume: CacheVolume | None) -> Limit:
+        """Return the limit in effect of a volume, or of all together."""
+        own = self.own_limit if volume is None else volume.own_limit
+        default = self.settings.total_limit if volume is None else self.settings.limit
+        return own if own != NOT_SET else default
+
+    def set_limit(
+        self, volume: CacheVolume | None, settled: Settled, *, average: int = 0, peak: int = 0, reset: bool = False
+    ) -> None:
+        """Limit a volume, or all together; `settled` hears when that is durable. 0 leaves a value as it is.
+
+        Raises:
+            ForebayError: the values are out of bounds, or the average is above the peak.
+        """
+        effective = self.limit_of(volume)
+        limit = NOT_SET if reset else changed_limit(effective, average=average, peak=peak)
+        if not (reset or is_settable(limit)):
+            raise ForebayError(
+                f"average {format_size(limit.average)}/s and peak {format_size(limit.peak)}/s are no limit: allowed is "
+                f"{format_size(RATE_MIN)}/s <= average <= peak <= {format_size(RATE_MAX)}/s"
+            )
+        log = self.log
+
+        def written(ok: bool) -> None:
+            if ok:
+                log.when_durable(log.applied.position, settled)
+            else:
+                settled(False)
+
+        if volume is None:
+            self.own_limit = limit
+            self.destage.total.set_limit(self.limit_of(None))
+            log.add_event(record.LIMIT, 0, 0, limit.average, limit.peak, written)
+        else:
+            volume.own_limit = limit
+            volume.shaper.set_limit(self.limit_of(volume))
+            log.add_note(volume.note(), written)
+        log.kick()
+        self.alarm(0)
+
     # --- services to the parts --------------------------------------------------------------------------------
 
     def has_room(self, volume: CacheVolume) -> bool:
@@ -198,6 +261,7 @@ class CacheEngine:
             self.free_zones > ZONES_RESERVED
             and self.dirty_blocks < self._dirty_max
             and len(volume.holes) < HOLES_KEPT_MAX
+            and volume.appended_blocks < volume.appended_max
             and len(volume.dirty) < OPEN_CUT_BLOCKS_MAX
             and self._hole_count < self._hole_count_max
         ):
@@ -205,6 +269,11 @@ class CacheEngine:
         self.reclaim.kick()
         self.destage.relieve()
         return False
+
+    @property
+    def buffer_fill(self) -> float:
+        """Dirty blocks as a share of what may be dirty."""
+        return self.dirty_blocks / self._dirty_max
 
     @property
     def free_zones(self) -> int:
@@ -309,6 +378,7 @@ class CacheEngine:
         volume.resize(note.name, note.size, read_only=bool(note.flags & READ_ONLY))
         volume.epoch = Epoch(note.epoch)
         volume.own_limit = Limit(note.average, note.peak)
+        volume.shaper.set_limit(self.limit_of(volume))
         volume.attached = not note.flags & (LEFT_DIRTY | CLOSED)
         volume.held = not note.flags & CLOSED
         volume.version = volume.applied = Version(max(found.version, found.acknowledged))

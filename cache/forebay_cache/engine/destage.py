@@ -4,11 +4,16 @@ A cut closes when it is old or large enough, when somebody drains, or when the w
 cut grows meanwhile, so writers never wait for a cut. At most one closed cut of a volume exists: unsent neighbours
 are one cut.
 
+A volume without a limit is sent as fast as the store takes it. With one (its own, or that of all together) what is
+built waits until `pace` finds no bucket in debt: only there the time is known, so only there it is sent and charged.
+
 Invariants:
     A closed cut holds the latest version of each block at its last sequence, and a sync has covered it before
     anything of it is sent.
     Overwritten versions of a closed cut are pinned: their place stays held until the commit is acknowledged.
-    `_parts` <= PARTS_IN_FLIGHT_MAX.
+    `_parts` counts what is being built or staged of cuts that nothing limits, and is at most PARTS_IN_FLIGHT_MAX
+    whenever more is begun; `_slices` those being staged of the others, at most SLICES_IN_FLIGHT_MAX.
+    A cut that rests holds none of either: what of it is still under way no longer counts and is not listened to.
 Crash: what was acknowledged is known to the store, which is asked on reopening; all the rest is the open cut.
 """
 
@@ -21,12 +26,22 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.engine.limits import HOLES_KEPT_MAX, HOLES_PER_PART, PART_BLOCKS, PARTS_IN_FLIGHT_MAX
+from forebay_cache.engine.cuts import Cut, Slice, blocks_of, slices, whole_slice
+from forebay_cache.engine.limits import (
+    HOLES_KEPT_MAX,
+    HOLES_PER_PART,
+    PART_BLOCKS,
+    PARTS_IN_FLIGHT_MAX,
+    READY_BLOCKS_MAX,
+    SLICES_IN_FLIGHT_MAX,
+)
 from forebay_cache.engine.ports import BuildRequest, BuiltPart, CutIdentity, U64Array, UpstreamRefusal
+from forebay_cache.engine.rates import NEVER, Shaper, urgency
 from forebay_cache.format import record
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, LBA_BITS, Sequence, Version, make_version, sequence_of
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, Sequence, Version, sequence_of
 from forebay_wire import messages
+from forebay_wire.limits import PARTS_PER_CUT_MAX
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -37,60 +52,17 @@ Drained = Callable[[bool], None]
 _FATAL: Final = (messages.FENCED, messages.OUT_OF_ORDER, messages.STORE_BEHIND, messages.NO_SUCH_VOLUME)
 
 
-class Cut:
-    """One closed cut. `pinned[i]` is the place of version `versions[i]` of block `lbas[i]` once it was overwritten."""
-
-    __slots__ = (
-        "first_version",
-        "holes",
-        "identity",
-        "last_version",
-        "lba_view",
-        "lbas",
-        "next_part",
-        "pinned",
-        "resting",
-        "staged",
-        "versions",
-    )
-
-    def __init__(self, identity: CutIdentity, lbas: U64Array, versions: U64Array, holes: list[Extent]) -> None:
-        self.identity = identity
-        self.lbas = lbas
-        self.lba_view = lbas.data
-        self.versions = versions
-        self.last_version = make_version(identity.epoch, identity.last)
-        self.first_version = int(versions.min()) if versions.size else self.last_version
-        self.pinned: npt.NDArray[np.int64] = np.full(lbas.size, -1, np.int64)
-        self.holes = holes
-        self.next_part = 0
-        self.resting = False  # nobody sends it: the volume failed, was refused or detached
-        self.staged = 0
-
-    @property
-    def block_count(self) -> int:
-        """Blocks with data."""
-        return int(self.lbas.size)
-
-    @property
-    def part_count(self) -> int:
-        """Messages it takes; at least one."""
-        blocks = -(-self.block_count // PART_BLOCKS)
-        return max(1, blocks, -(-len(self.holes) // HOLES_PER_PART))
-
-    def index_of(self, lba: int) -> int:
-        """Return where a block stands in the cut, or -1."""
-        index = bisect_left(self.lba_view, lba)
-        return index if index < len(self.lba_view) and self.lba_view[index] == lba else -1
-
-
 class Destage:
     """Moves dirty data upstream, for all volumes."""
 
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
-        self._sending: deque[tuple[CacheVolume, Cut]] = deque()
+        self.total = Shaper()  # of all volumes together
+        self._sending: deque[tuple[CacheVolume, Cut]] = deque()  # something is to be built of each
+        self._ready: deque[tuple[CacheVolume, Cut]] = deque()  # limited ones with slices that wait for `pace`
         self._parts = 0
+        self._slices = 0
+        self._limited_blocks = 0  # of limited cuts, being built or ready
         self._drains: list[tuple[CacheVolume, Version, Drained]] = []
         self._attempts = 0
         self._now_ns = 0
@@ -107,6 +79,7 @@ class Destage:
         """Close the cuts whose time has come."""
         self._now_ns = now_ns
         self._wall_ns = wall_ns
+        self._press()
         for volume in self._engine.volumes.values():
             if not volume.has_changes:
                 volume.opened_ns = 0
@@ -140,11 +113,13 @@ class Destage:
         for cut in volume.cuts:
             self._rest(cut)
         self._settle_drains()
+        self._pump()
         self._engine.resume_writers()
 
     def fail(self) -> None:
         """The device failed: nothing is sent any more, whoever drains is told."""
         self._sending.clear()
+        self._ready.clear()
         drains, self._drains = self._drains, []
         for _, _, drained in drains:
             drained(False)
@@ -160,16 +135,24 @@ class Destage:
                 self._begin_anew(volume, cut)
 
     def _rest(self, cut: Cut) -> None:
-        """Send nothing more of a cut until the volume is granted again."""
+        """Send nothing more of a cut until the volume is granted again; what is under way keeps nobody waiting."""
         cut.resting = True
         self._sending = deque(item for item in self._sending if item[1] is not cut)
+        self._ready = deque(item for item in self._ready if item[1] is not cut)
+        self._release(cut)
 
     def _begin_anew(self, volume: "CacheVolume", cut: Cut) -> None:
         identity = self._identify(volume)
-        cut.identity = identity._replace(first=cut.identity.first, last=cut.identity.last)
-        cut.next_part = cut.staged = 0
+        cut.begin(identity._replace(first=cut.identity.first, last=cut.identity.last))
         cut.resting = False
         self._send(volume, cut)
+
+    def suspend(self, volume: "CacheVolume") -> None:
+        """The store does not let us have the volume for now: nothing of it is under way any more until `granted`."""
+        volume.destaging = False
+        for cut in volume.cuts:
+            self._rest(cut)
+        self._pump()
 
     # --- closing ----------------------------------------------------------------------------------------------
 
@@ -211,7 +194,7 @@ class Destage:
         engine = self._engine
         lbas, versions = self._open_blocks(volume)
         holes = [Extent(h.start, h.end - h.start) for h in volume.holes.newer_than(volume.acknowledged)]
-        cut = Cut(self._identify(volume), lbas, versions, holes)
+        cut = Cut(self._identify(volume), lbas, versions, holes, opened_ns=volume.opened_ns or self._now_ns)
         volume.dirty = array("Q")
         volume.trimmed = False
         volume.opened_ns = 0
@@ -225,7 +208,7 @@ class Destage:
         first = Sequence(sequence_of(volume.acknowledged) + 1)
         return CutIdentity(volume.id, volume.epoch, attempt, first, sequence_of(volume.applied))
 
-    # --- sending ----------------------------------------------------------------------------------------------
+    # --- building ---------------------------------------------------------------------------------------------
 
     def _send(self, volume: "CacheVolume", cut: Cut) -> None:
         if not self._may_send(volume):
@@ -234,70 +217,196 @@ class Destage:
         self._sending.append((volume, cut))
         self._pump()
 
-    def _pump(self) -> None:
-        while self._sending and self._parts < PARTS_IN_FLIGHT_MAX:
-            volume, cut = self._sending.popleft()
-            index = cut.next_part
-            cut.next_part += 1
-            if cut.next_part < cut.part_count:
-                self._sending.append((volume, cut))
-            self._parts += 1
-            self._build(volume, cut, index)
+    def _is_limited(self, volume: "CacheVolume") -> bool:
+        return volume.shaper.limited or self.total.limited
 
-    def _build(self, volume: "CacheVolume", cut: Cut, index: int) -> None:
-        engine = self._engine
-        part = slice(index * PART_BLOCKS, (index + 1) * PART_BLOCKS)
-        lbas = cut.lbas[part]
+    def _pump(self) -> None:
+        """Build of each cut in turn, as far as there is room; limited and other ones keep no one of the other kind
+        waiting. A limited cut comes back here when little of it is left to send."""
+        waiting: deque[tuple[CacheVolume, Cut]] = deque()
+        while self._sending:
+            volume, cut = self._sending.popleft()
+            limited = self._is_limited(volume)
+            if self._limited_blocks >= READY_BLOCKS_MAX if limited else self._parts >= PARTS_IN_FLIGHT_MAX:
+                waiting.append((volume, cut))
+                continue
+            self._build(volume, cut, limited=limited)
+            if cut.has_unbuilt and not limited:
+                self._sending.append((volume, cut))
+        self._sending = waiting
+
+    def _build(self, volume: "CacheVolume", cut: Cut, *, limited: bool) -> None:
+        size_max = self._slice_size_max(volume, cut)
+        lbas, places, holes = self._next_chunk(
+            volume, cut, blocks_of(size_max, PART_BLOCKS) if limited else PART_BLOCKS
+        )
+        attempt = cut.identity.attempt
+        if limited:
+            self._limited_blocks += lbas.size
+            cut.limited_blocks += lbas.size
+        else:
+            self._parts += 1
+            cut.parts += 1
+
+        def made(part: BuiltPart) -> None:
+            found = sorted((*holes, *part.holes))
+            if limited:
+                pieces = list(slices(part.frames, found, plain_size=part.plain_size, size_max=size_max))
+                pieces[-1] = pieces[-1]._replace(chunk_blocks=lbas.size)
+                self._hold(volume, cut, pieces)
+            else:
+                self._stage(volume, cut, whole_slice(part.frames, found, part.plain_size), limited=False)
+
         if not lbas.size:
-            self._stage(volume, cut, index, BuiltPart((), (), 0, (), ()))
+            made(BuiltPart((), (), 0, (), ()))
             return
-        places = engine.map.find_many(lbas | np.uint64(volume.key << LBA_BITS))
-        current = engine.map.version_array.take(np.maximum(places, 0)) == cut.versions[part]
-        places = np.where((places >= 0) & current, places, cut.pinned[part])
+        engine = self._engine
         zones = engine.hold_zones(places)
         request = BuildRequest(
             lbas=lbas,
             offsets=places.astype(np.uint64) * np.uint64(BLOCK_SIZE) + np.uint64(engine.zones.zones_offset),
             checksums=engine.map.checksum_array.take(places),
         )
-        attempt = cut.identity.attempt
+        cut.building += 1
 
         def built(answer: BuiltPart | None) -> None:
             engine.release_zones(zones)
             if attempt != cut.identity.attempt or cut.resting:
-                self._part_over()
-            elif answer is None or answer.corrupt:
-                self._part_over()
+                return
+            cut.building -= 1
+            if answer is None or answer.corrupt:
                 self.stop_volume(volume, _corruption(request, answer, volume))
             else:
-                self._stage(volume, cut, index, answer)
+                made(answer)
 
-        assert bool((places >= 0).all()), "a block of a closed cut lost its place"
         engine.builder.build(request, built)
 
-    def _stage(self, volume: "CacheVolume", cut: Cut, index: int, part: BuiltPart) -> None:
+    def _next_chunk(
+        self, volume: "CacheVolume", cut: Cut, block_count: int
+    ) -> tuple[U64Array, npt.NDArray[np.int64], list[Extent]]:
+        """Take the next blocks, with the places where they lie now, and the next holes."""
+        part = slice(cut.next_block, cut.next_block + block_count)
+        lbas = cut.lbas[part]
+        holes = cut.holes[cut.next_hole : cut.next_hole + HOLES_PER_PART]
+        cut.next_block += lbas.size
+        cut.next_hole += len(holes)
+        table = self._engine.map
+        places = table.find_many(lbas | np.uint64(volume.key << LBA_BITS))
+        current = table.version_array.take(np.maximum(places, 0)) == cut.versions[part]
+        places = np.where((places >= 0) & current, places, cut.pinned[part])
+        assert bool((places >= 0).all()), "a block of a closed cut lost its place"
+        return lbas, places, holes
+
+    def _slice_size_max(self, volume: "CacheVolume", cut: Cut) -> int:
+        """Return the bytes of a slice that keeps to the limits, or more if the cut would have too many of them."""
+        bound = min(volume.shaper.slice_size_max, self.total.slice_size_max)
+        return max(bound, cut.size_left_max // max(1, PARTS_PER_CUT_MAX // 2 - cut.sent))
+
+    # --- sending ----------------------------------------------------------------------------------------------
+
+    def _hold(self, volume: "CacheVolume", cut: Cut, pieces: list[Slice]) -> None:
+        """Keep what is built until it may go."""
+        if not cut.ready:
+            self._ready.append((volume, cut))
+        cut.ready.extend(pieces)
+        self._engine.alarm(0)
+
+    def pace(self, now_ns: int) -> int:
+        """Send of limited volumes what may go at this moment of the monotonic clock, a slice of each in turn.
+
+        Returns when there is more to send, NEVER if that is not a matter of time.
+        """
+        next_ns = NEVER
+        idle = 0
+        self.total.refill(now_ns)
+        while idle < len(self._ready) and self._slices < SLICES_IN_FLIGHT_MAX:
+            if self.total.due_ns() > now_ns:
+                next_ns = self.total.due_ns()
+                break
+            volume, cut = self._ready.popleft()
+            volume.shaper.refill(now_ns)
+            if not self._may_send(volume):
+                self._rest(cut)
+            elif volume.shaper.due_ns() > now_ns:
+                next_ns = min(next_ns, volume.shaper.due_ns())
+                self._ready.append((volume, cut))
+                idle += 1
+            else:
+                self._send_slice(volume, cut)
+                idle = 0
+        self._pump()
+        return next_ns
+
+    def _send_slice(self, volume: "CacheVolume", cut: Cut) -> None:
+        piece = cut.ready.popleft()
+        cut.limited_blocks -= piece.chunk_blocks
+        self._limited_blocks -= piece.chunk_blocks
+        if cut.ready:
+            self._ready.append((volume, cut))
+        if len(cut.ready) <= 1 and cut.has_unbuilt and not cut.building and (volume, cut) not in self._sending:
+            self._sending.append((volume, cut))
+        self._stage(volume, cut, piece, limited=True)
+
+    def _stage(self, volume: "CacheVolume", cut: Cut, piece: Slice, *, limited: bool) -> None:
         attempt = cut.identity.attempt
-        trimmed = cut.holes[index * HOLES_PER_PART : (index + 1) * HOLES_PER_PART]
-        holes = sorted((*trimmed, *part.holes))
-        self.plain_bytes += part.plain_size
-        self.stored_bytes += sum(len(frame) for frame in part.frames)
+        index = cut.sent
+        cut.sent += 1
+        self.plain_bytes += piece.plain_size
+        self.stored_bytes += sum(len(frame) for frame in piece.frames)
+        volume.shaper.take(piece.size)
+        self.total.take(piece.size)
+        if limited:
+            self._slices += 1
+            cut.slices += 1
 
         def staged(refusal: UpstreamRefusal | None) -> None:
-            self._part_over()
             if attempt != cut.identity.attempt or cut.resting:
                 return
+            if limited:
+                self._slices -= 1
+                cut.slices -= 1
+            else:
+                self._parts -= 1
+                cut.parts -= 1
             if refusal is not None:
                 self._refused(volume, cut, refusal)
-                return
-            cut.staged += 1
-            if cut.staged == cut.part_count:
-                self._commit(volume, cut)
+            else:
+                cut.staged += 1
+                if cut.is_staged:
+                    self._commit(volume, cut)
+            self._pump()
+            if self._ready:
+                self._engine.alarm(0)
 
-        self._engine.upstream.stage(cut.identity, index, part.frames, holes, staged)
+        self._engine.upstream.stage(cut.identity, index, piece.frames, piece.holes, staged)
 
-    def _part_over(self) -> None:
-        self._parts -= 1
-        self._pump()
+    def _release(self, cut: Cut) -> None:
+        """What of a cut is under way does not count any more."""
+        self._parts -= cut.parts
+        self._slices -= cut.slices
+        self._limited_blocks -= cut.limited_blocks
+        cut.parts = cut.slices = cut.limited_blocks = 0
+        cut.ready.clear()
+
+    # --- limits -----------------------------------------------------------------------------------------------
+
+    def _press(self) -> None:
+        """Let the allowed rates follow the fill of the buffer and the age of what is in it; drains go at the peak."""
+        volumes = self._engine.volumes.values()
+        if not (self.total.limited or any(volume.shaper.limited for volume in volumes)):
+            return
+        fill = self._engine.buffer_fill
+        draining = {drain[0].key for drain in self._drains}
+        oldest_ns = self._now_ns
+        for volume in volumes:
+            if volume.has_changes:
+                opened_ns = (volume.cuts[0].opened_ns if volume.cuts else volume.opened_ns) or self._now_ns
+                oldest_ns = min(oldest_ns, opened_ns)
+                pressure = 1.0 if volume.key in draining else urgency(fill, self._now_ns - opened_ns)
+                volume.shaper.press(self._now_ns, pressure)
+        self.total.press(self._now_ns, 1.0 if draining else urgency(fill, self._now_ns - oldest_ns))
+
+    # --- committing -------------------------------------------------------------------------------------------
 
     def _commit(self, volume: "CacheVolume", cut: Cut) -> None:
         attempt = cut.identity.attempt
@@ -310,7 +419,7 @@ class Destage:
             else:
                 self._acknowledged(volume, cut, answer)
 
-        self._engine.upstream.commit(cut.identity, cut.part_count, self._wall_ns, committed)
+        self._engine.upstream.commit(cut.identity, cut.sent, self._wall_ns, committed)
 
     def _refused(self, volume: "CacheVolume", cut: Cut, refusal: UpstreamRefusal) -> None:
         if refusal.code in _FATAL:

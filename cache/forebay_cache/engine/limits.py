@@ -4,7 +4,7 @@ from typing import Final
 
 from forebay_cache.format.checkpoint import HOLES_MIN, VOLUME_COUNT_MAX
 from forebay_cache.format.superblock import PLACE_COUNT_MAX
-from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX
+from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX, REQUESTS_IN_FLIGHT_MAX
 
 PLACES_MAX: Final = (1 << 32) - 3
 """Places of one device: their numbers fit u32 beside two sentinels, which is 16 TiB of cache."""
@@ -73,6 +73,12 @@ RECOUNT_NS: Final = 1_000_000_000
 PARTS_IN_FLIGHT_MAX: Final = 3
 """Parts being built or staged, of all volumes."""
 
+SLICES_IN_FLIGHT_MAX: Final = 16
+"""Slices of limited volumes being staged: each at most a MiB, and a 100th of the peak."""
+
+READY_BLOCKS_MAX: Final = 16384
+"""Blocks of limited volumes that are being built or wait built: 64 MiB of memory, whatever the number of volumes."""
+
 HOLES_PER_PART: Final = 32768
 HOLES_KEPT_MAX: Final = 65536
 """Holes that one volume may know; beyond it trims wait until a cut is acknowledged and clean ones are forgotten."""
@@ -95,6 +101,8 @@ VOLUMES_MAX: Final = 1000
 
 assert ZONES_RESERVED < ZONES_SPARE_MIN <= ZONES_SPARE_MAX
 assert HOLES_PER_PART + PART_BLOCKS <= HOLES_PER_PART_MAX
+assert READY_BLOCKS_MAX >= 2 * PART_BLOCKS
+assert PARTS_IN_FLIGHT_MAX + SLICES_IN_FLIGHT_MAX < REQUESTS_IN_FLIGHT_MAX
 assert VOLUMES_MAX <= VOLUME_COUNT_MAX
 assert SCALAR_KEYS_MAX < RANGE_LOOKUPS_MAX
 assert PLACE_COUNT_MAX == PLACES_MAX < 0xFFFFFFFE

@@ -10,10 +10,11 @@ Crash: rebuilt from checkpoint and records; all that is dirty then belongs to th
 from array import array
 from typing import TYPE_CHECKING
 
-from forebay_cache.engine.destage import Cut
+from forebay_cache.engine.cuts import Cut
 from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
 from forebay_cache.engine.holes import HoleMap
-from forebay_cache.engine.rates import NOT_SET
+from forebay_cache.engine.rates import NOT_SET, Shaper
+from forebay_cache.engine.slowing import UNBOUNDED
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY, VolumeNote
 from forebay_core.units import BLOCK_SIZE, SEQUENCE_BITS, Buffer, Epoch, Version, VolumeId, make_version, sequence_of
 
@@ -49,6 +50,9 @@ class CacheVolume:
         self.opened_ns = 0  # when the open cut got its first change; 0: it has none
         self.connections = 0
         self.own_limit = NOT_SET  # as set by an admin for this volume
+        self.shaper = Shaper()
+        self.appended_blocks = 0  # written by guests since the start
+        self.appended_max = UNBOUNDED  # see Slowing
         self.hit_blocks = 0
         self.miss_blocks = 0
 

@@ -41,7 +41,6 @@ class Writes:
         self._waiting: dict[int, deque[_Parked]] = {}  # by volume key; none is empty
         self._merging: list[_Parked] = []
         self._events: deque[tuple[int, Extent]] = deque()
-        self.written_blocks = 0
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -107,6 +106,10 @@ class Writes:
             if queue:
                 self._waiting[key] = queue
         self._engine.log.kick()
+
+    def is_waiting(self, volume_key: int) -> bool:
+        """Tell whether requests of a volume wait for room."""
+        return volume_key in self._waiting
 
     def applied(self) -> None:
         """Blocks were applied: merges that waited for them go on."""
@@ -180,7 +183,7 @@ class Writes:
         batch.buffers.append(view)
         if self._engine.fetches.under_way:
             self._engine.fetches.touch(volume, Extent(lba, count))
-        self.written_blocks += count
+        volume.appended_blocks += count
 
     def _append_event(self, volume: "CacheVolume", kind: int, extent: Extent, settled: Settled) -> None:
         version = volume.next_version()

@@ -1,4 +1,4 @@
-"""Answers commands: attach, detach, drain, status. Over the socket in the run directory, and over TCP with a key.
+"""Answers commands: attach, detach, drain, limit, status. Over the socket in the run directory, and TCP with a key.
 
 A command that a client no longer waits for goes on; every command may be repeated.
 """
@@ -10,7 +10,17 @@ from forebay_core.errors import RefusedError
 from forebay_core.units import Buffer
 from forebay_wire import messages
 from forebay_wire.address import Address, UnixPath
-from forebay_wire.messages import AnyMessage, Attach, Attached, CacheStatus, Detach, Done, Drain, GetCacheStatus
+from forebay_wire.messages import (
+    AnyMessage,
+    Attach,
+    Attached,
+    CacheStatus,
+    Detach,
+    Done,
+    Drain,
+    GetCacheStatus,
+    SetLimit,
+)
 from forebay_wire.peer import Peer
 from forebay_wire.server import WireServer
 
@@ -26,6 +36,9 @@ class Commands(Protocol):
 
     async def drain(self, name: str) -> None:
         """Destage all that was acknowledged before."""
+
+    async def limit(self, name: str, *, average: int, peak: int, reset: bool) -> None:
+        """Limit the destaging of a volume, or with an empty name of all together."""
 
     async def status(self) -> CacheStatus:
         """Tell how everything is."""
@@ -65,6 +78,10 @@ class ControlServer:
                 await self._commands.detach(message.name, leave_dirty=message.leave_dirty)
             case Drain():
                 await self._commands.drain(message.name)
+            case SetLimit():
+                await self._commands.limit(
+                    message.name, average=message.average, peak=message.peak, reset=message.reset
+                )
             case GetCacheStatus():
                 return await self._commands.status(), ()
             case _:

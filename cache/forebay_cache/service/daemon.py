@@ -19,6 +19,7 @@ import time
 from typing import Any, Final
 
 from forebay_cache.engine.cache import CacheEngine, EngineSettings
+from forebay_cache.engine.rates import NO_LIMIT, Limit, changed_limit
 from forebay_cache.engine.recovery import Recovered
 from forebay_cache.service.builder import ProcessBuilder
 from forebay_cache.service.completions import outcome
@@ -112,6 +113,7 @@ class _Daemon:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._ticking: asyncio.TimerHandle | None = None
+        self._pacing: asyncio.TimerHandle | None = None
         identity = DeviceId(recovered.superblock.device)
         self._session = StoreSession(
             [parse_address(address) for address in settings.store],
@@ -133,9 +135,14 @@ class _Daemon:
                 cut_age_ns_max=int(settings.cut_age_s_max * 1e9),
                 dirty_share_max=settings.dirty_share_max,
                 fill_blocks=settings.fill_blocks,
+                limit=_limit(settings.destage_average, settings.destage_peak),
+                total_limit=changed_limit(
+                    NO_LIMIT, average=settings.destage_total_average or 0, peak=settings.destage_total_peak or 0
+                ),
             ),
             life=secrets.randbits(64),
             report=_LOG.error,
+            alarm=self._alarm,
         )
         device.on_failure = self._engine.fail
         self._exports = AttachedExports()
@@ -175,8 +182,9 @@ class _Daemon:
         """Free everything; whether it was served cleanly or not."""
         await self._control.close(0)
         await self._nbd.close(0)
-        if self._ticking is not None:
-            self._ticking.cancel()
+        for timer in (self._ticking, self._pacing):
+            if timer is not None:
+                timer.cancel()
         await self._upstream.close()
         self._builder.close()
 
@@ -209,10 +217,22 @@ class _Daemon:
         self._engine.tick(time.monotonic_ns(), time.time_ns())
         self._ticking = self._loop.call_later(TICK_S, self._tick)
 
+    def _alarm(self, due_ns: int) -> None:
+        """Let the engine pace at this time of the monotonic clock."""
+        if self._pacing is not None:
+            self._pacing.cancel()
+        delay_s = max(0, due_ns - time.monotonic_ns()) / 1e9
+        self._pacing = self._loop.call_later(delay_s, lambda: self._engine.pace(time.monotonic_ns()))
+
     def _stopping(self) -> None:
         if self._stop.is_set():
             os._exit(EXIT_FAILED)  # told twice: at once, as after kill -9
         self._stop.set()
+
+
+def _limit(average: int | None, peak: int | None) -> Limit:
+    """Return the limit of these settings; one alone is the other as well."""
+    return changed_limit(NO_LIMIT, average=average or 0, peak=peak or 0) if average or peak else NO_LIMIT
 
 
 def _crash(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

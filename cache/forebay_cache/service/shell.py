@@ -1,4 +1,4 @@
-"""What the daemon does when it is told to: attach, detach, drain, status. Steps between store, engine and front.
+"""What the daemon does when it is told to: attach, detach, drain, limit, status. Steps between store, engine and front.
 
 Invariants:
     At most one attach or detach of a name is under way.
@@ -9,12 +9,13 @@ volume that was detached here but not given back at the store is taken up again 
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from forebay_cache.engine.attaching import Standing, StoreView
 from forebay_cache.engine.cache import CacheEngine
+from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.service.completions import outcome
 from forebay_cache.service.exports import AttachedExports
@@ -24,9 +25,9 @@ from forebay_cache.service.store_session import FINAL_CODES, StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, sequence_of
+from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, format_rate, sequence_of
 from forebay_wire import messages
-from forebay_wire.messages import CacheStatus, Opened, VolumeStatus
+from forebay_wire.messages import CacheStatus, LimitStatus, Opened, VolumeStatus
 
 STALE_EXTENTS_MAX: Final = 4096
 """Changed extents up to which they are dropped one by one; beyond it all that is cached of the volume is dropped."""
@@ -81,6 +82,7 @@ class Shell:
         if code in FINAL_CODES:
             self._engine.destage.stop_volume(volume, f"the store gave volume {volume.name} to somebody else: {text}")
         else:
+            self._engine.destage.suspend(volume)
             volume.warning = text
 
     # --- commands ---------------------------------------------------------------------------------------------
@@ -130,6 +132,22 @@ class Shell:
         """
         await self._drain(self._attached(name))
 
+    async def limit(self, name: str, *, average: int, peak: int, reset: bool) -> None:
+        """Limit the destaging of a volume, or with an empty name of all together; durable when it returns.
+
+        Raises:
+            ForebayError: the values are no limit, the volume is not attached, or the device failed.
+        """
+        engine = self._engine
+        volume = self._attached(name) if name else None
+
+        def begin(settled: Callable[[bool], None]) -> None:
+            engine.set_limit(volume, settled, average=average, peak=peak, reset=reset)
+
+        if not await outcome(begin):
+            raise RefusedError(messages.FAILED, f"the cache device failed: {engine.failed}")
+        _LOG.info("limit of %s: %s", name or "all volumes", " and ".join(map(format_rate, engine.limit_of(volume))))
+
     async def status(self) -> CacheStatus:
         """Tell how everything is."""
         engine = self._engine
@@ -144,7 +162,7 @@ class Shell:
             free_zones=len(engine.zones.free),
             hit_blocks=sum(volume.hit_blocks for volume in engine.volumes.values()),
             miss_blocks=sum(volume.miss_blocks for volume in engine.volumes.values()),
-            written_blocks=engine.writes.written_blocks,
+            written_blocks=sum(volume.appended_blocks for volume in engine.volumes.values()),
             destaged_plain_bytes=engine.destage.plain_bytes,
             destaged_stored_bytes=engine.destage.stored_bytes,
             log_bytes=engine.log.bytes_written,
@@ -152,6 +170,7 @@ class Shell:
             store_connected=self._session.connected,
             volumes=tuple(self._volume_status(v, cached.get(v.key, 0)) for v in self._listed()),
             error=engine.failed or self._session.error or self._upstream.waiting_for_space,
+            limit=_limit_status(engine.destage.total, own=engine.own_limit != NOT_SET),
         )
 
     # --- steps ------------------------------------------------------------------------------------------------
@@ -275,7 +294,15 @@ class Shell:
             miss_blocks=volume.miss_blocks,
             connections=self._nbd.connection_count(volume.name),
             error=volume.error or volume.warning,
+            limit=_limit_status(volume.shaper, own=volume.own_limit != NOT_SET),
+            write_delay_us=self._engine.slowing.delay_of(volume) // 1000,
         )
+
+
+def _limit_status(shaper: Shaper, *, own: bool) -> LimitStatus:
+    if not shaper.limited:
+        return LimitStatus(own=own)
+    return LimitStatus(*shaper.limit, shaper.allowed, own)
 
 
 def _view(opened: Opened) -> StoreView:

@@ -10,7 +10,9 @@ from forebay_wire.messages import Detach, Done
 
 def add(commands: Commands) -> None:
     """Declare the command."""
-    parser = add_command(commands, "detach", run, "destage all, stop serving a volume and release it")
+    parser = add_command(
+        commands, "detach", run, "destage all at the peak of its limit, stop serving a volume and release it"
+    )
     add_volume(parser)
     parser.add_argument(
         "--leave-dirty", action="store_true", help="destage nothing: dirty blocks stay here and so does the epoch"

@@ -10,7 +10,12 @@ from forebay_wire.messages import Done, Drain
 
 def add(commands: Commands) -> None:
     """Declare the command."""
-    parser = add_command(commands, "drain", run, "destage all that was written so far; the volume stays attached")
+    parser = add_command(
+        commands,
+        "drain",
+        run,
+        "destage all that was written so far, at the peak of its limit; the volume stays attached",
+    )
     add_volume(parser)
     add_run_dir(parser)
 

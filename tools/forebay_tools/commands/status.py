@@ -5,7 +5,7 @@ import asyncio
 import os
 
 from forebay_core.errors import WrongUsageError
-from forebay_core.units import format_size
+from forebay_core.units import format_rate, format_size
 from forebay_tools.arguments import (
     RUN_DIR_VARIABLE,
     STORE_VARIABLE,
@@ -15,9 +15,10 @@ from forebay_tools.arguments import (
     add_run_dir,
     add_store,
 )
+from forebay_tools.commands.limit import limit_json
 from forebay_tools.connect import cache_client, store_client
 from forebay_tools.printing import Json, say, say_fields, say_json, say_table
-from forebay_wire.messages import CacheStatus, GetCacheStatus, GetStoreStatus, StoreStatus, VolumeStatus
+from forebay_wire.messages import CacheStatus, GetCacheStatus, GetStoreStatus, LimitStatus, StoreStatus, VolumeStatus
 
 HEAD = ("ATTACHED", "SIZE", "CACHED", "DIRTY", "HITS", "CLIENTS", "URI")
 
@@ -90,6 +91,7 @@ def cache_json(status: CacheStatus) -> dict[str, Json]:
         "log_bytes": status.log_bytes,
         "store": status.store,
         "store_connected": status.store_connected,
+        "limit": limit_json(status.limit),
         "error": status.error or None,
         "volumes": [_volume_json(volume) for volume in status.volumes],
     }
@@ -124,6 +126,8 @@ def _volume_json(volume: VolumeStatus) -> dict[str, Json]:
         "miss_blocks": volume.miss_blocks,
         "hit_ratio": _ratio(volume.hit_blocks, volume.hit_blocks + volume.miss_blocks),
         "connections": volume.connections,
+        "limit": limit_json(volume.limit),
+        "write_delay_us": volume.write_delay_us,
         "error": volume.error or None,
     }
 
@@ -137,6 +141,8 @@ def _say_cache(status: CacheStatus) -> None:
         "destaged": f"{format_size(status.destaged_plain_bytes)} as {format_size(status.destaged_stored_bytes)}",
         "store": f"{status.store}, {'connected' if status.store_connected else 'out of reach'}",
     }
+    if status.limit.average:
+        fields["limit"] = _limit(status.limit)
     if status.error:
         fields["error"] = status.error
     say_fields(fields)
@@ -144,6 +150,10 @@ def _say_cache(status: CacheStatus) -> None:
         say("")
         say_table(HEAD, [_volume_cells(volume) for volume in status.volumes])
     for volume in status.volumes:
+        if volume.limit.average:
+            say(f"{volume.name}: destaged with {_limit(volume.limit)}")
+        if volume.write_delay_us:
+            say(f"{volume.name}: the buffer is nearly full; each written block waits {volume.write_delay_us} us")
         if volume.error:
             say(f"{volume.name}: {volume.error}")
 
@@ -177,6 +187,11 @@ def _volume_cells(volume: VolumeStatus) -> tuple[str, ...]:
 def _hits(hit_blocks: int, miss_blocks: int) -> str:
     ratio = _ratio(hit_blocks, hit_blocks + miss_blocks)
     return f"{ratio:.1%}" if ratio is not None else "-"
+
+
+def _limit(limit: LimitStatus) -> str:
+    rates = format_rate(limit.allowed), format_rate(limit.average), format_rate(limit.peak)
+    return "up to {} just now, {} on average, {} at most".format(*rates)
 
 
 def _ratio(part: int, whole: int) -> float | None:
