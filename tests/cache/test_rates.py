@@ -254,12 +254,12 @@ def test_only_who_holds_most_is_slowed_and_without_a_step() -> None:
         guilty.step()
         innocent.step()
 
-    rig.pass_time(30, both)
+    rig.pass_time(75, both)
     assert rig.engine.slowing.is_slowed(rig.volume)
     assert not rig.engine.slowing.is_slowed(other)
     end_ns = rig.now_ns
     steady = guilty.between(end_ns - 10 * NS, end_ns) * BLOCK_SIZE
-    assert 0.9 <= steady / (10 * 2 * MIB) <= 1.1, "the guilty one writes as fast as it is destaged"
+    assert 0.9 <= steady / (10 * 2 * MIB) <= 1.15, "the guilty one writes as fast as it is destaged"
     gaps = [b - a for a, b in zip(guilty.at_ns, guilty.at_ns[1:], strict=False)]
     assert max(gaps) <= 100_000_000, "no cliff: nobody stands still"
     assert rig.engine.buffer_fill < rates.STOPPING_FILL

@@ -32,7 +32,7 @@ from forebay_cache.engine.limits import (
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
-from forebay_cache.engine.rates import NEVER, NO_LIMIT, NOT_SET, Limit, changed_limit, is_settable
+from forebay_cache.engine.rates import NEVER, NO_LIMIT, NOT_SET, SLOWING_FILL, Limit, changed_limit, is_settable
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
@@ -356,9 +356,9 @@ class CacheEngine:
         self.log.kick()
 
     def _recount_dirty_blocks(self) -> None:
-        """Count; when the buffer seems full, leave out what was trimmed since it became dirty, once a second."""
+        """Count; when the buffer seems nearly full, leave out what was trimmed since it became dirty, once a second."""
         self.count_dirty_blocks()
-        if self.dirty_blocks >= self._dirty_max and self._now_ns >= self._recount_at_ns:
+        if self.buffer_fill >= SLOWING_FILL and self._now_ns >= self._recount_at_ns:
             self._recount_at_ns = self._now_ns + RECOUNT_NS
             for volume in self.volumes.values():
                 if volume.trimmed:

@@ -214,6 +214,9 @@ class Destage:
         if not self._may_send(volume):
             cut.resting = True
             return
+        # Who was away does not catch up on those who were not.
+        least = min((other.destaged_bytes for other, _ in self._ready), default=0)
+        volume.destaged_bytes = max(volume.destaged_bytes, least)
         self._sending.append((volume, cut))
         self._pump()
 
@@ -316,33 +319,40 @@ class Destage:
 
         Returns when there is more to send, NEVER if that is not a matter of time.
         """
-        next_ns = NEVER
-        idle = 0
         self.total.refill(now_ns)
-        while idle < len(self._ready) and self._slices < SLICES_IN_FLIGHT_MAX:
-            if self.total.due_ns() > now_ns:
-                next_ns = self.total.due_ns()
-                break
-            volume, cut = self._ready.popleft()
-            volume.shaper.refill(now_ns)
-            if not self._may_send(volume):
-                self._rest(cut)
-            elif volume.shaper.due_ns() > now_ns:
-                next_ns = min(next_ns, volume.shaper.due_ns())
-                self._ready.append((volume, cut))
-                idle += 1
-            else:
-                self._send_slice(volume, cut)
-                idle = 0
+        going = True
+        next_ns = NEVER
+        while going:
+            going = False
+            next_ns = NEVER
+            for volume, cut in self._in_turn():
+                if self._slices >= SLICES_IN_FLIGHT_MAX or cut.resting:
+                    continue
+                volume.shaper.refill(now_ns)
+                due_ns = max(self.total.due_ns(), volume.shaper.due_ns())
+                if not self._may_send(volume):
+                    self._rest(cut)
+                elif due_ns <= now_ns:
+                    self._send_slice(volume, cut)
+                    going = True
+                else:
+                    next_ns = min(next_ns, due_ns)
         self._pump()
         return next_ns
+
+    def _in_turn(self) -> list[tuple["CacheVolume", Cut]]:
+        """Return who has slices ready; who shares a limit with others and had the least of it comes first."""
+        ready = list(self._ready)
+        if self.total.limited:
+            ready.sort(key=lambda item: item[0].destaged_bytes)
+        return ready
 
     def _send_slice(self, volume: "CacheVolume", cut: Cut) -> None:
         piece = cut.ready.popleft()
         cut.limited_blocks -= piece.chunk_blocks
         self._limited_blocks -= piece.chunk_blocks
-        if cut.ready:
-            self._ready.append((volume, cut))
+        if not cut.ready:
+            self._ready.remove((volume, cut))
         if len(cut.ready) <= 1 and cut.has_unbuilt and not cut.building and (volume, cut) not in self._sending:
             self._sending.append((volume, cut))
         self._stage(volume, cut, piece, limited=True)
@@ -353,6 +363,7 @@ class Destage:
         cut.sent += 1
         self.plain_bytes += piece.plain_size
         self.stored_bytes += sum(len(frame) for frame in piece.frames)
+        volume.destaged_bytes += piece.size
         volume.shaper.take(piece.size)
         self.total.take(piece.size)
         if limited:

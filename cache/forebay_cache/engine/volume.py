@@ -51,6 +51,7 @@ class CacheVolume:
         self.connections = 0
         self.own_limit = NOT_SET  # as set by an admin for this volume
         self.shaper = Shaper()
+        self.destaged_bytes = 0  # for turns among volumes only: raised to the others' when it joins them
         self.appended_blocks = 0  # written by guests since the start
         self.appended_max = UNBOUNDED  # see Slowing
         self.hit_blocks = 0
