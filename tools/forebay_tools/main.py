@@ -13,6 +13,7 @@ from forebay_core.errors import EXIT_FAILED, EXIT_USAGE, ForebayError
 from forebay_tools.arguments import Commands, Parser
 from forebay_tools.commands import (
     attach,
+    cache_fsck,
     cache_serve,
     config_check,
     detach,
@@ -74,7 +75,8 @@ def build_parser() -> Parser:
     config = _group(_add_group(top, "config", "the file with the settings of the daemons"))
     for module in (store_serve, store_fsck, store_rebuild_index):
         module.add(store)
-    cache_serve.add(cache)
+    for module in (cache_serve, cache_fsck):
+        module.add(cache)
     for module in (
         volume_create,
         volume_import,

@@ -40,6 +40,11 @@ class Progress:
             self._written_s = now_s
             self._show()
 
+    def reach_of(self, done: int, total: int) -> None:
+        """Say the same of a transfer whose total is known only now."""
+        self._total = total
+        self.reach(done)
+
     def close(self) -> None:
         """Leave the terminal with the cursor at the start of a clean line."""
         if self._shown and self._terminal:

@@ -4,6 +4,8 @@ A checkpoint is fuzzy: what it holds of a place may be newer than the log positi
 older; replaying what came since makes it exact. The two areas are used in turn.
 
 Invariants:
+    The header of an area is wiped, durably, before anything else in the area is overwritten: a header that is there
+    vouches for its whole area, and damage behind it is bit rot.
     The header is written when a sync has covered all chunks, and with them every record that a chunk shows.
     `replay_position` is that of the older of the two checkpoints on the device: either may be needed.
 Crash: a checkpoint without its header never was.
@@ -20,7 +22,7 @@ from forebay_cache.engine.rates import Limit
 from forebay_cache.format import checkpoint
 from forebay_cache.format.checkpoint import CheckpointHeader, CheckpointLayout, Chunk, VolumeState
 from forebay_core.checksums import checksum
-from forebay_core.units import Buffer
+from forebay_core.units import BLOCK_SIZE, Buffer
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -124,7 +126,7 @@ class Checkpoints:
         self._log_bytes = engine.log.bytes_written
         self._records = engine.log.records_written
         self._wanted = False
-        self.step()
+        self._write(self._pass, 0, bytes(BLOCK_SIZE), lambda: self._sync(self.step))
 
     def _layout(self, one: _Pass) -> CheckpointLayout:
         return CheckpointLayout(one.place_count, self._engine.zones.zone_count, one.volume_count, one.hole_count)
@@ -137,7 +139,12 @@ class Checkpoints:
             self._write(one, chunk.offset, block, self._written)
         else:
             table = checkpoint.encode_table(one.sums)
-            self._write(one, self._layout(one).table.offset, table, lambda: self._sync_body(one, checksum(table)))
+            self._write(
+                one,
+                self._layout(one).table.offset,
+                table,
+                lambda: self._sync(lambda: self._write_header(one, checksum(table))),
+            )
 
     def _content(self, one: _Pass, chunk: Chunk) -> bytes:
         engine = self._engine
@@ -173,9 +180,16 @@ class Checkpoints:
         if self._settled or self._wanted:
             self.step()
 
-    def _sync_body(self, one: _Pass, table_xxh3: int) -> None:
+    def _sync(self, then: Callable[[], None]) -> None:
+        """Wait until all that was written is durable; nothing of the checkpoint is written meanwhile."""
         self._writing = True
-        self._engine.log.barrier(lambda ok: self._write_header(one, table_xxh3) if ok else None)
+
+        def durable(ok: bool) -> None:
+            self._writing = False
+            if ok:
+                then()
+
+        self._engine.log.barrier(durable)
 
     def _write_header(self, one: _Pass, table_xxh3: int) -> None:
         engine = self._engine
@@ -197,7 +211,7 @@ class Checkpoints:
             limit_peak=one.limit.peak,
         )
         block = checkpoint.encode_checkpoint_header(header)
-        self._write(one, 0, block, lambda: engine.log.barrier(lambda ok: self._complete(one) if ok else None))
+        self._write(one, 0, block, lambda: self._sync(lambda: self._complete(one)))
 
     def _complete(self, one: _Pass) -> None:
         self._kept = [Kept(one.sequence, one.area, one.point.position, one.point.zone), self._kept[0]]

@@ -160,6 +160,15 @@ def record_xxh3(block: Buffer) -> int:
     return found
 
 
+def is_summed(block: bytearray) -> bool:
+    """Tell whether a header block matches the checksum that it bears."""
+    stored = block[_XXH3_OFFSET : _XXH3_OFFSET + _U64.size]
+    block[_XXH3_OFFSET : _XXH3_OFFSET + _U64.size] = bytes(_U64.size)
+    found = checksum(block)
+    block[_XXH3_OFFSET : _XXH3_OFFSET + _U64.size] = stored
+    return stored == _U64.pack(found)
+
+
 def pack_writes(volume_key: int, lba: int, version: int, checksums: npt.NDArray[np.uint64]) -> bytes:
     """Return the entries of consecutive blocks that are written under one version."""
     rows = np.zeros(checksums.size, ENTRY_DTYPE)

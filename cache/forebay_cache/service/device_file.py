@@ -67,7 +67,7 @@ def _open(path: Path, size: int | None) -> DeviceFile:
             raise InUseError(f"{path}: is in use (mounted, or claimed by another process)") from error
         raise
     try:
-        _lock(fd, path)
+        lock_device(fd, path)
         return _measure(fd, path, size)
     except BaseException:
         if created:
@@ -76,7 +76,12 @@ def _open(path: Path, size: int | None) -> DeviceFile:
         raise
 
 
-def _lock(fd: int, path: Path) -> None:
+def lock_device(fd: int, path: Path) -> None:
+    """Lock an open device until its descriptor is closed.
+
+    Raises:
+        InUseError: another process has it.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

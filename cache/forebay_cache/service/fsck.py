@@ -1,0 +1,19 @@
+"""`forebay cache fsck`: checks a cache device that is not in use. Nothing is written."""
+
+from pathlib import Path
+
+from forebay_cache.engine.check import check_device
+from forebay_cache.engine.check_zones import Reached
+from forebay_cache.engine.findings import Finding
+from forebay_cache.service.stopped_device import open_stopped
+
+
+def fsck(path: Path, *, with_blocks: bool, reached: Reached) -> list[Finding]:
+    """Return what is wrong with a device; an empty list if nothing is.
+
+    Raises:
+        WrongUsageError: there is no device.
+        InUseError: a daemon uses it.
+    """
+    with open_stopped(path) as device:
+        return check_device(device.read, device.size, with_blocks=with_blocks, reached=reached)
