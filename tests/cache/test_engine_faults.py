@@ -16,7 +16,7 @@ from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.writes import Writes
 
-SEEDS = 8
+SEEDS = 32
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -83,7 +83,7 @@ def merge_without_second_look(patch: pytest.MonkeyPatch) -> None:
 
 
 def checkpoint_header_first(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Checkpoints, "_sync_body", lambda self, one, table_xxh3: self._complete(one))
+    patch.setattr(Checkpoints, "_write_header", lambda self, one, table_xxh3: self._complete(one))
 
 
 def cut_sent_before_sync(patch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,15 @@
 Looked at are the zones that hold mapped blocks and those that the log ran through since the older checkpoint. What
 other zones hold is dead, and may be torn. A zone of clean blocks may have been given up and be half overwritten when
 the power was cut, and the checkpoint still shows what it held before; reads meet wrong checksums there and fetch
-again. That is no finding, so such a zone is passed over if anything in it tells of a later life.
+again. That is no finding, so such a zone is passed over if a header of a later life is in it, or if its damage begins
+near its front and is more than one flipped bit.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from forebay_cache.engine.check_areas import ChosenCheckpoint
 from forebay_cache.engine.findings import Findings
@@ -25,7 +26,8 @@ from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX
 Reached = Callable[[int, int], None]
 """Told how many bytes of how many are checked."""
 
-BoolArray = npt.NDArray[np.bool_]
+REUSE_INTACT_MAX: Final = 8
+"""Blocks and headers at the front of a zone that may have stayed whole when torn writes of a later life hit it."""
 
 
 class _Seal(NamedTuple):
@@ -90,19 +92,12 @@ class ZoneCheck:
     # --- one zone ---------------------------------------------------------------------------------------------
 
     def _check_zone(self, zone: int) -> None:
-        zones, end, findings = self._zones, self._recovered.point, self._findings
+        end, findings = self._recovered.point, self._findings
         self._check_state(zone)
         view = self._view(zone)
         if self._was_expendable(zone) and self._tells_of_reuse(zone, view):
             return
-        scan = scan_zone(
-            view,
-            zone,
-            device_tag=self._tag,
-            opening=Opening(zones.incarnations[zone], zones.first_positions[zone]),
-            stop=end.block if zone == end.zone else None,
-            durable=self._checkpoints[0].header.log_position,
-        )
+        scan = self._scan(zone, view)
         for gap in scan.gaps:
             findings.add("record-header" if gap.block else "zone-opening", self._place(zone, gap.block), gap.text)
         whole = scan.end == end.block if zone == end.zone else scan.sealed
@@ -118,6 +113,17 @@ class ZoneCheck:
         if scan.sealed:
             last = scan.records[-1].header
             self._seals[last.log_position + 1] = _Seal(zone, last.next_zone, last.header_xxh3)
+
+    def _scan(self, zone: int, view: memoryview) -> ZoneScan:
+        zones, end = self._zones, self._recovered.point
+        return scan_zone(
+            view,
+            zone,
+            device_tag=self._tag,
+            opening=Opening(zones.incarnations[zone], zones.first_positions[zone]),
+            stop=end.block if zone == end.zone else None,
+            durable=self._checkpoints[0].header.log_position,
+        )
 
     def _was_expendable(self, zone: int) -> bool:
         """Tell whether the zone may have been filled anew by records that a power cut took away."""
@@ -136,18 +142,31 @@ class ZoneCheck:
         return True
 
     def _tells_of_reuse(self, zone: int, view: memoryview) -> bool:
-        """Look for traces of a later life; a first header that is damaged in more than a bit is taken for one."""
+        """Look for traces of a later life, whose headers may be torn: then for damage that begins near the front."""
         incarnation, end = self._zones.incarnations[zone], self._recovered.point.position
         for at in range(0, view.nbytes, BLOCK_SIZE):
             fields = record.peek_header(view[at : at + BLOCK_SIZE])
             ours = (fields.device, fields.zone) == (self._tag, zone)
             if ours and fields.incarnation > incarnation and fields.log_position >= end:
                 return True
-        try:
-            record.decode_record(view[:BLOCK_SIZE], place="")
-        except CorruptionError:
-            return not _is_one_bit_off(view[:BLOCK_SIZE])
-        return False
+        scan = self._scan(zone, view)
+        bad = scan.gaps[0].block if scan.gaps else self._zones.zone_blocks if scan.sealed else scan.end
+        good = 0
+        linked = self._map.linked_mask(self._zones.place_at(zone, 0), self._zones.zone_blocks)
+        for one in scan.records:
+            if one.block > bad or good > REUSE_INTACT_MAX:
+                break
+            good += 1
+            for i, expected in enumerate(one.entries["checksum"][: one.header.block_count].tolist(), one.block + 1):
+                block = view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
+                if self._with_blocks and linked[i]:
+                    if checksum(block) != expected:
+                        return good <= REUSE_INTACT_MAX and not _is_one_bit_off(block, partial(_sums_to, expected))
+                    good += 1
+        if bad == self._zones.zone_blocks or good > REUSE_INTACT_MAX:
+            return False
+        block = view[bad << BLOCK_SHIFT : (bad + 1) << BLOCK_SHIFT]
+        return not (record.is_summed(bytearray(block)) or _is_one_bit_off(block, record.is_summed))
 
     def _check_state(self, zone: int) -> None:
         newest, live = self._checkpoints[0], int(self._map.live_array[zone])
@@ -286,12 +305,16 @@ class ZoneCheck:
         return f"{state} block {key & LBA_MAX} of volume {volume.note.name}"
 
 
-def _is_one_bit_off(block: memoryview) -> bool:
-    """Tell whether flipping one bit back makes a damaged record header whole."""
+def _sums_to(expected: int, block: bytearray) -> bool:
+    return checksum(block) == expected
+
+
+def _is_one_bit_off(block: memoryview, is_whole: Callable[[bytearray], bool]) -> bool:
+    """Tell whether flipping one bit back makes a damaged block whole."""
     copy = bytearray(block)
     for bit in range(8 * BLOCK_SIZE):
         copy[bit >> 3] ^= 1 << (bit & 7)
-        if record.is_summed(copy):
+        if is_whole(copy):
             return True
         copy[bit >> 3] ^= 1 << (bit & 7)
     return False

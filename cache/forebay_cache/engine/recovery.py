@@ -10,7 +10,8 @@ Invariants:
 Source: write-ahead logging with fuzzy checkpoints, as in Mohan et al., ARIES, 1992 (redo only).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -244,9 +245,9 @@ class _Replay:
         """
         missing = f"zone {end.zone} block {end.block}"
         rest = memoryview(self._read_blocks(end.zone, end.block, self.zones.zone_blocks - end.block))
-        blocks = [rest[at : at + BLOCK_SIZE] for at in range(BLOCK_SIZE, rest.nbytes, BLOCK_SIZE)]
+        blocks: Iterable[memoryview] = [rest[at : at + BLOCK_SIZE] for at in range(BLOCK_SIZE, rest.nbytes, BLOCK_SIZE)]
         if rest.nbytes and self._looks_like_next(rest[:BLOCK_SIZE], end):
-            blocks += [memoryview(self._read_blocks(zone, 0, 1)) for zone in range(self.zones.zone_count)]
+            blocks = chain(blocks, self._zones_behind(end))
         for block in blocks:
             header = self._later_header(block)
             if header is not None and header.log_position > end.position and header.durable_position > end.position:
@@ -256,6 +257,14 @@ class _Replay:
                     expected=f"log position {end.position}, durable when record {header.log_position} was written",
                     found="a damaged record",
                 )
+
+    def _zones_behind(self, end: LogPoint) -> Iterator[memoryview]:
+        """Yield the blocks of the zones that begin with a later record: what knows of a sync may stand anywhere."""
+        for zone in range(self.zones.zone_count):
+            header = self._later_header(memoryview(self._read_blocks(zone, 0, 1)))
+            if header is not None and header.log_position > end.position:
+                view = memoryview(self._read_blocks(zone, 0, self.zones.zone_blocks))
+                yield from (view[at : at + BLOCK_SIZE] for at in range(0, view.nbytes, BLOCK_SIZE))
 
     def _looks_like_next(self, block: memoryview, end: LogPoint) -> bool:
         fields = record.peek_header(block)
