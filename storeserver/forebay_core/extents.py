@@ -3,7 +3,8 @@
 Invariant of every list here: sorted by start, not overlapping, no empty extent.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -50,6 +51,14 @@ def subtract(extent: Extent, holes: Iterable[Extent]) -> list[Extent]:
     if at < extent.end:
         rest.append(Extent(at, extent.end - at))
     return rest
+
+
+def overlapping(extents: Sequence[Extent], extent: Extent) -> Iterator[Extent]:
+    """Yield those of the extents that share a block with one extent, in the time of a binary search."""
+    at = bisect_right(extents, extent.start, key=lambda one: one.end)
+    while at < len(extents) and extents[at].start < extent.end:
+        yield extents[at]
+        at += 1
 
 
 def from_blocks(lbas: Sequence[int] | npt.NDArray[np.uint64]) -> list[Extent]:

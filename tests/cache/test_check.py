@@ -46,9 +46,9 @@ def work(rig: Rig, turns: int, rng: random.Random) -> None:
             assert rig.write(lba * BLOCK_SIZE, rng.randbytes(count * BLOCK_SIZE)) == IoError.OK
 
 
-def worked_in(seed: int = 5) -> Rig:
+def worked_in(seed: int = 5, *, size: int = 8 << 20) -> Rig:
     """A device with clean, dirty, trimmed and moved blocks; the store is away at the end, so dirty ones stay."""
-    rig = Rig(seed, size=8 << 20, blocks=BLOCKS)
+    rig = Rig(seed, size=size, blocks=BLOCKS)
     rng = random.Random(seed)
     work(rig, 160, rng)
     assert rig.drain()

@@ -180,6 +180,15 @@ class Rig:
             time.sleep(0.02)
         return status
 
+    def wait_idle(self) -> None:
+        """Wait until the cache writes nothing any more."""
+        seen: list[int] = []
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while len(seen) < 6 or len(set(seen[-6:])) > 1:
+            assert time.monotonic() < deadline, seen
+            seen.append(self.status().log_bytes)
+            time.sleep(0.06)
+
     # --- bytes ------------------------------------------------------------------------------------------------
 
     def exported(self, name: str) -> bytes:

@@ -48,6 +48,8 @@ def test_the_commands_of_the_design_exist() -> None:
         "store serve",
         "store fsck",
         "store rebuild-index",
+        "cache fsck",
+        "cache salvage",
         "cache serve",
         *(f"volume {name}" for name in ("create", "import", "export", "list", "info", "resize", "delete")),
         "attach",

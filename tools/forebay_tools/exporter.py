@@ -7,13 +7,13 @@ durable; a crash leaves at most a file with a name that ends in `.part`.
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 from forebay_core.errors import ForebayError
-from forebay_core.extents import EXTENT_COUNT_MAX, Extent, pack
+from forebay_core.extents import EXTENT_COUNT_MAX, Extent, overlapping, pack, subtract
 from forebay_core.memory import keep_freed_memory
 from forebay_core.units import BLOCK_SIZE, format_size
 from forebay_tools.in_flight import InFlight
@@ -42,8 +42,7 @@ async def export_volume(client: WireClient, name: str, path: Path, *, force: boo
     progress = Progress("exporting", row.data_blocks * BLOCK_SIZE, sys.stderr)
     try:
         with open_target(path, row.size, force=force) as target:
-            done = await _Export(client, row, target, progress).run()
-            await _check_unchanged(client, row)
+            done = await copy_volume(client, row, target, progress)
     finally:
         progress.close()
     elapsed_s = max(progress.elapsed_s, 1e-3)
@@ -51,15 +50,31 @@ async def export_volume(client: WireClient, name: str, path: Path, *, force: boo
     return f"{format_size(row.size)}, {format_size(done)} of it data, exported in {elapsed_s:.1f} s ({rate}/s)"
 
 
+async def copy_volume(
+    client: WireClient, row: VolumeRow, target: Target, progress: Progress, *, skip: Sequence[Extent] = ()
+) -> int:
+    """Write what the store has of a volume to an open target, but for some sorted extents; return bytes of data.
+
+    Raises:
+        ForebayError: the volume changed meanwhile, or a block is damaged.
+    """
+    done = await _Export(client, row, target, progress, skip).run()
+    await _check_unchanged(client, row)
+    return done
+
+
 class _Export:
     """One export: reads in flight, and the thread that checks and writes what they bring."""
 
-    def __init__(self, client: WireClient, row: VolumeRow, target: Target, progress: Progress) -> None:
+    def __init__(
+        self, client: WireClient, row: VolumeRow, target: Target, progress: Progress, skip: Sequence[Extent]
+    ) -> None:
         self._client = client
         self._row = row
         self._target = target
         self._progress = progress
         self._place = f"volume {row.name}"
+        self._skip = skip
         self._done_blocks = 0
         self._in_flight = InFlight(READS_IN_FLIGHT_MAX)
 
@@ -84,15 +99,16 @@ class _Export:
                 if self._target.zero_holes:
                     await loop.run_in_executor(executor, self._target.leave_hole, extent)
                 continue
-            rest: Extent | None = extent
-            while rest is not None:
-                taken = Extent(rest.start, min(rest.count, room))
-                rest = Extent(taken.end, rest.count - taken.count) if taken.count < rest.count else None
-                batch.append(taken)
-                room -= taken.count
-                if room == 0:
-                    yield batch
-                    batch, room = [], READ_BLOCKS_MAX
+            for wanted in subtract(extent, overlapping(self._skip, extent)):
+                rest: Extent | None = wanted
+                while rest is not None:
+                    taken = Extent(rest.start, min(rest.count, room))
+                    rest = Extent(taken.end, rest.count - taken.count) if taken.count < rest.count else None
+                    batch.append(taken)
+                    room -= taken.count
+                    if room == 0:
+                        yield batch
+                        batch, room = [], READ_BLOCKS_MAX
         if batch:
             yield batch
 

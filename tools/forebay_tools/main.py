@@ -14,6 +14,7 @@ from forebay_tools.arguments import Commands, Parser
 from forebay_tools.commands import (
     attach,
     cache_fsck,
+    cache_salvage,
     cache_serve,
     config_check,
     detach,
@@ -75,7 +76,7 @@ def build_parser() -> Parser:
     config = _group(_add_group(top, "config", "the file with the settings of the daemons"))
     for module in (store_serve, store_fsck, store_rebuild_index):
         module.add(store)
-    for module in (cache_serve, cache_fsck):
+    for module in (cache_serve, cache_fsck, cache_salvage):
         module.add(cache)
     for module in (
         volume_create,

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
 
 
+SALVAGE_FIRST = "stop this daemon and save them with forebay cache salvage"
+
+
 class StoreView(NamedTuple):
     """What the store said when it granted the right to write."""
 
@@ -86,7 +89,7 @@ class Attaching:
             dirty = format_size(volume.dirty_blocks << 12)
             raise ForebayError(
                 f"volume {view.name} was changed elsewhere while this cache still holds {dirty} of changes that the "
-                f"store has never seen; they are kept on the device and not merged"
+                f"store has never seen; they are kept and not merged: {SALVAGE_FIRST}"
             )
         if volume is None:
             self._make_room()
@@ -111,7 +114,8 @@ class Attaching:
             self._engine.destage.stop_volume(
                 volume,
                 f"the store is at epoch {view.epoch}, version {view.version:#x}, this cache at epoch {volume.epoch}, "
-                f"version {volume.acknowledged:#x}: the volume was changed elsewhere; detach and attach it again",
+                f"version {volume.acknowledged:#x}: the volume was changed elsewhere; "
+                + (SALVAGE_FIRST if volume.has_changes else "detach and attach it again"),
             )
 
     def detach(self, volume: CacheVolume, *, leave_dirty: bool, settled: Settled) -> None:

@@ -153,7 +153,7 @@ def _resume(
 ) -> int | None:
     """Return the block of the first later record of the same log, or None if nobody knew record `lost` as durable."""
     first: int | None = None
-    for one in _later(view, zone, block + 1, device_tag):
+    for one in later_records(view, zone, block + 1, device_tag):
         header = one.header
         if header.incarnation != opening.incarnation or header.log_position <= lost:
             continue
@@ -164,8 +164,8 @@ def _resume(
     return None
 
 
-def _later(view: memoryview, zone: int, block: int, device_tag: int) -> Iterator[ScannedRecord]:
-    """Yield the whole headers from a block on; blocks that don't begin as one are passed over quickly."""
+def later_records(view: memoryview, zone: int, block: int, device_tag: int) -> Iterator[ScannedRecord]:
+    """Yield the whole headers of a zone from a block on, of whatever life they are."""
     while block < view.nbytes >> BLOCK_SHIFT:
         fields = record.peek_header(view[block << BLOCK_SHIFT : (block << BLOCK_SHIFT) + BLOCK_SIZE])
         if (fields.device, fields.zone) == (device_tag, zone):

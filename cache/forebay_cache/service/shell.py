@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from forebay_cache.engine.attaching import Standing, StoreView
+from forebay_cache.engine.attaching import SALVAGE_FIRST, Standing, StoreView
 from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.volume import CacheVolume
@@ -80,7 +80,10 @@ class Shell:
         if volume is None or not volume.attached:
             return
         if code in FINAL_CODES:
-            self._engine.destage.stop_volume(volume, f"the store gave volume {volume.name} to somebody else: {text}")
+            then = f"; changes that are only here are kept: {SALVAGE_FIRST}" if volume.has_changes else ""
+            self._engine.destage.stop_volume(
+                volume, f"the store gave volume {volume.name} to somebody else: {text}{then}"
+            )
         else:
             self._engine.destage.suspend(volume)
             volume.warning = text
@@ -96,6 +99,8 @@ class Shell:
         with self._alone(name):
             volume = self._find(name)
             if volume is not None and not (volume.error and take_over):
+                if volume.error:
+                    raise RefusedError(messages.FAILED, f"volume {name} has stopped: {volume.error}")
                 if volume.read_only != read_only:
                     raise RefusedError(messages.BAD_REQUEST, f"volume {name} is attached otherwise; detach it first")
                 return self._folder.uri(name)
