@@ -52,6 +52,12 @@ READ_GAP_MAX: Final = 16384
 INDEX_SIZE_START: Final = 1024 * GIB
 """Address space of the index at first; the file is as large as what is in it."""
 
+REPORTS_PER_MESSAGE_MAX: Final = 1024
+"""Volumes of which one cache may report at once; a device knows fewer."""
+
+REPORTS_MAX: Final = 65536
+"""Volumes of which the last report is kept, 200 bytes each; the one heard of longest ago is forgotten."""
+
 assert PAYLOAD_SIZE_MAX + HOLES_PER_PART_MAX * 12 + MIB <= SEGMENT_SIZE_MAX
 assert 2 * SEGMENT_SIZE_MAX <= PENDING_BYTES_MAX
 assert SEGMENT_RECORDS_MAX <= PENDING_RECORDS_MAX

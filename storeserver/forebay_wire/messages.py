@@ -241,6 +241,44 @@ class Committed(Message, frozen=True, array_like=True, tag=42):
     already_applied: bool
 
 
+class HeldReport(Message, frozen=True, array_like=True):
+    """How far a cache device is ahead of the store with one volume. Times are its wall clock, Unix nanoseconds."""
+
+    volume: bytes
+    epoch: int
+    version: int  # of the newest change that the device holds
+    oldest_ns: int  # since when it has held a change that the store does not; 0: it has none
+    reported_ns: int
+
+
+class ReportHeld(Message, frozen=True, array_like=True, tag=43):
+    """From a cache now and then: what it holds of the volumes whose writer it is; answered by Done.
+
+    The store keeps the last report of each volume in memory. Reports of a volume that the sender does not hold, or of
+    another epoch, are ignored.
+    """
+
+    reports: tuple[HeldReport, ...]
+
+
+class GetHeld(Message, frozen=True, array_like=True, tag=44):
+    """Ask for the last report about a volume; answered by Held."""
+
+    name: str
+
+
+class Held(Message, frozen=True, array_like=True, tag=45):
+    """The last reports about a volume since the store started, `reported_ns` 0 if there was none.
+
+    `report` is of its holder, or of the one that released it; `lost` of the one from which it was taken over, when the
+    store stood at `lost_from`.
+    """
+
+    report: HeldReport
+    lost: HeldReport
+    lost_from: int
+
+
 class GetStoreStatus(Message, frozen=True, array_like=True, tag=50):
     """Ask the store how it is; answered by StoreStatus."""
 
@@ -377,6 +415,9 @@ AnyMessage = (
     | StagePart
     | CommitCut
     | Committed
+    | ReportHeld
+    | GetHeld
+    | Held
     | GetStoreStatus
     | StoreStatus
     | Attach

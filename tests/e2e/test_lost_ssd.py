@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 from e2e_rig import Rig
@@ -44,13 +45,45 @@ def padded(content: bytes) -> bytes:
     return content + bytes(SIZE - len(content))
 
 
+def told(rig: Rig, key: str) -> dict[str, int] | None:
+    found: dict[str, dict[str, int] | None] = json.loads(rig.run("volume", "info", "disk", "--json"))
+    return found[key]
+
+
+def test_the_store_knows_how_far_a_lost_cache_was_ahead(rig: Rig) -> None:
+    rig.cache_flags = ["--zone-size", "1MiB", "--cut-age-s-max", "3600"]
+    rig.start()
+    rig.create("disk", SIZE)
+    rig.attach("disk")
+    assert "no cache has reported" in rig.run("volume", "info", "disk")
+    with rig.nbd("disk") as client:
+        client.write(0, os.urandom(MIB))
+        client.flush()
+    deadline = time.monotonic() + 30
+    while not (reported := told(rig, "held")) or not reported["changes"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    sequence = rig.status().volumes[0].sequence
+    assert reported["changes"] == sequence and reported["seconds"] > 0
+    take_over_on_a_new_device(rig)
+    assert told(rig, "held") is None
+    lost = told(rig, "lost")
+    assert lost is not None and (lost["changes"], lost["epoch"]) == (sequence, 1)
+    assert f"{sequence} changes" in rig.run("volume", "info", "disk")
+    rig.drain("disk")
+    while not (reported := told(rig, "held")):
+        assert time.monotonic() < deadline + 30
+        time.sleep(0.5)
+    assert reported["changes"] == 0 and told(rig, "lost") == lost
+
+
 def test_without_the_ssd_the_volume_is_its_last_cut(rig: Rig) -> None:
     old, _, _ = begin(rig)
     take_over_on_a_new_device(rig).unlink()
     with rig.nbd("disk") as client:
         assert client.read(0, SIZE) == padded(old)
-    told = json.loads(rig.run("volume", "info", "disk", "--json"))
-    assert told["committed_sequence"] > 0 and told["committed_ns"] > 0
+    row = json.loads(rig.run("volume", "info", "disk", "--json"))
+    assert row["committed_sequence"] > 0 and row["committed_ns"] > 0
 
 
 def test_a_device_that_comes_back_later_is_refused_and_its_changes_are_saved(rig: Rig) -> None:
@@ -82,11 +115,11 @@ def test_a_device_that_comes_back_later_is_refused_and_its_changes_are_saved(rig
     words = ("cache", "salvage", "--device", str(rig.device), "disk", str(target))
     assert "changes that are not in the store" in rig.run(*words)
     assert target.read_bytes() == padded(seen)  # all of it was cached
-    told = json.loads(Path(f"{target}.map.json").read_text())
-    states = {state for _, _, state in told["extents"]}
-    assert states >= {"dirty", "dirty-hole", "cached", "absent"} and told["bad_blocks"] == []
-    assert sum(count for _, count, _ in told["extents"]) == SIZE // BLOCK_SIZE
-    assert [2 * MIB // BLOCK_SIZE, MIB // BLOCK_SIZE, "dirty"] in told["extents"]
+    saved = json.loads(Path(f"{target}.map.json").read_text())
+    states = {state for _, _, state in saved["extents"]}
+    assert states >= {"dirty", "dirty-hole", "cached", "absent"} and saved["bad_blocks"] == []
+    assert sum(count for _, count, _ in saved["extents"]) == SIZE // BLOCK_SIZE
+    assert [2 * MIB // BLOCK_SIZE, MIB // BLOCK_SIZE, "dirty"] in saved["extents"]
     assert "--force" in rig.run(*words, code=1)
     assert "can't tell any more" in rig.run(*words, "--force", "--store", rig.store_address, code=1)
     assert target.read_bytes() == padded(seen)

@@ -82,8 +82,9 @@ class Destage:
         self._press()
         for volume in self._engine.volumes.values():
             if not volume.has_changes:
-                volume.opened_ns = 0
+                volume.opened_ns = volume.dirty_since_ns = 0
                 continue
+            volume.dirty_since_ns = volume.dirty_since_ns or wall_ns
             if volume.opened_ns == 0:
                 volume.opened_ns = now_ns
             if self._is_due(volume):
@@ -198,6 +199,7 @@ class Destage:
         volume.dirty = array("Q")
         volume.trimmed = False
         volume.opened_ns = 0
+        volume.closed_wall_ns = self._wall_ns
         volume.cuts.append(cut)
         engine.log.kick()
         engine.log.when_durable(engine.log.applied.position, lambda ok: self._send(volume, cut) if ok else None)
@@ -450,6 +452,7 @@ class Destage:
         volume.warning = ""
         volume.acknowledged = max(volume.acknowledged, version)
         volume.cuts.remove(cut)
+        volume.dirty_since_ns = volume.closed_wall_ns  # what is left came behind the cut
         engine.map.clear_places(cut.pinned[cut.pinned >= 0])
         engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, volume.acknowledged, 0)
         engine.log.kick()

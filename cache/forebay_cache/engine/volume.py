@@ -47,6 +47,8 @@ class CacheVolume:
         self.trimmed = False  # blocks in `dirty` may be gone
         self.closing = False  # being detached: what still comes is refused
         self.cuts: list[Cut] = []
+        self.dirty_since_ns = 0  # wall clock: how old the oldest change is that is not upstream; 0: there is none
+        self.closed_wall_ns = 0  # when the closed cut was closed
         self.opened_ns = 0  # when the open cut got its first change; 0: it has none
         self.connections = 0
         self.own_limit = NOT_SET  # as set by an admin for this volume

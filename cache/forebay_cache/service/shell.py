@@ -27,7 +27,7 @@ from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, format_rate, sequence_of
 from forebay_wire import messages
-from forebay_wire.messages import CacheStatus, LimitStatus, Opened, VolumeStatus
+from forebay_wire.messages import CacheStatus, HeldReport, LimitStatus, Opened, VolumeStatus
 
 STALE_EXTENTS_MAX: Final = 4096
 """Changed extents up to which they are dropped one by one; beyond it all that is cached of the volume is dropped."""
@@ -87,6 +87,14 @@ class Shell:
         else:
             self._engine.destage.suspend(volume)
             volume.warning = text
+
+    def held(self, wall_ns: int) -> list[HeldReport]:
+        """Tell the store how far we are ahead of it, so that somebody knows what is gone if this device is lost."""
+        return [
+            HeldReport(volume.id, volume.epoch, volume.version, volume.dirty_since_ns, wall_ns)
+            for volume in self._engine.held()
+            if not volume.error
+        ]
 
     # --- commands ---------------------------------------------------------------------------------------------
 

@@ -20,7 +20,18 @@ from forebay_core.units import DeviceId, Version, VolumeId
 from forebay_wire import messages
 from forebay_wire.address import Address
 from forebay_wire.client import WireClient
-from forebay_wire.messages import Done, GetVolume, Opened, OpenVolume, Ping, ReleaseVolume, Volume, VolumeRow
+from forebay_wire.messages import (
+    Done,
+    GetVolume,
+    HeldReport,
+    Opened,
+    OpenVolume,
+    Ping,
+    ReleaseVolume,
+    ReportHeld,
+    Volume,
+    VolumeRow,
+)
 
 CONNECT_TIMEOUT_S: Final = 5.0
 OPEN_TIMEOUT_S: Final = 30.0
@@ -105,6 +116,7 @@ class StoreSession:
         jitter: Callable[[], float],
         on_reopened: Callable[[VolumeId, Opened], None],
         on_refused: Callable[[VolumeId, str, str], None],
+        held: Callable[[], Sequence[HeldReport]] = tuple,
         ping_interval_s: float = PING_INTERVAL_S,
         ping_timeout_s: float = PING_TIMEOUT_S,
         command_wait_s: float = COMMAND_WAIT_S,
@@ -116,6 +128,7 @@ class StoreSession:
         self._jitter = jitter
         self._on_reopened = on_reopened
         self._on_refused = on_refused
+        self._held = held
         self._ping_interval_s = ping_interval_s
         self._ping_timeout_s = ping_timeout_s
         self._command_wait_s = command_wait_s
@@ -299,7 +312,9 @@ class StoreSession:
         try:
             while True:
                 await asyncio.sleep(self._ping_interval_s)
-                await client.ask(Ping(), Done, timeout_s=self._ping_timeout_s)
+                reports = tuple(self._held())
+                message = ReportHeld(reports) if reports else Ping()
+                await client.ask(message, Done, timeout_s=self._ping_timeout_s)
         except (StoreUnreachableError, ProtocolError, RefusedError):
             await client.close()
 
