@@ -27,6 +27,7 @@ from forebay_cache.engine.limits import (
     OPEN_CUT_BLOCKS_MAX,
     QUEUED_BLOCKS_FILL_MAX,
     RECOUNT_NS,
+    RETIRED_ZONES_RATIO,
     ZONES_RESERVED,
 )
 from forebay_cache.engine.log import Log, Settled
@@ -96,6 +97,7 @@ class CacheEngine:
         self.volumes: dict[int, CacheVolume] = {}
         self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
         self.dirty_blocks = 0
+        self.retired_zones: set[int] = set()
         self.log = Log(
             device,
             self.zones,
@@ -301,6 +303,12 @@ class CacheEngine:
         """Undo `hold_zones`."""
         for zone in zones:
             self.zones.readers[zone] -= 1
+
+    def retire_zone(self, zone: int) -> None:
+        """A block of the zone can't be read: keep what else is in it, but do not fill it again before a restart."""
+        if zone not in self.retired_zones and len(self.retired_zones) < self.zones.zone_count // RETIRED_ZONES_RATIO:
+            self.retired_zones.add(zone)
+            self.hold_zones(np.array([self.zones.place_at(zone, 0)]))
 
     def count_dirty_blocks(self) -> None:
         """Count anew; in between `dirty_blocks` only grows."""

@@ -58,6 +58,9 @@ ZONES_PER_SPARE: Final = 16
 """Free zones that reclaim keeps ahead of the writers: a 16th of the device within these bounds. A zone is free only
 after a sync, and with 20 MiB ahead (1 GiB device, 2026-11) random writers stood still while one was under way."""
 
+RETIRED_ZONES_RATIO: Final = 8
+"""At most one zone of so many is left unused because a block of it can't be read."""
+
 VICTIM_CANDIDATES: Final = 8
 """Zones that are looked at for one victim; one look costs about 20 us."""
 

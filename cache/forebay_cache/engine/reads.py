@@ -3,6 +3,7 @@
 Invariants:
     A read pins the zones it reads from until the bytes are there, so a place is not filled anew under it.
     A clean block that does not match its checksum leaves the map and is fetched again; a dirty one is an error.
+    Where the device can't be read, each block is tried for itself, and the zone is not filled again until a restart.
 """
 
 from collections.abc import Sequence
@@ -169,6 +170,10 @@ class Reads:
 
         def done(answer: Buffer | None) -> None:
             engine.zones.readers[zone] -= 1
+            if answer is None and part.count > 1:
+                self._reread(volume, request, part)
+                request.arrived()
+                return
             bad = range(part.count) if answer is None else _mismatches(answer, sums)
             if answer is not None and not bad:
                 request.parts[part.start] = (part.count, answer)
@@ -177,6 +182,15 @@ class Reads:
             request.arrived()
 
         engine.device.read(offset, part.count << BLOCK_SHIFT, done)
+
+    def _reread(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
+        """A run can't be read as a whole: read its blocks one by one, from wherever they are by now."""
+        for lba in range(part.start, part.end):
+            place = self._engine.map.find(volume.key << LBA_BITS | lba)
+            if place >= 0:
+                self._read_run(volume, request, Extent(lba, 1), place)
+            else:
+                self._read_absent(volume, request, Extent(lba, 1))
 
     def _repair(
         self,
@@ -215,6 +229,8 @@ class Reads:
             found = checksum(memoryview(rest)[:BLOCK_SIZE]) if rest is not None else None
             engine.report_corruption(volume, lba, place, expected, found, clean=clean)
             self.corrupt_blocks += 1
+            if found is None:
+                engine.retire_zone(place // engine.zones.zone_blocks)
             if clean:
                 engine.drop_block(key, place)
                 self._read_absent(volume, request, block)
