@@ -128,3 +128,23 @@ def test_a_cut_that_rested_over_a_detach_is_begun_anew() -> None:
     assert rig.engine.by_id(VOLUME_ID) is rig.volume
     assert rig.drain()
     assert rig.store.plain()[3] == b"a" * BLOCK_SIZE
+
+
+def test_room_that_is_found_while_looking_for_room_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(8)
+    other = attach_second(rig)
+    has_room = rig.engine.has_room
+    monkeypatch.setattr(rig.engine, "has_room", lambda volume: False)
+    got: list[IoError] = []
+    for volume in (rig.volume, other):
+        volume.write(0, b"a" * BLOCK_SIZE, False, got.append)
+
+    def frees_a_zone(volume: CacheVolume) -> bool:
+        monkeypatch.setattr(rig.engine, "has_room", has_room)
+        rig.engine.resume_writers()
+        return has_room(volume)
+
+    monkeypatch.setattr(rig.engine, "has_room", frees_a_zone)
+    rig.engine.resume_writers()
+    rig.run_until(lambda: len(got) == 2)
+    assert got == [IoError.OK, IoError.OK]

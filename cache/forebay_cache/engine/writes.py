@@ -95,7 +95,10 @@ class Writes:
         A volume that has no room, or has failed, keeps nobody else waiting.
         """
         for key in list(self._waiting):
-            queue = self._waiting.pop(key)
+            # Looking for room may free a zone at once, which resumes: then another turn of this loop has been here.
+            queue = self._waiting.pop(key, None)
+            if queue is None:
+                continue
             for _ in range(len(queue)):
                 volume = queue[0].volume
                 if not (volume.refuses or self._engine.has_room(volume)):
