@@ -11,8 +11,7 @@ Crash: nothing is kept; the next start opens every volume again.
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Final, NamedTuple
 
 from forebay_core.errors import AuthenticationError, ForebayError, ProtocolError, RefusedError, StoreUnreachableError
@@ -53,6 +52,15 @@ assert BACKOFF_S_MIN < BACKOFF_S_MAX <= STABLE_S
 assert PING_INTERVAL_S < PING_TIMEOUT_S
 
 _LOG = logging.getLogger(__name__)
+
+
+Connect = Callable[[Address, bytes | None, DeviceId], Awaitable[WireClient]]
+"""Connects to an address with a key, as a device; raises as `WireClient.connect` does."""
+
+
+async def connect(address: Address, key: bytes | None, device: DeviceId) -> WireClient:
+    """Connect over TCP."""
+    return await WireClient.connect(address, key=key, node=device, timeout_s=CONNECT_TIMEOUT_S)
 
 
 class Session(NamedTuple):
@@ -120,6 +128,7 @@ class StoreSession:
         ping_interval_s: float = PING_INTERVAL_S,
         ping_timeout_s: float = PING_TIMEOUT_S,
         command_wait_s: float = COMMAND_WAIT_S,
+        connect: Connect = connect,
     ) -> None:
         assert addresses
         self._addresses = tuple(addresses)
@@ -132,6 +141,7 @@ class StoreSession:
         self._ping_interval_s = ping_interval_s
         self._ping_timeout_s = ping_timeout_s
         self._command_wait_s = command_wait_s
+        self._open = connect
         self._volumes: dict[VolumeId, OpenedVolume] = {}
         self._client: WireClient | None = None
         self._connected = asyncio.Event()
@@ -265,12 +275,13 @@ class StoreSession:
 
     async def _run(self) -> None:
         backoff = self.backoff()
+        loop = asyncio.get_running_loop()
         while True:
             client = await self._connect()
             if client is not None:
-                began_s = time.monotonic()
+                began_s = loop.time()
                 why = await self._stay(client)
-                if time.monotonic() - began_s > STABLE_S:
+                if loop.time() - began_s > STABLE_S:
                     backoff.reset()
                 self._report(f"connection to the store at {self.address} lost: {why}")
             await backoff.wait()
@@ -278,9 +289,7 @@ class StoreSession:
     async def _connect(self) -> WireClient | None:
         for address in self._addresses:
             try:
-                client = await WireClient.connect(
-                    address, key=self._key, node=self._device, timeout_s=CONNECT_TIMEOUT_S
-                )
+                client = await self._open(address, self._key, self._device)
             except (StoreUnreachableError, AuthenticationError, ProtocolError) as error:
                 self._report(str(error))
                 continue

@@ -42,8 +42,17 @@ Done = Callable[[ForebayError | None], None]
 class StoreShell:
     """Answers the wire's requests for one open store."""
 
-    def __init__(self, store: OpenStore) -> None:
+    def __init__(
+        self,
+        store: OpenStore,
+        *,
+        wall_ns: Callable[[], int] = time.time_ns,
+        fresh_id: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        """`wall_ns` and `fresh_id` are where time and random bytes come from."""
         self._store = store
+        self._wall_ns = wall_ns
+        self._fresh_id = fresh_id
         self._engine = StoreEngine(store.index, store=store.folder.store, newest=store.newest)
         self._loop = asyncio.get_running_loop()
         self._writer = ThreadPoolExecutor(1, "segments")
@@ -180,7 +189,7 @@ class StoreShell:
         ticket = self._ticket
         future: asyncio.Future[messages.AnyMessage] = self._loop.create_future()
         self._waiting[ticket] = future
-        incoming = Incoming(message, part, time.time_ns(), secrets.token_bytes(ID_SIZE))
+        incoming = Incoming(message, part, self._wall_ns(), self._fresh_id(ID_SIZE))
         self._engine.submit(ticket, incoming, payload)
         self._pump()
         try:
