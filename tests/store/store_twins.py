@@ -4,18 +4,17 @@
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from sortedcontainers import SortedDict
+from sim_index import DictIndex
 
 from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError, RefusedError
 from forebay_core.extents import Extent, pack
 from forebay_core.units import Buffer
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.changes import Change, Incoming
-from forebay_store.engine.ports import BackendError, IndexReader, IndexWriter, SegmentExistsError, SegmentMissingError
+from forebay_store.engine.ports import BackendError, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import check_frames, plan_read
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
@@ -24,7 +23,6 @@ from forebay_store.engine.volumes import purge_head
 from forebay_store.format.layout import build_segment
 from forebay_store.format.part import parse_part
 from forebay_store.format.records import StoreClaimed
-from forebay_store.format.rows import Table
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
 from forebay_store.limits import PURGE_ENTRIES_MAX
 from forebay_wire import messages
@@ -36,63 +34,6 @@ STORE = b"store-of-a-test!"
 
 class Crash(Exception):
     """The store died here."""
-
-
-class DictView:
-    """One transaction over sorted dictionaries."""
-
-    def __init__(self, tables: dict[Table, SortedDict]) -> None:
-        self.tables = tables
-
-    def get(self, table: Table, key: bytes) -> bytes | None:
-        found: bytes | None = self.tables[table].get(key)
-        return found
-
-    def scan(self, table: Table, key: bytes) -> Iterator[tuple[bytes, bytes]]:
-        rows = self.tables[table]
-        for found in list(rows.irange(key)):
-            yield found, rows[found]
-
-    def before(self, table: Table, key: bytes) -> tuple[bytes, bytes] | None:
-        rows = self.tables[table]
-        found = rows.bisect_left(key)
-        return rows.peekitem(found - 1) if found else None
-
-    def put(self, table: Table, key: bytes, value: bytes) -> None:
-        self.tables[table][key] = value
-
-    def delete(self, table: Table, key: bytes) -> None:
-        self.tables[table].pop(key, None)
-
-
-class DictIndex:
-    """An index that keeps nothing but what it holds; with `full` its disk is."""
-
-    def __init__(self) -> None:
-        self.tables = {table: SortedDict() for table in Table}
-        self.full = False
-
-    @contextmanager
-    def view(self) -> Iterator[IndexReader]:
-        yield DictView(self.tables)
-
-    def update(self, change: Callable[[IndexWriter], Result]) -> Result:
-        if self.full:
-            raise NoSpaceError("the index is full")
-        copy = {table: SortedDict(rows) for table, rows in self.tables.items()}
-        result = change(DictView(copy))
-        self.tables = copy
-        return result
-
-    def copy(self) -> "DictIndex":
-        """Return the index as it is now, for a later crash to fall back to."""
-        other = DictIndex()
-        other.tables = {table: SortedDict(rows) for table, rows in self.tables.items()}
-        return other
-
-    def rows(self) -> dict[Table, dict[bytes, bytes]]:
-        """Return everything."""
-        return {table: dict(rows) for table, rows in self.tables.items()}
 
 
 class MemoryBackend:

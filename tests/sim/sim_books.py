@@ -1,0 +1,97 @@
+"""Judges of a cache engine's books: space adds up, limits hold. They look at memory only to compare it with itself.
+
+`IMAGE_CHECKS` are run over a whole device image after each run; a checker of images is added there.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from sim_world import Violation
+
+from forebay_cache.engine.cache import CacheEngine
+from forebay_cache.engine.limits import HOLES_KEPT_MAX, PARTS_IN_FLIGHT_MAX, RECORDS_IN_FLIGHT_MAX
+from forebay_cache.engine.recovery import Recovered, recover
+from forebay_cache.engine.zones import ZoneState
+from forebay_cache.format import record
+from forebay_cache.format.superblock import choose
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, LBA_MAX
+
+WRITES_MAX = RECORDS_IN_FLIGHT_MAX + 1
+"""Writes that the device may have at a time: records, and one of a checkpoint."""
+
+
+def claim(ok: bool, what: str) -> None:
+    """Raise unless a statement holds."""
+    if not ok:
+        raise Violation(what)
+
+
+def check_books(engine: CacheEngine) -> None:
+    """Compare what the engine counts with what it holds."""
+    table = engine.map
+    keys = table.key_array
+    linked = table.linked_mask(0, table.place_count)
+    claim(not (linked & (keys == 0)).any(), "a place is linked and holds nothing")
+    pinned = {int(p) for v in engine.volumes.values() for cut in v.cuts for p in cut.pinned if p >= 0}
+    held = {int(p) for p in np.flatnonzero((keys != 0) & ~linked)}
+    claim(held == pinned, "held and pinned places differ")
+    for volume in engine.volumes.values():
+        mine = linked & (keys >> np.uint64(LBA_BITS) == volume.key)
+        dirty = set((keys[mine & (table.version_array > volume.acknowledged)] & np.uint64(LBA_MAX)).tolist())
+        listed = set(volume.dirty) | {lba for cut in volume.cuts for lba in cut.lbas.tolist()}
+        claim(dirty <= listed, "there are dirty blocks that nobody will send")
+        claim(len(dirty) <= volume.dirty_blocks, f"{volume.name}: {volume.dirty_blocks} dirty blocks are counted")
+        for hole in volume.holes:
+            places = table.find_run(volume.key << LBA_BITS | hole.start, min(hole.end - hole.start, 500))
+            claim(bool((places < 0).all()), f"{volume.name}: a block is hole and data")
+        newest = max(volume.acknowledged, *(cut.last_version for cut in volume.cuts), 0)
+        claim(newest <= volume.applied <= volume.version, f"{volume.name}: its versions are out of order")
+
+
+def check_zones(engine: CacheEngine) -> None:
+    """Each zone is in one state, and nothing lives in a free one."""
+    zones, table = engine.zones, engine.map
+    states = list(zones.states)
+    claim(sorted(zones.free) == [z for z, s in enumerate(states) if s == ZoneState.FREE], "free zones don't add up")
+    claim(sorted(zones.full) == [z for z, s in enumerate(states) if s == ZoneState.FULL], "full zones don't add up")
+    seals = sum(batch.kind == record.SEAL for batch in (*engine.log._sealed, *engine.log._in_flight))
+    claim(states.count(ZoneState.OPEN) == 1 + seals, "more than one zone is open")
+    used = set((np.flatnonzero(table.key_array) // zones.zone_blocks).tolist())
+    claim(not used & set(zones.free), "free zones hold blocks")
+    linked = np.flatnonzero(table.linked_mask(0, table.place_count))
+    live = np.bincount(linked // zones.zone_blocks, minlength=zones.zone_count)
+    claim(bool((live == table.live_array).all()), "blocks per zone don't add up")
+
+
+def check_limits(engine: CacheEngine, writes_max: int) -> None:
+    """What has a bound keeps to it."""
+    claim(writes_max <= WRITES_MAX, f"{writes_max} writes were under way")
+    claim(0 <= engine.destage._parts <= PARTS_IN_FLIGHT_MAX, f"{engine.destage._parts} parts are under way")
+    in_flight = len(engine.log._in_flight)
+    claim(in_flight <= RECORDS_IN_FLIGHT_MAX, f"{in_flight} records are under way")
+    for volume in engine.volumes.values():
+        claim(len(volume.cuts) <= 1, f"{volume.name}: {len(volume.cuts)} cuts are closed")
+        claim(len(volume.holes) <= HOLES_KEPT_MAX + 64, f"{volume.name}: {len(volume.holes)} holes are kept")
+
+
+def check_engine(engine: CacheEngine, writes_max: int) -> None:
+    """All of the above, of an engine that has not failed."""
+    if not engine.failed:
+        check_books(engine)
+        check_zones(engine)
+        check_limits(engine, writes_max)
+
+
+def check_recovers(image: bytes) -> None:
+    """An image can be recovered, twice with one result."""
+    first, second = _recovered(image), _recovered(image)
+    same = (first.map.key_array == second.map.key_array).all() and first.point == second.point
+    claim(bool(same), "one image recovers to two states")
+
+
+def _recovered(image: bytes) -> Recovered:
+    superblock = choose(image[:BLOCK_SIZE], image[BLOCK_SIZE : 2 * BLOCK_SIZE], place="image")
+    return recover(lambda offset, size: image[offset : offset + size], superblock)
+
+
+IMAGE_CHECKS: list[Callable[[bytes], None]] = [check_recovers]

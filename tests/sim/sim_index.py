@@ -1,0 +1,70 @@
+"""The store's index in memory: one transaction at a time, all of it or nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from sortedcontainers import SortedDict
+
+from forebay_core.errors import NoSpaceError
+from forebay_store.engine.ports import IndexReader, IndexWriter
+from forebay_store.format.rows import Table
+
+Result = TypeVar("Result")
+
+
+class DictView:
+    """One transaction over sorted dictionaries."""
+
+    def __init__(self, tables: dict[Table, SortedDict]) -> None:
+        self.tables = tables
+
+    def get(self, table: Table, key: bytes) -> bytes | None:
+        found: bytes | None = self.tables[table].get(key)
+        return found
+
+    def scan(self, table: Table, key: bytes) -> Iterator[tuple[bytes, bytes]]:
+        rows = self.tables[table]
+        for found in list(rows.irange(key)):
+            yield found, rows[found]
+
+    def before(self, table: Table, key: bytes) -> tuple[bytes, bytes] | None:
+        rows = self.tables[table]
+        found = rows.bisect_left(key)
+        return rows.peekitem(found - 1) if found else None
+
+    def put(self, table: Table, key: bytes, value: bytes) -> None:
+        self.tables[table][key] = value
+
+    def delete(self, table: Table, key: bytes) -> None:
+        self.tables[table].pop(key, None)
+
+
+class DictIndex:
+    """An index that keeps nothing but what it holds; with `full` its disk is."""
+
+    def __init__(self) -> None:
+        self.tables = {table: SortedDict() for table in Table}
+        self.full = False
+
+    @contextmanager
+    def view(self) -> Iterator[IndexReader]:
+        yield DictView(self.tables)
+
+    def update(self, change: Callable[[IndexWriter], Result]) -> Result:
+        if self.full:
+            raise NoSpaceError("the index is full")
+        copy = {table: SortedDict(rows) for table, rows in self.tables.items()}
+        result = change(DictView(copy))
+        self.tables = copy
+        return result
+
+    def copy(self) -> "DictIndex":
+        """Return the index as it is now, for a later crash to fall back to."""
+        other = DictIndex()
+        other.tables = {table: SortedDict(rows) for table, rows in self.tables.items()}
+        return other
+
+    def rows(self) -> dict[Table, dict[bytes, bytes]]:
+        """Return everything."""
+        return {table: dict(rows) for table, rows in self.tables.items()}

@@ -1,0 +1,479 @@
+"""Runs of the whole system under one seed: `python tests/sim/sim_run.py SEED` repeats one, byte for byte.
+
+    sim_run.py SEED [--profile NAME] [--trail]     one run; prints its digest
+    sim_run.py --seeds FIRST:END                   many, one line of JSON for each; exit 1 if any failed
+
+A run: two volumes, two cache hosts and a store; guests work while what may go wrong does. At the end everything heals,
+and what guests wrote must be what the store shows. Profiles choose what goes wrong; without one the seed does.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NamedTuple
+
+import sim_books
+from sim_cache import CacheHost
+from sim_guest import Guest
+from sim_judges import Branch, Official, StoreJudge, check_rebuilt
+from sim_net import Network
+from sim_store import STORE, SimIndex, StoreHost
+from sim_world import SimLoop, Violation, World
+
+from forebay_cache.engine.cache import EngineSettings
+from forebay_cache.engine.volume import CacheVolume
+from forebay_core.errors import ForebayError
+from forebay_core.units import BLOCK_SIZE
+from forebay_wire import messages
+
+MS = 1_000_000
+NAMES = ("red", "green")
+
+
+class Profile(NamedTuple):
+    """How often what goes wrong, as weights."""
+
+    weights: dict[str, int]
+    rounds: int = 6
+    device_size: int = 10 << 20
+    blocks: int = 120
+
+
+BASE = {
+    "crash_cache": 6,
+    "crash_store": 4,
+    "cut_network": 4,
+    "partition": 3,
+    "slow_network": 2,
+    "full_store": 2,
+    "break_store": 1,
+    "break_device": 1,
+    "jump_clock": 2,
+    "take_over": 2,
+    "move": 2,
+    "leave_dirty": 1,
+    "drain": 2,
+    "slow_disk": 1,
+}
+PROFILES = {
+    "all": Profile(BASE),
+    "power": Profile({"power_cache": 6, "power_store": 2, "cut_network": 1, "drain": 1}),
+    "fencing": Profile({"take_over": 5, "move": 2, "cut_network": 2, "crash_cache": 1, "partition": 1}),
+    "full": Profile({**BASE, "take_over": 0}, device_size=8 << 20, blocks=230),
+    "ssd": Profile({"lose_ssd": 2, "power_cache": 2, "drain": 1, "take_over": 1, "crash_store": 1}),
+    "media": Profile({"damage_cache": 4, "power_cache": 2, "crash_cache": 2, "drain": 1}),
+    "store_media": Profile({"damage_store": 3, "crash_store": 2, "crash_cache": 1, "drain": 1}, rounds=4),
+}
+TURNS = ("all", "power", "all", "fencing", "all", "full", "power", "ssd", "all", "media", "full", "store_media")
+
+
+class Scenario:
+    """One run."""
+
+    def __init__(self, seed: int, profile: Profile) -> None:
+        self.world = World(seed)
+        self.profile = profile
+        self.random = self.world.rng("scenario")
+        self.network = Network(self.world)
+        self.judge = StoreJudge()
+        self.store = StoreHost(self.world, self.network, self._shown)
+        self.store.died = lambda: self._restart_later(self.store)
+        settings = EngineSettings(
+            cut_blocks_max=60, cut_age_ns_max=self.random.choice((100, 300, 1000)) * MS, retry_ns=300 * MS
+        )
+        self.caches = [
+            CacheHost(self.world, name, self.network, self.store, size=profile.device_size, settings=settings)
+            for name in ("a", "b")
+        ]
+        for host in self.caches:
+            host.died = lambda host=host: self._restart_later(host)  # type: ignore[misc]
+            host.recovered = lambda volume, branch, power, host=host: self._recovered(host, volume, branch, power)  # type: ignore[misc]
+            host.closing = self._closing
+        self.guests: dict[str, Guest] = {}
+        self.healed = False
+        self.crashes = 0
+
+    # --- the world's reactions --------------------------------------------------------------------------------
+
+    def _shown(self) -> None:
+        self.judge.shown(self.store.index, self.store.backend, damaged=bool(self.world.excuses))
+
+    def _restart_later(self, host: CacheHost | StoreHost) -> None:
+        self.crashes += 1
+        self.world.at(self.random.choice((1, 30, 400, 3000)) * MS, self._restart, host)
+
+    def _restart(self, host: CacheHost | StoreHost) -> None:
+        if host.loop is None and not host.refused:
+            host.start()
+
+    def _recovered(self, host: CacheHost, volume: CacheVolume, branch: Branch, power: bool) -> None:
+        guest = self.guests.get(volume.name)
+        if guest is not None:
+            guest.recovered(host, volume, branch, power)
+
+    async def _closing(self, name: str) -> None:
+        guest = self.guests[name]
+        await guest.closing()
+
+    def _watch(self) -> None:
+        """What an operator's supervisor does: look at the daemons from time to time, restart those that gave up."""
+        for host in self.caches:
+            if host.running:
+                if host.device.failed:
+                    self._power_off(host) if host.disk.sync_failed else host.kill()
+                else:
+                    sim_books.check_engine(host.engine, host.device.writes_max)
+        if self.store.broken:
+            self.store.cut_power()
+        self.world.at(200 * MS, self._watch)
+
+    def _power_off(self, host: CacheHost) -> None:
+        host.cut_power()
+
+    # --- the run ----------------------------------------------------------------------------------------------
+
+    def begin(self, *, depth: int, pause_ns: int) -> None:
+        """Start everything and attach both volumes at the first host."""
+        self.store.start()
+        for name in NAMES:
+            created = self.store.ask(messages.CreateVolume(name, self.profile.blocks * BLOCK_SIZE))
+            assert isinstance(created, messages.Volume)
+            official = Official(created.row.id, name)
+            self.judge.volumes[created.row.id] = official
+            for host in self.caches:
+                host.officials[created.row.id] = official
+            self.guests[name] = Guest(
+                self.world, name, created.row.id, created.row.size, depth=depth, pause_ns=pause_ns
+            )
+        for host in self.caches:
+            host.start()
+        for guest in self.guests.values():
+            self.place(guest, self.caches[0])
+        self._watch()
+
+    def run(self) -> None:
+        """All of it."""
+        self.begin(depth=self.random.choice((1, 4, 12)), pause_ns=self.random.choice((8, 20, 40)) * MS)
+        names, weights = zip(*self.profile.weights.items(), strict=True)
+        for _ in range(self.profile.rounds):
+            self.world.run_for(self.random.randrange(400) * MS)
+            if any(host.refused for host in (*self.caches, self.store)):
+                break
+            action = self.random.choices(names, weights)[0]
+            self.world.note(f"--- {action}")
+            getattr(self, action)()
+        self.end()
+
+    def end(self) -> None:
+        """Heal everything; what guests wrote must be there, and in the store."""
+        self.heal()
+        if self.store.refused:
+            return
+        self.world.run(self._all_decided, limit_s=60)
+        for host in self.caches:
+            if host.refused:
+                self.lose_ssd(host)
+        if self.store.refused:
+            return
+        for guest in self.guests.values():
+            self.settle(guest)
+            if not self.prove(guest):  # its host had lost the volume and did not know
+                self.settle(guest)
+                if not self.prove(guest):
+                    raise Violation(f"{guest.name} can't be drained though nothing is wrong: {guest.broken}")
+        self.finish()
+        for guest in self.guests.values():
+            guest.unplug()
+
+    def _all_decided(self) -> bool:
+        if any(host.running and host.device.failed for host in self.caches) or self.store.broken:
+            return False
+        return all(host.loop is not None or host.refused for host in (self.store, *self.caches))
+
+    def heal(self) -> None:
+        """Nothing goes wrong any more."""
+        self.healed = True
+        self.world.on_point = None
+        self.network.heal()
+        self.store.folder.full = self.store.index.full = self.store.folder.broken = False
+        for host in self.caches:
+            host.disk.slow = host.disk.fail_write = host.disk.fail_sync = False
+
+    def settle(self, guest: Guest) -> None:
+        """See to it that a guest is served and idle."""
+        guest.writing = False
+        if guest.broken or guest.volume is None or guest.volume.error:
+            self.place(guest, guest.host or self.caches[0])
+        self.world.run(lambda: guest.idle or bool(guest.broken), limit_s=200)
+
+    def prove(self, guest: Guest) -> bool:
+        """Read everything, flush, drain, and compare with the store; False if the guest's host lost the volume."""
+        if guest.broken and self.world.excuses:
+            return True
+        guest.read_all()
+        guest.flush()
+        self.world.run(lambda: guest.idle or bool(guest.broken), limit_s=200)
+        assert guest.host is not None
+        host = guest.host
+        answer = host.command(lambda: host.shell.drain(guest.name))
+        if guest.broken or isinstance(answer, ForebayError):
+            guest.broken = guest.broken or str(answer)
+            return bool(self.world.excuses)
+        official = self.judge.volumes[guest.id]
+        if official.state != guest.branch.live:
+            raise Violation(f"{guest.name} is drained, and the store shows something else than its guest wrote")
+        return True
+
+    def finish(self) -> None:
+        """Look at everything once more."""
+        damaged = bool(self.world.excuses)
+        self.judge.shown(self.store.index, self.store.backend, all_of_it=True, damaged=damaged)
+        if not damaged:
+            check_rebuilt(self.store.index, self.store.backend, SimIndex(), store=STORE)
+        for host in self.caches:
+            if host.running:
+                sim_books.check_engine(host.engine, host.device.writes_max)
+            if not damaged:
+                for check in sim_books.IMAGE_CHECKS:
+                    check(host.disk.read(0, host.size))
+
+    # --- placing guests ---------------------------------------------------------------------------------------
+
+    def place(self, guest: Guest, host: CacheHost) -> None:
+        """Serve a guest at a host, or where it can be; at last with a new SSD."""
+        guest.unplug()
+        other = self.caches[1 - self.caches.index(host)]
+        for one in (host, other, host, other, host, other):
+            if self._attach(guest, one):
+                return
+            self.world.run_for(500 * MS)
+        for one in (host, other):
+            self.lose_ssd(one)
+            for _ in range(20):
+                if self._attach(guest, one):
+                    return
+                self.world.run_for(1000 * MS)
+        if not self.world.excuses:
+            raise Violation(f"{guest.name} can't be attached anywhere")
+        guest.broken = "nowhere"
+
+    def _attach(self, guest: Guest, host: CacheHost) -> bool:
+        if not host.running:
+            return False
+        volume = host.attach(guest.name, take_over=True)
+        if not isinstance(volume, CacheVolume):
+            self.world.note(f"{host.name} does not attach {guest.name}: {volume}")
+            return False
+        if volume.error or host.tap.branches.get(volume.id) is None:
+            return False
+        if volume.epoch < self.judge.volumes[volume.id].epoch:
+            self.network.cut(host.loop)  # it was not told yet that it lost the volume; a reconnect tells it
+            return False
+        guest.plug(host, volume)
+        return True
+
+    # --- what goes wrong --------------------------------------------------------------------------------------
+
+    def _strike(self, host: CacheHost | StoreHost, *, power: bool) -> None:
+        """Crash a program at one of the next points."""
+        left = self.random.randrange(1, 150)
+
+        def on_point(text: str) -> list[SimLoop]:
+            nonlocal left
+            left -= 1
+            if left or host.loop is None:
+                return []
+            self.world.on_point = None
+            host.power_goes = power
+            return [host.loop]
+
+        self.world.on_point = on_point
+
+    def _host(self) -> CacheHost:
+        served = [guest.host for guest in self.guests.values() if guest.host is not None]
+        return self.random.choice(served or self.caches)
+
+    def crash_cache(self) -> None:
+        self._strike(self._host(), power=self.random.random() < 0.5)
+
+    def power_cache(self) -> None:
+        self._strike(self._host(), power=True)
+
+    def crash_store(self) -> None:
+        self._strike(self.store, power=self.random.random() < 0.5)
+
+    def power_store(self) -> None:
+        self._strike(self.store, power=True)
+
+    def cut_network(self) -> None:
+        self.network.cut(self.random.choice([None, *(host.loop for host in self.caches)]))
+
+    def partition(self) -> None:
+        self.network.down_ns = self.world.now_ns + self.random.choice((100, 1000, 6000)) * MS
+
+    def slow_network(self) -> None:
+        self.network.slow = not self.network.slow
+
+    def slow_disk(self) -> None:
+        disk = self._host().disk
+        disk.slow = not disk.slow
+
+    def full_store(self) -> None:
+        which = self.random.choice((self.store.folder, self.store.index))
+        which.full = True
+
+        def free() -> None:
+            which.full = False
+
+        self.world.at(self.random.choice((100, 1000, 4000)) * MS, free)
+
+    def break_store(self) -> None:
+        self.store.folder.broken = True
+
+    def break_device(self) -> None:
+        disk = self._host().disk
+        if self.random.random() < 0.5:
+            disk.fail_write = True
+        else:
+            disk.fail_sync = True
+
+    def jump_clock(self) -> None:
+        host = self._host()
+        host.wall_skew_ns += self.random.choice((-3600, 3600, 86400)) * 1000 * MS
+        host.clock_skew_ns += self.random.choice((0, 1, 120)) * 1000 * MS
+        host.wall_skew_ns = max(host.wall_skew_ns, -500 * MS)
+
+    def take_over(self) -> None:
+        """Serve a guest elsewhere while its host still believes it has it."""
+        guest = self.random.choice(list(self.guests.values()))
+        host = self._host()
+        self.place(guest, self.caches[1 - self.caches.index(guest.host or host)])
+
+    def move(self) -> None:
+        """Detach cleanly, perhaps grow, attach elsewhere."""
+        guest = self.random.choice(list(self.guests.values()))
+        host = guest.host
+        if host is None or not host.running:
+            return
+        self.network.heal()
+        host.command(lambda: host.shell.detach(guest.name, leave_dirty=False))
+        if self.random.random() < 0.5 and self.store.running:
+            size = min(guest.size + 8 * BLOCK_SIZE, 230 * BLOCK_SIZE)
+            self.store.ask(messages.ResizeVolume(guest.name, size))
+        self.place(guest, self.random.choice(self.caches))
+
+    def leave_dirty(self) -> None:
+        guest = self.random.choice(list(self.guests.values()))
+        host = guest.host
+        if host is None or not host.running:
+            return
+        host.command(lambda: host.shell.detach(guest.name, leave_dirty=True))
+        self.world.run_for(self.random.choice((1, 1000)) * MS)
+        self.place(guest, host)
+
+    def drain(self) -> None:
+        guest = self.random.choice(list(self.guests.values()))
+        host = guest.host
+        if host is not None and host.running:
+            self.network.heal()
+            host.command(lambda: host.shell.drain(guest.name))
+
+    def lose_ssd(self, host: CacheHost | None = None) -> None:
+        """The SSD is gone: its volumes come back as what the store has."""
+        host = host or self._host()
+        moved = [guest for guest in self.guests.values() if guest.host is host]
+        for guest in moved:
+            guest.unplug()
+        if host.loop is not None:
+            host.kill()
+        host.replace_disk()
+        host.start()
+        for guest in moved:
+            self.place(guest, host)
+
+    def damage_cache(self) -> None:
+        disk = self._host().disk
+        kind = 0
+        text = disk.rot() if kind == 0 else disk.lose_write(misdirect=kind == 2)
+        if text:
+            self._damaged(f"{disk.name}: {text}")
+
+    def damage_store(self) -> None:
+        text = self.store.folder.rot()
+        if text:
+            self._damaged(f"store: {text}")
+
+    def _damaged(self, text: str) -> None:
+        self.world.note(text)
+        self.world.excuses.append(text)
+
+
+def choose_profile(seed: int) -> str:
+    """Return the profile that a seed runs without being told one."""
+    return TURNS[seed % len(TURNS)]
+
+
+def run_seed(seed: int, profile: str = "") -> Scenario:
+    """Run one seed; raises what it violates."""
+    scenario = Scenario(seed, PROFILES[profile or choose_profile(seed)])
+    try:
+        scenario.run()
+    except BaseException as error:
+        error.add_note("what happened last:\n" + "\n".join(scenario.world.trail))
+        error.add_note(
+            f"run again: .venv/bin/python tests/sim/sim_run.py {seed} --profile {profile or choose_profile(seed)}"
+        )
+        raise
+    finally:
+        for host in (*scenario.caches, scenario.store):
+            host.died = lambda: None
+            host.kill()
+        for cache in scenario.caches:
+            cache.disk.close()
+    return scenario
+
+
+def run_many(first: int, end: int, report: Callable[[str], object]) -> bool:
+    """Run seeds; report each as a line of JSON."""
+    failed = False
+    for seed in range(first, end):
+        line: dict[str, object] = {"seed": seed}
+        try:
+            done = run_seed(seed)
+            line |= {"digest": done.world.digest, "events": done.world.events, "shown": done.judge.shown_states}
+            line |= {"crashes": done.crashes, "simulated_s": done.world.now_ns // 1_000_000_000}
+        except (Exception, Violation):
+            failed = True
+            line["error"] = traceback.format_exc()
+        report(json.dumps(line))
+    return failed
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("seed", type=int, nargs="?")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="")
+    parser.add_argument("--seeds")
+    parser.add_argument("--trail", action="store_true", help="print what happened last")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    gc.disable()  # one run is small; between runs there is an explicit collection
+    if options.seeds:
+        first, _, end = options.seeds.partition(":")
+        return int(run_many(int(first), int(end), lambda line: (print(line, flush=True), gc.collect())))
+    done = run_seed(options.seed, options.profile)
+    if options.trail:
+        print("\n".join(done.world.trail))
+    print(
+        f"seed {options.seed}: {done.world.events} events, {done.judge.shown_states} states shown, {done.world.digest}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Whole systems under seeded faults: no promise is broken in 500 runs, and one seed is one run."""
+
+import pytest
+from sim_workers import complain, run_seeds
+
+RUNS = 500
+REPEATED = 24
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_promise_is_broken_in_500_runs() -> None:
+    rows = run_seeds(0, RUNS)
+    complain(rows)
+    assert sum(int(str(row["crashes"])) for row in rows) > RUNS
+    assert sum(int(str(row["shown"])) for row in rows) > 5 * RUNS
+
+
+def test_one_seed_is_one_run_to_the_byte() -> None:
+    first = run_seeds(10_000, 10_000 + REPEATED, hash_seed="1")
+    again = run_seeds(10_000, 10_000 + REPEATED, hash_seed="2")
+    complain(first)
+    assert [row["digest"] for row in first] == [row["digest"] for row in again]
+    assert len({row["digest"] for row in first}) == REPEATED
