@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sim_cache import CacheHost
 from sim_judges import ZEROS, Branch
-from sim_world import Violation, World
+from sim_world import SimLoop, Violation, World
 
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.volume import CacheVolume
@@ -66,6 +66,7 @@ class Guest:
         self.broken = ""
         self.requests = 0
         self.requests_max = 1 << 60
+        self.left: SimLoop | None = None  # the daemon that may still carry out what it was not waited for
         self._plugged = 0
         world.at(0, self._turn)
 
@@ -85,6 +86,8 @@ class Guest:
     def unplug(self) -> None:
         """The machine stops; what it waited for it will never hear of."""
         self._plugged += 1
+        if self.busy and self.host is not None:
+            self.left = self.host.loop
         self.host = self.volume = None
         self.busy.clear()
 

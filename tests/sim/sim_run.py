@@ -64,6 +64,7 @@ PROFILES = {
     "power": Profile({"power_cache": 6, "power_store": 2, "cut_network": 1, "drain": 1}),
     "fencing": Profile({"take_over": 5, "move": 2, "cut_network": 2, "crash_cache": 1, "partition": 1}),
     "full": Profile({**BASE, "take_over": 0}, device_size=8 << 20, blocks=230),
+    "full_power": Profile({"power_cache": 1}, rounds=8, device_size=8 << 20, blocks=230),
     "ssd": Profile({"lose_ssd": 2, "power_cache": 2, "drain": 1, "take_over": 1, "crash_store": 1}),
     "media": Profile({"damage_cache": 4, "power_cache": 2, "crash_cache": 2, "drain": 1}),
     "store_media": Profile({"damage_store": 3, "crash_store": 2, "crash_cache": 1, "drain": 1}, rounds=4),
@@ -263,6 +264,9 @@ class Scenario:
 
     def _attach(self, guest: Guest, host: CacheHost) -> bool:
         if not host.running:
+            return False
+        if guest.left is host.loop:
+            host.kill()  # what the guest left behind there would change the volume under it
             return False
         volume = host.attach(guest.name, take_over=True)
         if not isinstance(volume, CacheVolume):

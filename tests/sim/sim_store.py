@@ -250,6 +250,9 @@ class StoreHost:
             opened = _Opened(self.backend, self.index)
         except NoSpaceError:
             raise Died from None  # the daemon ends with an error, and is started again later
+        except BackendError:
+            self.power_goes = True
+            raise Died from None
         except ForebayError as error:
             if not self.world.excuses:
                 raise

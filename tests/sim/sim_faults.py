@@ -1,0 +1,299 @@
+# ruff: noqa: ANN202
+"""Planted faults: each breaks one guard of the product, and the simulator must notice. `PLANTED` is the table.
+
+A fault swaps a method or attribute; the product knows nothing of it. `sim_faults.py NAME FIRST:END` runs seeds with one
+planted until one is caught, prints the seed and what was noticed, and exits 1 if none was.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import sim_disk
+import sim_store
+from sim_run import run_seed
+
+from forebay_cache.engine import cache, fetches, recovery
+from forebay_cache.engine.apply import Apply
+from forebay_cache.engine.checkpoints import Checkpoints
+from forebay_cache.engine.destage import Destage
+from forebay_cache.engine.front import IoError
+from forebay_cache.engine.reclaim import Reclaim
+from forebay_cache.engine.writes import Writes
+from forebay_cache.format import record
+from forebay_core.units import sequence_of
+from forebay_store.engine import apply as store_apply
+from forebay_store.engine import changes
+from forebay_store.engine.store import StoreEngine
+from forebay_wire import messages
+
+
+def ack_before_record_is_written() -> None:
+    append = Writes._append_blocks
+
+    def early(self, batch, volume, lba, view, count) -> None:
+        append(self, batch, volume, lba, view, count)
+        replies, batch.replies = batch.replies, []
+        for reply in replies:
+            reply(IoError.OK)
+
+    Writes._append_blocks = early
+    settled = Writes._append
+
+    def append_early(self, volume, lba, view, told) -> None:
+        told(True)
+        settled(self, volume, lba, view, lambda ok: None)
+
+    Writes._append = append_early
+
+
+def flush_answered_before_fsync() -> None:
+    def flush(self, volume, reply) -> None:
+        reply(IoError.OK)
+
+    Writes.flush = flush
+
+
+def fsync_does_nothing() -> None:
+    end = sim_disk.SimDevice._end_sync
+    sim_disk.SimDevice._end_sync = lambda self, covered, done: end(self, 0, done)
+
+
+def fsync_of_the_wrong_file() -> None:
+    sim_store.SimBackend.sync_file = lambda self, name: self._folder.synced.add("another file")
+
+
+def folder_not_synced() -> None:
+    sim_store.SimBackend.sync_folder = lambda self: None
+
+
+def cut_applied_out_of_order() -> None:
+    def commit(reader, row, message):
+        first = sequence_of(row.version) + 1
+        last = max(message.last, first)
+        numbers = (message.part_count, first, last, message.committed_ns, message.in_sync_version)
+        return [changes.CutCommitted(row.id, message.epoch, message.attempt, *numbers)]
+
+    changes.commit = commit
+
+
+def cut_half_applied() -> None:
+    entries = store_apply._entries_of
+
+    def half(part, version):
+        holes, data = entries(part, version)
+        return holes, data[: len(data) // 2]
+
+    store_apply._entries_of = half
+
+
+def holes_of_a_cut_forgotten() -> None:
+    entries = store_apply._entries_of
+    store_apply._entries_of = lambda part, version: ([], entries(part, version)[1])
+
+
+def checksum_not_checked() -> None:
+    cache.Reads._repair = lambda self, volume, request, part, place, answer, sums: request.parts.update(
+        {part.start: (part.count, answer)}
+    )
+    sys.modules["forebay_cache.engine.reads"].checksum = _Anything()  # type: ignore[attr-defined]
+    sys.modules["forebay_cache.engine.reads"]._mismatches = lambda buffer, sums: []  # type: ignore[attr-defined]
+    sys.modules["forebay_cache.engine.reads"].block_checksums = lambda buffer: _AnyList()  # type: ignore[attr-defined]
+
+
+class _Anything:
+    def __call__(self, *_: object) -> "_Anything":
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _AnyList(list):  # type: ignore[type-arg]
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def record_chain_not_checked() -> None:
+    decode = recovery._Replay._decode
+
+    def lax(self, blocks, point):
+        block = blocks[point.block * 4096 : (point.block + 1) * 4096]
+        try:
+            header = record.decode_record(block, place="")[0]
+        except Exception:
+            return decode(self, blocks, point)
+        return decode(self, blocks, point._replace(position=header.log_position, chain=header.previous_xxh3))
+
+    recovery._Replay._decode = lax
+
+
+def torn_data_accepted() -> None:
+    recovery._Replay._matches = lambda self, one: True
+
+
+def trim_not_logged() -> None:
+    def lost(self, volume, kind, extent, settled) -> None:
+        settled(True)
+
+    Writes._append_event = lost
+
+
+def trim_not_replayed() -> None:
+    recovery._Replay._zero = lambda self, volume, kind, extent, version: None
+
+
+def old_epoch_accepted() -> None:
+    """A take-over does not raise the epoch, and nobody asks for the session."""
+    take = changes.take
+
+    def same_epoch(reader, message):
+        return [one._replace(epoch=max(1, one.epoch - 1)) for one in take(reader, message)]
+
+    changes.take = same_epoch
+    StoreEngine._expect_writer = lambda self, reader, message: changes.expect_volume(reader, message.volume)
+
+
+def superseded_zone_freed_too_early() -> None:
+    def free(self) -> None:
+        zones, self._empty = self._empty, []
+        self._synced(zones)
+
+    Reclaim._free_empty = free
+
+
+def moved_blocks_dropped() -> None:
+    keep = Reclaim._to_keep
+    Reclaim._to_keep = lambda self, zone, *, worthy: keep(self, zone, worthy=worthy)[:0]
+
+
+def checkpoint_before_data() -> None:
+    Checkpoints._sync_body = lambda self, one, table_xxh3: self._write_header(one, table_xxh3)
+
+
+def checkpoint_counts_before_its_header() -> None:
+    Checkpoints._sync_body = lambda self, one, table_xxh3: self._complete(one)
+
+
+def prefix_cut_ignored() -> None:
+    """A cut is closed at what was appended last, not at what was applied."""
+    identify = Destage._identify
+
+    def ahead(self, volume):
+        return identify(self, volume)._replace(last=sequence_of(volume.version))
+
+    Destage._identify = ahead
+
+
+def pinned_version_overwritten() -> None:
+    def forget(self, volume, key, lba, place) -> None:
+        self._engine.map.remove(key)
+
+    Apply._pin = forget
+
+
+def fill_inserted_over_newer_write() -> None:
+    def fill(self, block) -> None:
+        _, volume_key, lba, version, checksum, place, _ = block
+        self._engine.map.insert(volume_key << 40 | lba, version, checksum, place)
+        self._engine.policy.inserted(place, volume_key << 40 | lba)
+
+    Apply._fill = fill
+    cache.CacheEngine._known = lambda self, volume, extent: []
+    fetches.Unit.touch = lambda self, extent: None
+
+
+def stale_fetch_kept() -> None:
+    fetches.Unit.touch = lambda self, extent: None
+
+
+def commit_acknowledged_before_durable() -> None:
+    begin = StoreEngine._begin
+
+    def early(self, name, turn) -> None:
+        begin(self, name, turn)
+        message = turn.incoming.message
+        if isinstance(message, messages.CommitCut) and turn.serial and not turn.answered:
+            self._answer(turn.ticket, messages.Committed(message.epoch << 44 | message.last, False))
+            turn.ticket = -turn.ticket
+
+    StoreEngine._begin = early
+
+
+def older_record_wins() -> None:
+    def place(self, volume, kind, lba, version, block_checksum, place) -> None:
+        key = volume.note.volume_key << 40 | lba
+        if self.map.find(key) < 0 and not self.map.keys[place]:
+            self.map.insert(key, version, block_checksum, place)
+
+    recovery._Replay._place = place
+
+
+def merge_without_second_look() -> None:
+    Writes._state_of = lambda self, volume, lba: (0, 0)
+    Writes.changing = lambda self, volume_key, extent: []
+
+
+class Planted(NamedTuple):
+    """A fault, the profile in which it shows, and within how many seeds it must."""
+
+    plant: Callable[[], None]
+    profile: str
+    seeds: int = 20
+
+
+PLANTED = (
+    Planted(ack_before_record_is_written, "all"),
+    Planted(flush_answered_before_fsync, "power"),
+    Planted(fsync_does_nothing, "power"),
+    Planted(fsync_of_the_wrong_file, "power"),
+    Planted(folder_not_synced, "power"),
+    Planted(cut_applied_out_of_order, "all"),
+    Planted(cut_half_applied, "all"),
+    Planted(holes_of_a_cut_forgotten, "all"),
+    Planted(checksum_not_checked, "media", 60),
+    Planted(torn_data_accepted, "power", 40),
+    Planted(trim_not_logged, "all"),
+    Planted(trim_not_replayed, "all"),
+    Planted(old_epoch_accepted, "fencing", 40),
+    Planted(moved_blocks_dropped, "full"),
+    Planted(checkpoint_counts_before_its_header, "full", 40),
+    Planted(prefix_cut_ignored, "all"),
+    Planted(pinned_version_overwritten, "all"),
+    Planted(fill_inserted_over_newer_write, "all", 40),
+    Planted(stale_fetch_kept, "all", 60),
+    Planted(commit_acknowledged_before_durable, "power", 40),
+    Planted(older_record_wins, "all"),
+)
+
+
+def main() -> int:
+    """The command line."""
+    name, seeds = sys.argv[1:]
+    first, _, end = seeds.partition(":")
+    logging.disable(logging.CRITICAL)
+    planted = next(one for one in PLANTED if one.plant.__name__ == name)
+    planted.plant()
+    for seed in range(int(first), int(end)):
+        try:
+            run_seed(seed, planted.profile)
+        except Exception as error:  # however it fails, it was noticed
+            print(f"{name} seed {seed}: {type(error).__name__}: {str(error)[:150]}".splitlines()[0], flush=True)
+            return 0
+    print(f"{name} unnoticed in seeds {seeds}", flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
