@@ -80,8 +80,7 @@ class Reads:
         if volume.error or self._engine.failed:
             reply(IoError.IO, ())
         elif count == 1:
-            if not self._read_one_now(volume, first, offset, length, reply):
-                self._begin(volume, _Read(Extent(first, count), offset, length, reply))
+            self._read_one(volume, first, offset, length, reply)
         else:
             places = self._engine.map.find_run(volume.key << LBA_BITS | first, count)
             found = self._read_now(places)
@@ -103,22 +102,41 @@ class Reads:
 
     # --- hits -------------------------------------------------------------------------------------------------
 
-    def _read_one_now(self, volume: "CacheVolume", lba: int, offset: int, length: int, reply: ReadReply) -> bool:
-        """Answer a read inside one block if its place is in memory: the hottest path of the daemon."""
+    def _read_one(self, volume: "CacheVolume", lba: int, offset: int, length: int, reply: ReadReply) -> None:
+        """Answer a read inside one block: the hottest path of the daemon."""
         engine = self._engine
         place = engine.map.find(volume.key << LBA_BITS | lba)
         if place < 0:
-            return False
+            self._begin(volume, _Read(Extent(lba, 1), offset, length, reply))
+            return
         buffer = engine.device.read_now(engine.zones_offset + (place << BLOCK_SHIFT), BLOCK_SIZE)
-        if buffer is None or checksum(buffer) != engine.map.checksums[place]:
-            return False
-        volume.hit_blocks += 1
+        if buffer is None:
+            self._read_one_later(volume, place, offset, length, reply)
+        elif checksum(buffer) == engine.map.checksums[place]:
+            volume.hit_blocks += 1
+            engine.policy.hit(place)
+            reply(IoError.OK, (_chunk(buffer, offset, length),))
+        else:
+            self._begin(volume, _Read(Extent(lba, 1), offset, length, reply))
+
+    def _read_one_later(self, volume: "CacheVolume", place: int, offset: int, length: int, reply: ReadReply) -> None:
+        """Read one block that is not in memory; whatever is wrong with it is left to the long way."""
+        engine = self._engine
+        expected = engine.map.checksums[place]
+        readers = engine.zones.readers
+        zone = place // engine.zones.zone_blocks
+        readers[zone] += 1
+
+        def done(answer: Buffer | None) -> None:
+            readers[zone] -= 1
+            if answer is not None and checksum(answer) == expected:
+                volume.hit_blocks += 1
+                reply(IoError.OK, (_chunk(answer, offset, length),))
+            else:
+                self._begin(volume, _Read(Extent(offset >> BLOCK_SHIFT, 1), offset, length, reply))
+
         engine.policy.hit(place)
-        if length != BLOCK_SIZE:
-            skip = offset & _IN_BLOCK
-            buffer = memoryview(buffer)[skip : skip + length]
-        reply(IoError.OK, (Chunk(length, buffer),))
-        return True
+        engine.device.read(engine.zones_offset + (place << BLOCK_SHIFT), BLOCK_SIZE, done)
 
     def _read_now(self, places: npt.NDArray[np.int64]) -> memoryview | None:
         """Return the blocks of these places if all are cached, in memory and sound; they may lie anywhere."""
@@ -288,6 +306,14 @@ class Reads:
                 self._read_absent(volume, request, part)
             at += run
         request.arrived()
+
+
+def _chunk(block: Buffer, offset: int, length: int) -> Chunk:
+    """Return what a request wants of one block."""
+    if length == BLOCK_SIZE:
+        return Chunk(length, block)
+    skip = offset & _IN_BLOCK
+    return Chunk(length, memoryview(block)[skip : skip + length])
 
 
 def _run_length(places: Sequence[int], at: int) -> int:
