@@ -27,6 +27,7 @@ class Load(NamedTuple):
     align: int | None = None
     flush_every: int | None = None
     seed: int = 1
+    jobs: int = 1
 
 
 class Outcome(NamedTuple):
@@ -61,6 +62,7 @@ def run(uri: str, load: Load) -> Outcome:
         "--output-format=json",
     ]
     words += ["--time_based"] if load.io_size is None else [f"--io_size={load.io_size}"]
+    words += [] if load.jobs == 1 else [f"--numjobs={load.jobs}", "--group_reporting"]
     words += [] if load.align is None else [f"--blockalign={load.align}"]
     words += [] if load.flush_every is None else [f"--fsync={load.flush_every}"]
     try:

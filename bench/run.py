@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import flush_rows
 import hit_rows
 import import_row
 import memory_row
 import miss_rows
+import restart_rows
 import write_rows
 from fio import BenchError
 from forebay_core.errors import ForebayError
@@ -33,6 +35,8 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("import",), import_row.measure),
     (("miss",), miss_rows.measure),
     (("memory",), memory_row.measure),
+    (("restart", "warm"), restart_rows.measure),
+    (("commit", "amplification"), flush_rows.measure),
 )
 MICRO = "micro"
 KEYS = (*dict.fromkeys(key for keys, _ in GROUPS for key in keys), MICRO)

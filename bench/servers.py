@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fio import BenchError
 from forebay_tools.demo_daemon import DemoDaemon
 from results import OURS
+
+Found = TypeVar("Found")
 
 FOREBAY = (sys.executable, "-m", "forebay_tools.main")
 START_TIMEOUT_S = 20.0
@@ -110,7 +114,8 @@ class Cache:
         words = ["cache", "serve", "--device", str(file), "--store", store, "--run-dir", str(self._run_dir)]
         words += ["--log-level", "warning", *(() if size is None else ("--size", size))]
         self.log = folder / "cache.log"
-        self._daemon = DemoDaemon(_daemon_words("cache", words), self.log, "READY")
+        self._words = _daemon_words("cache", words)
+        self._daemon = DemoDaemon(self._words, self.log, "READY")
 
     @property
     def pid(self) -> int:
@@ -121,6 +126,22 @@ class Cache:
         """Use a volume that is attached already."""
         self.volume = volume
         self.uri = f"nbd+unix:///{volume}?socket={self._run_dir / 'nbd.sock'}"
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return self._run_dir / "nbd.sock"
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._daemon.kill()
+
+    def restart(self, meanwhile: Callable[[], Found]) -> Found:
+        """Start it again after `kill`; `meanwhile` runs while it starts."""
+        with ThreadPoolExecutor(1) as beside:
+            found = beside.submit(meanwhile)
+            self._daemon = DemoDaemon(self._words, self.log, "READY")
+            return found.result()
 
     def attach(self, volume: str) -> None:
         """Attach a volume and use it."""

@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define NIL 0xFFFFFFFFu
+#define NIL 0u /* place 0 is a record's header, never a block */
 #define UNLINKED 0xFFFFFFFEu
 #define LBA_BITS 40
 #define ENTRY_SIZE 32
@@ -93,7 +93,8 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
     int fits = zone_blocks > 0 && head_count > 0 && key_count == place_count && version_count == place_count
         && sum_count == place_count && (uint64_t)live_count * zone_blocks >= (uint64_t)place_count
         && count <= (uint64_t)packed_count && index <= (uint64_t)packed_count - count
-        && count <= (uint64_t)place_count && first_place <= (uint64_t)place_count - count;
+        && count <= (uint64_t)place_count && first_place <= (uint64_t)place_count - count
+        && (first_place != NIL || count == 0);
     for (int i = 0; i < 5; i++)
         fits = fits && count <= (uint64_t)room[i];
     if (!fits) {
@@ -108,10 +109,10 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
         const uint32_t place = (uint32_t)(first_place + i);
         uint32_t *link = &heads[key % (uint64_t)head_count];
         uint32_t *const head = link;
-        while (*link < (uint64_t)place_count && keys[*link] != key)
+        while (*link != NIL && *link < (uint64_t)place_count && keys[*link] != key)
             link = &nexts[*link];
         const uint32_t old = *link;
-        if ((old != NIL && old >= (uint64_t)place_count) || keys[place] != 0) {
+        if (old >= (uint64_t)place_count || keys[place] != 0) {
             PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
             goto end;
         }
@@ -203,5 +204,8 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__native(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && PyModule_AddIntConstant(module, "NIL", NIL) < 0)
+        Py_CLEAR(module);
+    return module;
 }

@@ -1,8 +1,12 @@
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.entering import Entered, MapViews
 from forebay_core.units import Buffer
+
+NIL: Final[int]
 
 def enter_writes(
     views: MapViews,

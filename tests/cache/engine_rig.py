@@ -23,6 +23,7 @@ from forebay_wire import messages
 
 VOLUME_ID = VolumeId(b"v" * 16)
 FIRST_CONTENT = 0  # blocks of a new volume are holes
+CHUNK_PLACES = 96  # of a checkpoint: more than a zone, less than two, so that small devices have many chunks
 
 
 class SimulatedDevice:
@@ -36,6 +37,9 @@ class SimulatedDevice:
         self.queue: list[Callable[[], None]] = []
         self.writes: list[Callable[[], None]] = []
         self.now_share = 0.5
+        self.slow_before = 0  # reads below this offset wait longer: loading a checkpoint
+        self.slow: list[Callable[[], None]] = []
+        self.slow_share = 0.02
         self.failing = False
         self.syncs = 0
         self.drop_syncs = False  # planted fault: a sync that does nothing
@@ -48,7 +52,8 @@ class SimulatedDevice:
         return self.rng.random() < self.now_share
 
     def read(self, offset: int, size: int, done: Callable[[Buffer | None], None]) -> None:
-        self.queue.append(lambda: done(bytes(self.bytes[offset : offset + size])))
+        queue = self.slow if offset < self.slow_before else self.queue
+        queue.append(lambda: done(bytes(self.bytes[offset : offset + size])))
 
     def write(self, offset: int, buffers: Sequence[Buffer], done: Callable[[bool], None]) -> None:
         def act() -> None:
@@ -81,6 +86,9 @@ class SimulatedDevice:
 
     def step(self) -> bool:
         choices = [0] * len(self.queue) + ([1] if self.writes else [])
+        if self.slow and self.rng.random() < self.slow_share:
+            self.slow.pop(self.rng.randrange(len(self.slow)))()
+            return True
         if not choices:
             return False
         if self.rng.choice(choices):
@@ -94,6 +102,7 @@ class SimulatedDevice:
         if self.writes and self.rng.random() < 0.5:
             pass  # the write under way is lost as a whole here; torn ones come with the power cut
         self.queue.clear()
+        self.slow.clear()
         self.writes.clear()
 
     def cut_power(self) -> None:
@@ -232,7 +241,14 @@ class Rig:
             self.device.bytes[offset : offset + len(content)] = content
         self.device.durable[:] = self.device.bytes
         self.size = blocks * BLOCK_SIZE
-        self.settings = EngineSettings(**{"cut_blocks_max": 400, "cut_age_ns_max": 400_000_000, **settings})
+        self.settings = EngineSettings(
+            **{
+                "cut_blocks_max": 400,
+                "cut_age_ns_max": 400_000_000,
+                "checkpoint_chunk_places": CHUNK_PLACES,
+                **settings,
+            }
+        )
         self.now_ns = 0
         self.alarm_ns: int | None = None
         self.reports: list[str] = []

@@ -201,6 +201,11 @@ class Image:
         again = checkpoint.encode_checkpoint_header(header._replace(table_xxh3=checksum(table)))
         self.bytes[self.area : self.area + BLOCK_SIZE] = again
 
+    def entry_of(self, place: int) -> tuple[checkpoint.Chunk, int]:
+        """The checkpoint's chunk of a place, and where in it the place stands."""
+        number, index = divmod(place, self.header.chunk_places)
+        return self.header.layout.place_chunks[number], index
+
     def mapped_offset(self, *, dirty: bool) -> int:
         return self.rig.engine.zones.offset_of(self.mapped(dirty=dirty))
 
@@ -266,21 +271,19 @@ def impossible_state(image: Image) -> None:
 
 def change_place(image: Image, field: int, dirty: bool = False) -> None:
     """Change key (0), version (1) or checksum (2) of a mapped place in the checkpoint."""
-    place = image.mapped(dirty=dirty)
-    chunk = image.header.layout.place_chunks[0]
+    chunk, index = image.entry_of(image.mapped(dirty=dirty))
 
     def change(block: bytearray) -> None:
-        at = 8 * chunk.count * field + 8 * place
-        block[at] ^= 1
+        at = 8 * chunk.count * field + 8 * index
+        block[at + 2] ^= 1  # of a key: a block that no other place has, maybe beyond the end of the volume
 
     image.rewrite_chunk(chunk, change)
 
 
 def drop_place(image: Image) -> None:
     """The checkpoint forgot a dirty block."""
-    places = image.mapped(dirty=True)
-    chunk = image.header.layout.place_chunks[0]
-    image.rewrite_chunk(chunk, lambda block: block.__setitem__(slice(8 * places, 8 * places + 8), bytes(8)))
+    chunk, index = image.entry_of(image.mapped(dirty=True))
+    image.rewrite_chunk(chunk, lambda block: block.__setitem__(slice(8 * index, 8 * index + 8), bytes(8)))
 
 
 def last_record_ahead(image: Image) -> None:
@@ -323,7 +326,7 @@ ALSO = {
     "device-short": {"state-unchecked"},
     "log-damaged": {"state-unchecked"},
     "zone-opening": {"record-chain", "dirty-lost"},
-    "place-entry": {"dirty-lost", "block-checksum", "version-ahead", "checkpoint-content"},
+    "place-entry": {"dirty-lost", "block-checksum", "version-ahead", "checkpoint-content", "place-range"},
     "state-unchecked": {"superblock-bad"},
     "record-durable": {"log-damaged", "state-unchecked"},
     "checkpoint-content": {"log-damaged"},

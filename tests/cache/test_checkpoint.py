@@ -55,7 +55,7 @@ def volume(key: int, *rows: tuple[int, int, int]) -> VolumeState:
 
 VOLUMES = [volume(1), volume(2, (0, 5, 7), (100, 1 << 39, 8)), volume(9, ((1 << 40) - 1, 1, 2))]
 HEADER_1 = CheckpointHeader(
-    DEVICE, 41, 1000, 0x1122334455667788, 3, 17, 5, 70000, 100, 3, 3, 0, 0xAABBCCDDEEFF0011, 20, 60
+    DEVICE, 41, 1000, 0x1122334455667788, 3, 17, 5, 70000, 100, 3, 3, 4096, 0xAABBCCDDEEFF0011, 20, 60
 )
 BLOCK_1 = encode_checkpoint_header(HEADER_1)
 
@@ -107,11 +107,12 @@ class Area:
             assert len(piece) == chunk.padded_size <= CHUNK_SIZE
             self.bytes[chunk.offset : chunk.offset + len(piece)] = piece
             end += len(piece)
-        sums = encode_table([checksum(piece) for piece in pieces])
+        self.dirty = bytes(index % 2 for index in range(layout.place_chunk_count))
+        sums = encode_table([checksum(piece) for piece in pieces], self.dirty)
         assert (layout.table.offset, layout.table.padded_size) == (end, len(sums))
         self.bytes[end:] = sums
         assert len(self.bytes) == layout.size
-        header = CheckpointHeader(DEVICE, 5, 6, 7, 8, 9, 10, *layout, 0, checksum(sums))
+        header = CheckpointHeader(DEVICE, 5, 6, 7, 8, 9, 10, *layout, checksum(sums))
         self.bytes[:BLOCK_SIZE] = encode_checkpoint_header(header)
 
     def part(self, offset: int, size: int) -> bytes:
@@ -122,7 +123,8 @@ class Area:
         header = decode(self.part(0, BLOCK_SIZE))
         layout = header.layout
         assert layout == self.layout
-        sums = decode_table(self.part(layout.table.offset, layout.table.padded_size), header, place="area A")
+        sums, dirty = decode_table(self.part(layout.table.offset, layout.table.padded_size), header, place="area A")
+        assert dirty == self.dirty
         chunks = {}
         for chunk, expected in zip(layout.chunks, sums, strict=True):
             chunks[chunk] = self.part(chunk.offset, chunk.padded_size)
@@ -152,9 +154,9 @@ def test_tables_are_the_code() -> None:
 
 def test_golden_bytes() -> None:
     assert BLOCK_1[:112].hex() == (
-        "46434b5002000000000102030405060708090a0b0c0d0e0f2900000000000000e8030000000000008877665544332211"
-        "03000000110000000500000070110100640000000300000003000000050000001100ffeeddccbbaa"
-        "14000000000000003c0000000000000033c0289db00305d8"
+        "46434b5003000000000102030405060708090a0b0c0d0e0f2900000000000000e8030000000000008877665544332211"
+        "03000000110000000500000070110100640000000300000003000000001000001100ffeeddccbbaa"
+        "14000000000000003c000000000000000e6be7867b4c0222"
     )
     assert BLOCK_1[112:] == bytes(BLOCK_SIZE - 112)
     table = encode_volumes(VOLUMES)
@@ -190,7 +192,7 @@ def test_the_layout_leaves_no_gap_and_fits_the_area(places: int, zones: int, vol
     layout = CheckpointLayout(places, zones, volumes, hole_count)
     table = layout.table
     assert table.count == layout.chunk_count
-    assert layout.size - table.offset - 8 * table.count in range(BLOCK_SIZE)
+    assert layout.size - table.offset - 8 * table.count - layout.place_chunk_count in range(BLOCK_SIZE)
     payload = places * PLACE_SIZE + zones * 16 + layout.volume_size + BLOCK_SIZE
     assert 0 <= table.offset - payload < 3 * BLOCK_SIZE
     if hole_count <= hole_count_max(places):
@@ -247,7 +249,7 @@ def test_without_any_valid_checkpoint_the_first_error_is_raised() -> None:
     [
         BLOCK_1[:-1],
         BLOCK_1 + b"\0",
-        sealed(BLOCK_1[:4] + b"\1" + BLOCK_1[5:]),
+        sealed(BLOCK_1[:4] + b"\2" + BLOCK_1[5:]),
         sealed(BLOCK_1[:6] + b"\1" + BLOCK_1[7:]),
         sealed(BLOCK_1[:-1] + b"\1"),
         sealed(BLOCK_1[:60] + b"\xff\xff\xff\xff" + BLOCK_1[64:]),

@@ -68,16 +68,16 @@ def test_both_twins_leave_the_same_map(writes: list[list[int]], buckets: int, on
 def test_dirty_and_pinned_are_told_by_the_version_that_was_overwritten() -> None:
     table, found = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS), Entered.make()
     for lba, version in ((0, 10), (2, 20), (4, 30)):
-        table.insert(make_key(1, lba), version, 1, lba)
+        table.insert(make_key(1, lba), version, 1, 1 + lba)
     packed = pack([0, 2, 4, 6, 6], 40)
     counts = table.enter_writes(packed, 0, 5, 50, acknowledged=10, closed=20, found=found)
     assert counts == (3, 1)
-    assert found.olds[:5].tolist() == [0, 2, 4, -1, 53]
+    assert found.olds[:5].tolist() == [1, 3, 5, -1, 53]
     assert found.dirty_lbas[:3].tolist() == [0, 2, 6]  # clean, in the closed cut, new; not the two that were dirty
-    assert (found.pinned_lbas[0], found.pinned_places[0]) == (2, 2)
-    assert table.keys[2] == make_key(1, 2)
-    assert not table.is_linked(2)
-    assert table.keys[0] == table.keys[4] == table.keys[53] == 0
+    assert (found.pinned_lbas[0], found.pinned_places[0]) == (2, 3)
+    assert table.keys[3] == make_key(1, 2)
+    assert not table.is_linked(3)
+    assert table.keys[1] == table.keys[5] == table.keys[53] == 0
     assert table.find(make_key(1, 6)) == 54
     check_chains(table)
 
@@ -98,7 +98,7 @@ def test_both_twins_leave_the_same_counts(olds: list[int], counts: list[int]) ->
 
 @needs_native
 @pytest.mark.parametrize(
-    ("index", "count", "first"), [(0, 3, 0), (2, 1, 0), (1 << 63, 1, 0), (0, 1, PLACES), (0, 2, PLACES - 1)]
+    ("index", "count", "first"), [(0, 3, 1), (2, 1, 1), (1 << 63, 1, 1), (0, 1, 0), (0, 1, PLACES), (0, 2, PLACES - 1)]
 )
 def test_entries_that_do_not_fit_are_refused(index: int, count: int, first: int) -> None:
     table = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS)
@@ -112,7 +112,7 @@ def test_a_damaged_map_is_an_error_and_no_crash() -> None:
     table = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS, bucket_count=1)
     table._heads[0] = PLACES + 5
     with pytest.raises(SystemError, match="damaged"):
-        native.enter_writes(table._views, ZONE_BLOCKS, pack([1], 1), 0, 1, 0, 0, 0, Entered.make())
+        native.enter_writes(table._views, ZONE_BLOCKS, pack([1], 1), 0, 1, 1, 0, 0, Entered.make())
 
 
 @needs_native

@@ -33,7 +33,7 @@ class SmallCache:
         self.free = list(range(1, zone_count))
         self.full: list[int] = []
         self.open = 0
-        self.at = 0
+        self.at = 1  # place 0 holds no block
         self.misses = 0
 
     def touch(self, lba: int) -> None:
@@ -52,7 +52,8 @@ class SmallCache:
     def _put(self, key: int) -> None:
         if self.at == self.zone_blocks:
             self.full.append(self.open)
-            self.open, self.at = self.free.pop(0), 0
+            self.open = self.free.pop(0)
+            self.at = int(self.open == 0)
         place = self.open * self.zone_blocks + self.at
         self.at += 1
         old = self.map.insert(key, 1, 1, place)

@@ -126,6 +126,21 @@ def test_leave_dirty_keeps_what_was_not_destaged_for_the_next_attach(rig: Rig) -
     assert rig.exported("disk")[: len(content)] == content
 
 
+def test_what_was_left_dirty_goes_upstream_after_a_restart_without_an_attach(rig: Rig) -> None:
+    rig.cache_flags = ["--zone-size", "1MiB", "--cut-age-s-max", "1"]
+    content = written(rig)
+    rig.detach("disk", leave_dirty=True)
+    assert rig.status().dirty_bytes > 0
+    rig.kill_cache()
+    rig.start_cache()
+    rig.wait_status(lambda status: status.dirty_bytes == 0)
+    assert rig.status().volumes == ()
+    assert rig.exported("disk")[: len(content)] == content
+    rig.attach("disk")
+    with rig.nbd("disk") as client:
+        assert client.read(0, len(content)) == content
+
+
 def test_a_deleted_volume_of_the_same_name_leaves_nothing_behind(rig: Rig) -> None:
     written(rig)
     rig.detach("disk")

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from forebay_cache.engine.blockmap import make_key
 from forebay_cache.engine.recovery import recover
+from forebay_cache.format.checkpoint import CHUNK_PLACES
 from forebay_cache.format.superblock import choose
 from forebay_core.units import BLOCK_SIZE, MIB
 
@@ -27,16 +30,23 @@ def row_of(ours: list[float], peers: dict[str, list[float]], goal: Goal) -> Row:
     return row
 
 
-def test_a_full_device_recovers_to_clean_blocks_in_all_zones_but_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dirty_size", [0, 16 * MIB])
+def test_a_full_device_recovers_to_its_blocks_in_all_zones_but_one(tmp_path: Path, dirty_size: int) -> None:
     path = tmp_path / "device"
-    made = make_full_device(path, 128 * MIB)
+    made = make_full_device(path, 128 * MIB, dirty_size=dirty_size)
     content = path.read_bytes()
     superblock = choose(content[:BLOCK_SIZE], content[BLOCK_SIZE : 2 * BLOCK_SIZE])
-    recovered = recover(lambda offset, size: content[offset : offset + size], superblock)
+    recovered = recover(lambda offset, size: content[offset : offset + size], superblock, whole=True)
     assert not recovered.findings
     assert recovered.map.linked_count == made.block_count
     assert made.block_count == superblock.geometry.place_count - superblock.zone_blocks
-    assert recovered.volumes[1].version == recovered.volumes[1].acknowledged == int(recovered.map.version_array.max())
+    volume, versions = recovered.volumes[1], recovered.map.version_array
+    assert volume.version == int(versions.max())
+    assert np.count_nonzero(versions > volume.acknowledged) == made.dirty_count == dirty_size // BLOCK_SIZE
+    place = recovered.map.find(make_key(1, made.lba_of(made.block_count - 1)))
+    assert place == recovered.map.place_count - 1
+    lazily = recover(lambda offset, size: content[offset : offset + size], superblock)
+    assert lazily.map.linked_count in range(made.dirty_count, made.dirty_count + 2 * CHUNK_PLACES)
     assert list(recovered.zones.full) == list(range(1, superblock.zone_count))
 
 

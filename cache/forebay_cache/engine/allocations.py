@@ -34,6 +34,9 @@ class Allocations:
         if sum(state.extent.count for state in known) == extent.count:
             reply(IoError.OK, _shape(known, offset))
             return
+        if self._engine.loading.active:  # the store may be away, and the cache may know all the same
+            self._engine.loading.when_over(lambda: self.allocation(volume, offset, length, reply))
+            return
 
         def answered(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
             if isinstance(answer, UpstreamRefusal):

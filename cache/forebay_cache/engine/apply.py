@@ -110,6 +110,7 @@ class Apply:
         for places in engine.map.remove_range(key, extent.count, below=change.version):
             engine.policy.removed(places)
             volume.trimmed = volume.trimmed or places.size > 0
+        engine.loading.forget(key, extent.count)
         volume.holes.add(extent, change.version)
         volume.applied = Version(change.version)
 
@@ -119,6 +120,7 @@ class Apply:
         key = change.volume_key << LBA_BITS | extent.start
         for places in engine.map.remove_range(key, extent.count, below=change.version):
             engine.policy.removed(places)
+        engine.loading.forget(key, extent.count)
         engine.volumes[change.volume_key].holes.remove(extent)
 
     def _pin(self, volume: "CacheVolume", lbas: list[int], places: list[int]) -> None:

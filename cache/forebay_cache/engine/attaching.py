@@ -190,6 +190,7 @@ class Attaching:
             if not (volume.held or volume.has_changes):
                 for places in engine.map.remove_range(key << LBA_BITS, 1 << LBA_BITS, below=(1 << 64) - 1):
                     engine.policy.removed(places)
+                engine.loading.forget(key << LBA_BITS, 1 << LBA_BITS)
                 del engine.volumes[key]
 
     def _make_room(self) -> None:

@@ -6,11 +6,13 @@ The bucket of a key is its remainder by a prime, so consecutive blocks of a volu
 of them costs few cache misses. The prime may be drawn at random, so that a guest cannot aim at one bucket.
 
 Invariants:
-    A place is linked (in exactly one chain) or not; `nexts[place]` is UNLINKED exactly when it is not.
+    A place is linked (in exactly one chain) or not: it is if it has a key and `nexts[place]` is not UNLINKED.
     A linked place has a key, is in the chain of that key's bucket, and no two linked places have the same key.
-    A place that is not linked is empty (key 0) or held (a key, for a pinned version or one that is loading).
+    A place that is not linked is empty (key 0) or held (a key, for a pinned version).
     live[zone] == linked places of the zone.
     bucket, place and key arrays never move, so that other code may keep views of them.
+    All arrays begin as zeros that were never touched: a large map costs no time and memory before it is filled. So the
+    end of a chain is 0, which is no place of a block: place 0 is the header of the first record of zone 0.
 Crash: the map is only in memory; it is loaded from a checkpoint and brought up by replay.
 """
 
@@ -53,8 +55,7 @@ class BlockMap:
     """Where each cached block lies. Scalar calls take and return ints, array calls u64 keys and int64 places.
 
     `find(key)` returns the place or -1. `keys`, `versions`, `checksums` and `live` are views for reading one element
-    quickly; `key_array` and the like are the same memory for array operations. Only this class writes to them, except
-    that a loader fills the three arrays before `link_places`.
+    quickly; `key_array` and the like are the same memory for array operations. Only this class writes to them.
     """
 
     def __init__(self, place_count: int, *, zone_blocks: int, bucket_count: int | None = None) -> None:
@@ -69,8 +70,8 @@ class BlockMap:
         self.version_array: Final[U64Array] = np.zeros(place_count, np.uint64)
         self.checksum_array: Final[U64Array] = np.zeros(place_count, np.uint64)
         self.live_array: Final[npt.NDArray[np.uint16]] = np.zeros(place_count // zone_blocks, np.uint16)
-        self._next_array: Final[U32Array] = np.full(place_count, _UNLINKED)
-        self._head_array: Final[U32Array] = np.full(self.bucket_count, _NIL)
+        self._next_array: Final[U32Array] = np.zeros(place_count, np.uint32)
+        self._head_array: Final[U32Array] = np.zeros(self.bucket_count, np.uint32)
         self.keys: Final[IntView] = self.key_array.data
         self.versions: Final[IntView] = self.version_array.data
         self.checksums: Final[IntView] = self.checksum_array.data
@@ -96,7 +97,7 @@ class BlockMap:
     def insert(self, key: int, version: int, checksum: int, place: int) -> int:
         """Map the key to an empty place; return the place it had before, which is empty now, or -1."""
         keys, nexts, heads, live = self.keys, self._nexts, self._heads, self.live
-        assert keys[place] == 0, place
+        assert keys[place] == 0 and place > 0, place
         bucket = key % self.bucket_count
         first = old = heads[bucket]
         before = NIL
@@ -150,28 +151,30 @@ class BlockMap:
 
     def hold(self, key: int, version: int, checksum: int, place: int) -> None:
         """Let an empty place hold a block without linking it: a pinned version that was moved."""
-        assert self.keys[place] == 0, place
+        assert self.keys[place] == 0 and place > 0, place
         assert key > 0
+        self._nexts[place] = UNLINKED
         self.keys[place] = key
         self.versions[place] = version
         self.checksums[place] = checksum
 
     def wipe(self, place: int) -> None:
         """Empty a place that is held or empty already."""
-        assert self._nexts[place] == UNLINKED, place
+        assert not self.is_linked(place), place
         self.keys[place] = 0
         self.versions[place] = 0
         self.checksums[place] = 0
 
     def is_linked(self, place: int) -> bool:
         """Tell whether the place is what its key is mapped to."""
-        return bool(self._nexts[place] != UNLINKED)
+        return bool(self.keys[place] != 0 and self._nexts[place] != UNLINKED)
 
     # Many blocks at once.
 
     def linked_mask(self, first_place: int, count: int) -> npt.NDArray[np.bool_]:
         """Return for each place of a run whether it is linked."""
-        mask: npt.NDArray[np.bool_] = self._next_array[first_place : first_place + count] != _UNLINKED
+        part = slice(first_place, first_place + count)
+        mask: npt.NDArray[np.bool_] = (self._next_array[part] != _UNLINKED) & (self.key_array[part] != 0)
         return mask
 
     def enter_writes(
@@ -219,16 +222,18 @@ class BlockMap:
         assert not self.key_array.take(places).any()
         old = self.find_many(keys)
         self.clear_places(old[old >= 0])
-        self.key_array[places] = keys
-        self.version_array[places] = versions
-        self.checksum_array[places] = checksums
-        self._link(places.astype(np.uint32), self._buckets_of(keys))
-        np.add.at(self.live_array, places // self.zone_blocks, _ONE)
+        self._fill(keys, versions, checksums, places)
         return old
+
+    def insert_absent(self, keys: U64Array, versions: U64Array, checksums: U64Array, places: PlaceArray) -> PlaceArray:
+        """Map those of distinct keys that are not in the map to their empty places; return the places used."""
+        absent = self.find_many(keys) < 0
+        self._fill(keys[absent], versions[absent], checksums[absent], places[absent])
+        return places[absent]
 
     def clear_places(self, places: PlaceArray) -> int:
         """Empty distinct places, whether linked, held or empty; return how many were linked."""
-        linked = places[self._next_array.take(places) != _UNLINKED]
+        linked = places[(self._next_array.take(places) != _UNLINKED) & (self.key_array.take(places) != 0)]
         if linked.size <= SCALAR_KEYS_MAX:
             for place in linked.tolist():
                 self._unlink_place(place)
@@ -272,28 +277,34 @@ class BlockMap:
                 some = found[at : at + RANGE_LOOKUPS_MAX]
                 # The map may have changed since they were found.
                 distances = self.key_array.take(some) - np.uint64(key)
-                some = some[(distances < np.uint64(count)) & (self._next_array.take(some) != _UNLINKED)]
+                linked = self._next_array.take(some) != _UNLINKED  # those of them that have a key still
+                some = some[(distances < np.uint64(count)) & linked]
                 yield self._clear_older(some, below)
 
     def load(self, keys: U64Array, versions: U64Array, checksums: U64Array) -> int:
         """Fill an empty map from whole arrays; return how many places lost to a newer version of their block."""
         assert keys.size == versions.size == checksums.size == self.place_count
         assert not self.live_array.any()
-        self.key_array[:] = keys
-        self.version_array[:] = versions
-        self.checksum_array[:] = checksums
-        slices = range(0, self.place_count, LOAD_SLICE_PLACES)
-        return sum(self.link_places(first, min(LOAD_SLICE_PLACES, self.place_count - first)) for first in slices)
+        lost = 0
+        for first in range(0, self.place_count, LOAD_SLICE_PLACES):
+            part = slice(first, first + LOAD_SLICE_PLACES)
+            lost += self.link_run(first, keys[part], versions[part], checksums[part])
+        return lost
 
-    def link_places(self, first_place: int, count: int) -> int:
-        """Link the held places of a run whose arrays a loader has filled.
+    def link_run(self, first_place: int, keys: U64Array, versions: U64Array, checksums: U64Array) -> int:
+        """Map the keys that are not 0 to the empty places of a run.
 
         Of several places with one key the newest version stays (of equals one of them); the others are emptied.
         Returns how many were.
         """
-        held = self.key_array[first_place : first_place + count] != 0
-        held &= ~self.linked_mask(first_place, count)
-        places = (np.flatnonzero(held) + first_place).astype(np.uint32)
+        part = slice(first_place, first_place + keys.size)
+        assert not self.key_array[part].any()
+        assert first_place > 0 or keys[0] == 0
+        self.key_array[part] = keys
+        self.version_array[part] = versions
+        self.checksum_array[part] = checksums
+        self._next_array[part] = _UNLINKED
+        places = (np.flatnonzero(keys) + first_place).astype(np.uint32)
         np.add.at(self.live_array, places // self.zone_blocks, _ONE)
         before = self.linked_count
         rest, losers = self._link_newest(places)
@@ -303,6 +314,14 @@ class BlockMap:
         return before - self.linked_count
 
     # Chains.
+
+    def _fill(self, keys: U64Array, versions: U64Array, checksums: U64Array, places: PlaceArray) -> None:
+        assert places.size == 0 or int(places.min()) > 0
+        self.key_array[places] = keys
+        self.version_array[places] = versions
+        self.checksum_array[places] = checksums
+        self._link(places.astype(np.uint32), self._buckets_of(keys))
+        np.add.at(self.live_array, places // self.zone_blocks, _ONE)
 
     def _buckets_of(self, keys: U64Array) -> PlaceArray:
         return (keys % np.uint64(self.bucket_count)).view(np.int64)

@@ -27,9 +27,11 @@ from forebay_cache.engine.limits import (
     OPEN_CUT_BLOCKS_MAX,
     QUEUED_BLOCKS_FILL_MAX,
     RECOUNT_NS,
+    RESTORE_PLACES,
     RETIRED_ZONES_RATIO,
     ZONES_RESERVED,
 )
+from forebay_cache.engine.loading import Loading
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
@@ -41,7 +43,7 @@ from forebay_cache.engine.slowing import Slowing
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
-from forebay_cache.format.checkpoint import hole_count_max
+from forebay_cache.format.checkpoint import CHUNK_PLACES, hole_count_max
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
@@ -58,6 +60,7 @@ class EngineSettings(NamedTuple):
     retry_ns: int = 2_000_000_000
     limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one
+    checkpoint_chunk_places: int = CHUNK_PLACES
 
 
 class _Timer(NamedTuple):
@@ -93,7 +96,6 @@ class CacheEngine:
         self.alarm = alarm
         self.failed = ""
         self.policy: Policy = AgedFrequency(recovered.map.place_count)
-        self.policy.restore(0, recovered.counts)
         self.volumes: dict[int, CacheVolume] = {}
         self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
         self.dirty_blocks = 0
@@ -116,17 +118,14 @@ class CacheEngine:
         self.checkpoints = Checkpoints(self, recovered.kept)
         self.attaching = Attaching(self)
         self.own_limit = Limit(recovered.limit_average, recovered.limit_peak)  # of all volumes together
+        self.loading = Loading(self, recovered.unloaded)
         self._timers: list[_Timer] = []
         self._now_ns = 0
         self._recount_at_ns = 0
         self._hole_count = 0
         self._hole_count_max = hole_count_max(self.map.place_count) - HOLES_PER_TICK_MAX
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
-        for volume in recovered.volumes.values():
-            self._recover_volume(volume)
-        self.destage.total.set_limit(self.limit_of(None))
-        self._find_dirty_blocks()
-        self.attaching.forget_released()
+        self._recover(recovered)
         self._start_point = recovered.point
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -136,6 +135,9 @@ class CacheEngine:
         self.log.begin(self._start_point)
         self.reclaim.prepare()
         self.checkpoints.want()
+        self.loading.start()
+        if self.loading.active:
+            self.loading.when_over(self._loaded)
 
     def tick(self, now_ns: int, wall_ns: int) -> None:
         """Let time pass: called about every 50 ms with a monotonic and the wall clock."""
@@ -184,6 +186,7 @@ class CacheEngine:
             self.log.fail()
             self.writes.fail()
             self.destage.fail()
+            self.loading.fail()
 
     # --- volumes ----------------------------------------------------------------------------------------------
 
@@ -318,6 +321,7 @@ class CacheEngine:
         """Forget a clean block."""
         self.policy.removed(np.array([place]))
         self.map.remove(key)
+        self.loading.forget(key, 1)
 
     def report_corruption(
         self, volume: CacheVolume, lba: int, place: int, expected: int, found: int | None, *, clean: bool
@@ -347,7 +351,8 @@ class CacheEngine:
         first = volume.key << LBA_BITS
         absent = [lba for lba in range(piece.extent.start, piece.extent.end) if find(first | lba) < 0]
         if piece.plain is None:
-            if len(volume.holes) < HOLES_KEPT_MAX // 2:
+            # While loading, an absent block may yet turn out to be cached, as zeros that the store knows as a hole.
+            if len(volume.holes) < HOLES_KEPT_MAX // 2 and not self.loading.active:
                 for lba in absent:
                     volume.holes.add_where_absent(Extent(lba, 1), piece.version)
             return
@@ -380,6 +385,16 @@ class CacheEngine:
             for volume in self.volumes.values():
                 volume.holes.forget_up_to(volume.acknowledged)
 
+    def _recover(self, recovered: Recovered) -> None:
+        """Take over what was on the device."""
+        for volume in recovered.volumes.values():
+            self._recover_volume(volume)
+        self.destage.total.set_limit(self.limit_of(None))
+        for first in range(0, self.map.place_count, RESTORE_PLACES):
+            self._restore(first, recovered.counts)
+        self.count_dirty_blocks()
+        self.attaching.forget_released()
+
     def _recover_volume(self, found: RecoveredVolume) -> None:
         note = found.note
         volume = CacheVolume(self, note.volume_key, VolumeId(note.volume_id), note.name, note.size)
@@ -394,14 +409,25 @@ class CacheEngine:
         volume.holes = found.holes
         self.volumes[note.volume_key] = volume
 
-    def _find_dirty_blocks(self) -> None:
-        """List what is newer than upstream, for all volumes at once."""
-        keys = self.map.key_array
+    def _restore(self, first: int, counts: npt.NDArray[np.uint8]) -> None:
+        """Take over what is in the map of a run of places: tell the policy, and list what is newer than upstream."""
+        zone_blocks = self.zones.zone_blocks
+        if not self.map.live_array[first // zone_blocks : (first + RESTORE_PLACES - 1) // zone_blocks + 1].any():
+            return  # nothing of a large map that is mostly not loaded yet is touched
+        part = slice(first, first + RESTORE_PLACES)
+        self.policy.restore(first, counts[part])
+        keys = self.map.key_array[part]
         volume_keys = (keys >> np.uint64(LBA_BITS)).astype(np.int64)
         known = volume_keys < self.acknowledged_versions.size
         acknowledged = self.acknowledged_versions.take(np.where(known, volume_keys, 0))
-        dirty = np.flatnonzero((keys != 0) & (self.map.version_array > acknowledged))
-        for key, volume in self.volumes.items():
-            mine = keys[dirty[volume_keys[dirty] == key]] & np.uint64((1 << LBA_BITS) - 1)
-            volume.dirty.frombytes(mine.tobytes())
-        self.count_dirty_blocks()
+        dirty = np.flatnonzero((keys != 0) & (self.map.version_array[part] > acknowledged))
+        for key in np.unique(volume_keys[dirty]).tolist():
+            if key in self.volumes:
+                mine = keys[dirty[volume_keys[dirty] == key]] & np.uint64((1 << LBA_BITS) - 1)
+                self.volumes[key].dirty.frombytes(mine.tobytes())
+
+    def _loaded(self) -> None:
+        """All clean entries are in the map: go on with what waited for that."""
+        self.reclaim.kick()
+        self.checkpoints.step()
+        self.resume_writers()

@@ -39,7 +39,7 @@ def _recover(
     """Return what a start would recover, or None if it would refuse the device."""
     if checkpoints:
         try:
-            return recover(read, superblock)
+            return recover(read, superblock, whole=True)
         except CorruptionError as error:
             findings.add("log-damaged", error.place, str(error))
         except OSError as error:

@@ -89,7 +89,9 @@ def _check_body(
     before = len(findings.rows)
     sums: tuple[int, ...] = ()
     with findings.noting("checkpoint-table", place):
-        sums = checkpoint.decode_table(read(base + layout.table.offset, layout.table.padded_size), header, place=place)
+        sums, _ = checkpoint.decode_table(
+            read(base + layout.table.offset, layout.table.padded_size), header, place=place
+        )
     if not sums:
         return None
     table = bytearray()

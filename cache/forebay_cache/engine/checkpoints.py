@@ -3,9 +3,13 @@
 A checkpoint is fuzzy: what it holds of a place may be newer than the log position that replay starts from, never
 older; replaying what came since makes it exact. The two areas are used in turn.
 
+A chunk of places that shows a block newer than its volume's row in the same checkpoint is marked dirty. What becomes
+dirty later has a record behind the checkpoint, so marked chunks and replay together know all that is not upstream.
+
 Invariants:
     The header of an area is wiped, durably, before anything else in the area is overwritten: a header that is there
     vouches for its whole area, and damage behind it is bit rot.
+    None begins while clean entries of the one before are still being loaded: it would forget them.
     The header is written when a sync has covered all chunks, and with them every record that a chunk shows.
     `replay_position` is that of the older of the two checkpoints on the device: either may be needed.
 Crash: a checkpoint without its header never was.
@@ -15,14 +19,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from forebay_cache.engine.limits import CHECKPOINT_LOG_BYTES_MAX, CHECKPOINT_RECORDS_MAX
+from forebay_cache.engine.limits import (
+    CHECKPOINT_CHUNKS_PER_STEP,
+    CHECKPOINT_LOG_BYTES_MAX,
+    CHECKPOINT_RECORDS_MAX,
+)
 from forebay_cache.engine.log import LogPoint, Settled
 from forebay_cache.engine.rates import Limit
 from forebay_cache.format import checkpoint
 from forebay_cache.format.checkpoint import CheckpointHeader, CheckpointLayout, Chunk, VolumeState
 from forebay_core.checksums import checksum
-from forebay_core.units import BLOCK_SIZE, Buffer
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, Buffer
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -49,6 +58,8 @@ class _Pass:
         volumes: list[VolumeState],
         place_count: int,
         limit: Limit,
+        acknowledged: npt.NDArray[np.uint64],
+        chunk_places: int,
     ) -> None:
         self.area = area
         self.sequence = sequence
@@ -60,6 +71,10 @@ class _Pass:
         self.limit = limit
         self.chunks: list[Chunk] = []
         self.sums: list[int] = []
+        self.dirty = bytearray()
+        self.acknowledged = acknowledged
+        self.chunk_places = chunk_places
+        self.settled: list[Settled] = []
 
 
 class Checkpoints:
@@ -97,7 +112,7 @@ class Checkpoints:
     def step(self) -> None:
         """Go one step further; called at every tick, and in a row while somebody wants the checkpoint."""
         engine = self._engine
-        if self._writing or engine.failed:
+        if self._writing or engine.failed or engine.loading.active:
             return
         if self._pass is None:
             if self._wanted or self._is_due():
@@ -119,30 +134,43 @@ class Checkpoints:
         used = np.flatnonzero(engine.map.live_array)
         place_count = (int(used[-1]) + 1) * engine.zones.zone_blocks if used.size else 0
         area = 1 - newest.area
-        self._pass = _Pass(area, newest.sequence + 1, engine.log.applied, volumes, place_count, engine.own_limit)
+        self._pass = _Pass(
+            area,
+            newest.sequence + 1,
+            engine.log.applied,
+            volumes,
+            place_count,
+            engine.own_limit,
+            np.append(engine.acknowledged_versions, np.uint64(0)),
+            engine.settings.checkpoint_chunk_places,
+        )
         layout = self._layout(self._pass)
         assert layout.size <= engine.superblock.checkpoint_size, "more holes than a checkpoint has room for"
         self._pass.chunks = layout.chunks
         self._log_bytes = engine.log.bytes_written
         self._records = engine.log.records_written
         self._wanted = False
-        self._write(self._pass, 0, bytes(BLOCK_SIZE), lambda: self._sync(self.step))
+        self._pass.settled, self._settled = self._settled, []
+        self._write(self._pass, 0, [bytes(BLOCK_SIZE)], lambda: self._sync(self.step))
 
     def _layout(self, one: _Pass) -> CheckpointLayout:
-        return CheckpointLayout(one.place_count, self._engine.zones.zone_count, one.volume_count, one.hole_count)
+        zone_count = self._engine.zones.zone_count
+        return CheckpointLayout(one.place_count, zone_count, one.volume_count, one.hole_count, one.chunk_places)
 
     def _write_next(self, one: _Pass) -> None:
         if len(one.sums) < len(one.chunks):
-            chunk = one.chunks[len(one.sums)]
-            block = self._content(one, chunk)
-            one.sums.append(checksum(block))
-            self._write(one, chunk.offset, block, self._written)
+            first = one.chunks[len(one.sums)]
+            blocks: list[Buffer] = []
+            for chunk in one.chunks[len(one.sums) : len(one.sums) + CHECKPOINT_CHUNKS_PER_STEP]:
+                blocks.append(self._content(one, chunk))
+                one.sums.append(checksum(blocks[-1]))
+            self._write(one, first.offset, blocks, self._written)
         else:
-            table = checkpoint.encode_table(one.sums)
+            table = checkpoint.encode_table(one.sums, bytes(one.dirty))
             self._write(
                 one,
                 self._layout(one).table.offset,
-                table,
+                [table],
                 lambda: self._sync(lambda: self._write_header(one, checksum(table))),
             )
 
@@ -161,10 +189,13 @@ class Checkpoints:
             return checkpoint.encode_zones(rows)
         table = engine.map
         keys = np.where(table.linked_mask(chunk.first, chunk.count), table.key_array[part], np.uint64(0))
-        counts = engine.policy.counts[part]
-        return checkpoint.encode_places(keys, table.version_array[part], table.checksum_array[part], counts)
+        versions, counts = table.version_array[part], engine.policy.counts[part]
+        # A volume that came since the checkpoint began has 0 here, as the last element: all of it counts as dirty.
+        known = np.minimum(keys >> np.uint64(LBA_BITS), np.uint64(one.acknowledged.size - 1)).astype(np.int64)
+        one.dirty.append(bool(((keys != 0) & (versions > one.acknowledged.take(known))).any()))
+        return checkpoint.encode_places(keys, versions, table.checksum_array[part], counts)
 
-    def _write(self, one: _Pass, offset: int, block: Buffer, then: Callable[[], None]) -> None:
+    def _write(self, one: _Pass, offset: int, blocks: list[Buffer], then: Callable[[], None]) -> None:
         self._writing = True
 
         def done(ok: bool) -> None:
@@ -174,10 +205,10 @@ class Checkpoints:
             else:
                 self._engine.fail("a checkpoint could not be written")
 
-        self._engine.device.write(self._engine.superblock.checkpoint_offsets[one.area] + offset, [block], done)
+        self._engine.device.write(self._engine.superblock.checkpoint_offsets[one.area] + offset, blocks, done)
 
     def _written(self) -> None:
-        if self._settled or self._wanted:
+        if self._wanted or (self._pass is not None and self._pass.settled):
             self.step()
 
     def _sync(self, then: Callable[[], None]) -> None:
@@ -205,19 +236,18 @@ class Checkpoints:
             zone_count=engine.zones.zone_count,
             volume_count=one.volume_count,
             hole_count=one.hole_count,
-            chunk_count=0,
+            chunk_places=one.chunk_places,
             table_xxh3=table_xxh3,
             limit_average=one.limit.average,
             limit_peak=one.limit.peak,
         )
         block = checkpoint.encode_checkpoint_header(header)
-        self._write(one, 0, block, lambda: self._sync(lambda: self._complete(one)))
+        self._write(one, 0, [block], lambda: self._sync(lambda: self._complete(one)))
 
     def _complete(self, one: _Pass) -> None:
         self._kept = [Kept(one.sequence, one.area, one.point.position, one.point.zone), self._kept[0]]
         self._pass = None
-        settled, self._settled = self._settled, []
-        for tell in settled:
+        for tell in one.settled:
             tell(True)
         self._engine.reclaim.kick()
         if self._wanted:

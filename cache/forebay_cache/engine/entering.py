@@ -17,8 +17,10 @@ try:
 except ImportError:  # no compiler when it was installed
     _native = None  # type: ignore[assignment]
 
-NIL: Final = 0xFFFFFFFF
+NIL: Final = 0
 UNLINKED: Final = 0xFFFFFFFE
+if getattr(_native, "NIL", None) != NIL:  # none, or built from an older source whose chains end otherwise
+    _native = None  # type: ignore[assignment]
 NEVER_HIT: Final = 1
 
 
@@ -77,7 +79,7 @@ def enter_writes(
         before, old = NIL, heads[bucket]
         while old != NIL and keys[old] != key:
             before, old = old, nexts[old]
-        assert keys[place] == 0, place
+        assert keys[place] == 0 and place != NIL, place
         found.keys[i] = key
         if old == NIL:
             found.olds[i] = -1

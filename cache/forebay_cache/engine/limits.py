@@ -18,6 +18,20 @@ LINK_ROUNDS_MAX: Final = 64
 LOAD_SLICE_PLACES: Final = 32768
 """Places that one step of a whole load links."""
 
+CHECKPOINT_CHUNKS_PER_STEP: Final = 8
+"""Chunks that one step of a checkpoint copies and writes: 800 KB."""
+
+RESTORE_PLACES: Final = 4096
+"""Places that a start looks at together for dirty blocks and use counts."""
+
+SEARCH_READS_MAX: Final = 8
+SEARCH_WANTS_MAX: Final = 16
+"""Key reads in flight, and reads of guests looked for at a time, while a block is searched in what is not loaded."""
+
+SEARCHED_PER_LOADED: Final = 16
+"""Chunks of which only the keys were searched for each one that is loaded before the next search: comparing costs a
+16th of loading, so loading goes on at half its speed or more however many guests read."""
+
 RANGE_LOOKUPS_MAX: Final = 1024
 """Blocks of a trimmed extent that one step looks up. Measured 2026-11 on a shared EPYC: 0.15 to 0.45 ms."""
 

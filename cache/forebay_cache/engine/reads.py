@@ -154,12 +154,12 @@ class Reads:
         return buffer
 
     def _begin(self, volume: "CacheVolume", request: _Read) -> None:
-        self._collect(volume, request)
+        self._collect(volume, request, request.extent, loaded=not self._engine.loading.active)
         request.arrived()
 
-    def _collect(self, volume: "CacheVolume", request: _Read) -> None:
+    def _collect(self, volume: "CacheVolume", request: _Read, extent: Extent, *, loaded: bool) -> None:
+        """Read an extent; `loaded`: all that the checkpoint says of it is in the map."""
         engine = self._engine
-        extent = request.extent
         places = engine.map.find_run(volume.key << LBA_BITS | extent.start, extent.count).tolist()
         at = 0
         while at < extent.count:
@@ -168,8 +168,21 @@ class Reads:
             if places[at] >= 0:
                 self._read_run(volume, request, part, places[at])
             else:
-                self._read_absent(volume, request, part)
+                self._read_absent(volume, request, part, loaded=loaded)
             at += run
+
+    def _read_unloaded(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
+        """Read blocks that may turn out to be cached: look again when that is known."""
+        request.waiting += 1
+
+        def known() -> None:
+            if volume.error or self._engine.failed:
+                request.failed = True
+            else:
+                self._collect(volume, request, part, loaded=True)
+            request.arrived()
+
+        self._engine.loading.want(volume.key << LBA_BITS | part.start, part.count, known)
 
     def _read_run(self, volume: "CacheVolume", request: _Read, part: Extent, place: int) -> None:
         """Read blocks that lie one behind the other on the device."""
@@ -208,7 +221,7 @@ class Reads:
             if place >= 0:
                 self._read_run(volume, request, Extent(lba, 1), place)
             else:
-                self._read_absent(volume, request, Extent(lba, 1))
+                self._read_absent(volume, request, Extent(lba, 1), loaded=not self._engine.loading.active)
 
     def _repair(
         self,
@@ -239,7 +252,7 @@ class Reads:
         mapped = engine.map.find(key)
         block = Extent(lba, 1)
         if mapped < 0:
-            self._read_absent(volume, request, block)
+            self._read_absent(volume, request, block, loaded=True)
         elif mapped != place:
             self._read_run(volume, request, block, mapped)  # it was moved while it was read
         else:
@@ -251,25 +264,26 @@ class Reads:
                 engine.retire_zone(place // engine.zones.zone_blocks)
             if clean:
                 engine.drop_block(key, place)
-                self._read_absent(volume, request, block)
+                self._read_absent(volume, request, block, loaded=True)
             else:
                 request.failed = True
 
     # --- holes and misses -------------------------------------------------------------------------------------
 
-    def _read_absent(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
+    def _read_absent(self, volume: "CacheVolume", request: _Read, part: Extent, *, loaded: bool) -> None:
         """Read blocks that have no place: holes that we know, the rest from the store."""
+        fetch = self._fetch if loaded else self._read_unloaded
         at = part.start
         for hole in volume.holes.overlapping(part):
             if hole.start > at:
-                self._fetch(volume, request, Extent(at, hole.start - at))
+                fetch(volume, request, Extent(at, hole.start - at))
             start = max(at, hole.start)
             end = min(hole.end, part.end)
             request.parts[start] = (end - start, None)
             volume.hit_blocks += end - start
             at = end
         if at < part.end:
-            self._fetch(volume, request, Extent(at, part.end - at))
+            fetch(volume, request, Extent(at, part.end - at))
 
     def _fetch(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
         volume.miss_blocks += part.count
@@ -303,7 +317,7 @@ class Reads:
             if places[at] >= 0:
                 request.parts[part.start] = (run, None)
             else:
-                self._read_absent(volume, request, part)
+                self._read_absent(volume, request, part, loaded=not self._engine.loading.active)
             at += run
         request.arrived()
 

@@ -2,7 +2,7 @@
 rest is dropped, and once that is durable the zone is filled anew. So the SSD is written sequentially when it is full.
 
 Invariants:
-    A zone that replay from the newest checkpoint would read is no victim.
+    A zone that replay from the newest checkpoint would read is no victim, nor one whose entries are not loaded yet.
     A zone is freed only when a sync has covered all that superseded or moved its blocks.
     Moved blocks keep version and checksum; a block that changed while it was moved is not touched.
     Guests stop at ZONES_RESERVED free zones, moves go on below it; a victim fills less than it frees.
@@ -107,15 +107,19 @@ class Reclaim:
         """
         zones = self._engine.zones
         strict = len(zones.free) > ZONES_RESERVED
-        oldest = [zone for zone in islice(zones.full, VICTIM_CANDIDATES) if self._may_empty(zone)]
+        oldest = [zone for zone in islice(zones.full, VICTIM_CANDIDATES) if self._is_victim(zone)]
         best = self._best(oldest, worthy=strict)
         if best is None or best.keep.size > zones.zone_blocks * 3 // 4:
-            rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, None) if self._may_empty(zone))
+            end = 16 * VICTIM_CANDIDATES if self._engine.loading.active else None
+            rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, end) if self._is_victim(zone))
             better = self._best(list(islice(rest, 8 * VICTIM_CANDIDATES)), worthy=False)
             best = min((v for v in (best, better) if v is not None), key=lambda v: v.keep.size, default=None)
         if best is not None and best.keep.size >= zones.zone_blocks - 3:
             return None  # nothing would be gained
         return best
+
+    def _is_victim(self, zone: int) -> bool:
+        return self._engine.loading.knows(zone) and self._may_empty(zone)
 
     def _may_empty(self, zone: int) -> bool:
         zones, checkpoints = self._engine.zones, self._engine.checkpoints
@@ -235,6 +239,8 @@ class Reclaim:
         engine = self._engine
         first, count = engine.zones.place_at(zone, 0), engine.zones.zone_blocks
         linked = np.flatnonzero(engine.map.linked_mask(first, count)) + first
+        # Its keys need not be forgotten: the zone is older than the checkpoint, so nothing older has another content.
+        engine.loading.forget_zone(zone)
         engine.policy.removed(linked)
         self.dropped_blocks += int(linked.size)
         engine.map.clear_zone(first, count)

@@ -7,6 +7,8 @@ of unflushed writes is a prefix. Below that position a mismatch is bit rot: the 
 Invariants:
     Of several places for one block the highest version wins; of equal versions the later record.
     Replaying a record over a state that shows it already changes nothing.
+    What is not upstream is known when recovery is over: of the checkpoint only chunks of places that hold nothing but
+    clean blocks are left for `loading`, and whatever replay changed, trimmed or filled anew counts before them.
 Source: write-ahead logging with fuzzy checkpoints, as in Mohan et al., ARIES, 1992 (redo only).
 """
 
@@ -21,7 +23,8 @@ from forebay_cache.engine.blockmap import BlockMap, choose_bucket_count
 from forebay_cache.engine.checkpoints import Kept
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.log import LogPoint
-from forebay_cache.engine.zones import ZoneTable
+from forebay_cache.engine.unloaded import Unloaded
+from forebay_cache.engine.zones import ZoneState, ZoneTable
 from forebay_cache.format import checkpoint, record
 from forebay_cache.format import superblock as superblock_format
 from forebay_cache.format.record import EntryArray, RecordHeader
@@ -59,6 +62,7 @@ class Recovered(NamedTuple):
     point: LogPoint
     findings: list[str]
     records_replayed: int
+    unloaded: Unloaded
     limit_average: int = 0  # of all volumes together, as in VolumeNote
     limit_peak: int = 0
 
@@ -86,12 +90,12 @@ def blank_device(superblock: Superblock) -> list[tuple[int, bytes]]:
         zone_count=geometry.zone_count,
         volume_count=0,
         hole_count=0,
-        chunk_count=0,
+        chunk_places=checkpoint.CHUNK_PLACES,
         table_xxh3=0,
     )
     rows = checkpoint.encode_zones(np.zeros(geometry.zone_count, checkpoint.ZONE_DTYPE))
     chunks = [rows[c.offset - BLOCK_SIZE :][: c.padded_size] for c in header.layout.zone_chunks]
-    table = checkpoint.encode_table([checksum(chunk) for chunk in chunks])
+    table = checkpoint.encode_table([checksum(chunk) for chunk in chunks], b"")
     header = header._replace(table_xxh3=checksum(table))
     area = geometry.checkpoint_offsets[0]
     writes = [(area + c.offset, chunk) for c, chunk in zip(header.layout.zone_chunks, chunks, strict=True)]
@@ -102,8 +106,8 @@ def blank_device(superblock: Superblock) -> list[tuple[int, bytes]]:
     return [*writes, (BLOCK_SIZE, block), (0, block)]
 
 
-def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0) -> Recovered:
-    """Return the state of a device that was synced and that nobody writes to.
+def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0, whole: bool = False) -> Recovered:
+    """Return the state of a device that was synced and that nobody writes to; `whole`: with all clean blocks.
 
     Raises:
         CorruptionError: no checkpoint is whole, or a record that was durable is damaged.
@@ -120,7 +124,7 @@ def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0) -
     findings: list[str] = []
     for index, (area, header) in enumerate(candidates):
         try:
-            replay = _load(read, superblock, area, header, place=names[area], bucket_seed=bucket_seed)
+            replay = _load(read, superblock, area, header, place=names[area], bucket_seed=bucket_seed, whole=whole)
         except CorruptionError as error:
             if index + 1 == len(candidates):
                 raise
@@ -134,7 +138,7 @@ def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0) -
 class _Replay:
     """The state that records are applied to."""
 
-    def __init__(self, read: ReadDevice, superblock: Superblock, *, bucket_seed: int) -> None:
+    def __init__(self, read: ReadDevice, superblock: Superblock, *, bucket_seed: int, chunk_places: int) -> None:
         geometry = superblock.geometry
         self.read = read
         self.superblock = superblock
@@ -150,6 +154,7 @@ class _Replay:
         self.volumes: dict[int, RecoveredVolume] = {}
         self.start = LogPoint(FIRST_POSITION, 0, 0, 0)
         self.limit = (0, 0)
+        self.unloaded = Unloaded(geometry.zone_count, geometry.zone_blocks, chunk_places)
 
     def run(self, kept: list[Kept], findings: list[str]) -> Recovered:
         """Apply the log and settle the zones."""
@@ -167,6 +172,7 @@ class _Replay:
             end,
             findings,
             len(records),
+            self.unloaded,
             *self.limit,
         )
 
@@ -312,9 +318,13 @@ class _Replay:
 
     def _enter(self, one: _Record) -> None:
         """The zone was opened anew: nothing of what it held before counts."""
-        self.map.clear_zone(self.zones.place_at(one.zone, 0), self.zones.zone_blocks)
+        self._clear_zone(one.zone)
         self.zones.incarnations[one.zone] = one.header.incarnation
         self.zones.first_positions[one.zone] = one.header.log_position
+
+    def _clear_zone(self, zone: int) -> None:
+        self.map.clear_zone(self.zones.place_at(zone, 0), self.zones.zone_blocks)
+        self.unloaded.forget_zone(zone)
 
     def _note(self, note: VolumeNote) -> None:
         known = self.volumes.get(note.volume_key)
@@ -352,6 +362,7 @@ class _Replay:
         key = volume.note.volume_key << LBA_BITS | extent.start
         for _ in self.map.remove_range(key, extent.count, below=version):
             pass
+        self.unloaded.forget(key, extent.count)
         if kind == record.DROP:
             volume.holes.remove(extent)
             return
@@ -365,13 +376,16 @@ class _Replay:
         The zone that the log is about to enter had been emptied: what a checkpoint says of it is of its life before.
         """
         if end.block == 0:
-            self.map.clear_zone(self.zones.place_at(end.zone, 0), self.zones.zone_blocks)
+            self._clear_zone(end.zone)
         oldest = min(one.position for one in kept)
         live = np.flatnonzero(self.map.live_array).tolist()
         replayed = [zone for zone in range(self.zones.zone_count) if self.zones.first_positions[zone] >= oldest]
-        filled = {*live, *replayed, *(one.zone for one in kept)} - {end.zone}
+        filled = {*live, *replayed, *(one.zone for one in kept), *self.unloaded.zones()} - {end.zone}
         order = self.zones.first_positions
         self.zones.settle(filled=sorted(filled, key=lambda zone: order[zone]), open_zone=end.zone)
+        self.unloaded.sort(order)
+        for zone in self.zones.free:
+            self.unloaded.forget_zone(zone)
         if end.block == 0:
             self.zones.incarnations[end.zone] += 1
             self.zones.first_positions[end.zone] = end.position
@@ -390,18 +404,19 @@ def _load(
     *,
     place: str,
     bucket_seed: int,
+    whole: bool,
 ) -> _Replay:
-    """Return the state that one checkpoint holds."""
-    replay = _Replay(read, superblock, bucket_seed=bucket_seed)
+    """Return the state that one checkpoint holds, without the chunks of places that are all clean unless `whole`."""
+    replay = _Replay(read, superblock, bucket_seed=bucket_seed, chunk_places=header.chunk_places)
     base = superblock.checkpoint_offsets[area]
     layout = header.layout
-    sums = iter(
-        checkpoint.decode_table(read(base + layout.table.offset, layout.table.padded_size), header, place=place)
-    )
+    table_block = read(base + layout.table.offset, layout.table.padded_size)
+    sums, dirty = checkpoint.decode_table(table_block, header, place=place)
+    left = iter(sums)
 
     def chunk_of(chunk: checkpoint.Chunk) -> Buffer:
         block = read(base + chunk.offset, chunk.padded_size)
-        checkpoint.verify_chunk(block, next(sums), place=f"{place} + {chunk.offset}")
+        checkpoint.verify_chunk(block, next(left), place=f"{place} + {chunk.offset}")
         return block
 
     table = b"".join(bytes(memoryview(chunk_of(chunk))[: chunk.size]) for chunk in layout.volume_chunks)
@@ -414,15 +429,21 @@ def _load(
     for chunk in layout.zone_chunks:
         rows = checkpoint.decode_zones(chunk_of(chunk), chunk.count)
         for zone, row in enumerate(rows.tolist(), chunk.first):
-            replay.zones.first_positions[zone], replay.zones.incarnations[zone] = row[0], row[1]
-    for chunk in layout.place_chunks:
-        part = slice(chunk.first, chunk.first + chunk.count)
-        keys, versions, checksums, counts = checkpoint.decode_places(chunk_of(chunk), chunk.count)
-        replay.map.key_array[part] = keys
-        replay.map.version_array[part] = versions
-        replay.map.checksum_array[part] = checksums
-        replay.counts[part] = counts
-        replay.map.link_places(chunk.first, chunk.count)
+            replay.zones.first_positions[zone], replay.zones.incarnations[zone], replay.zones.states[zone] = row[:3]
+    # A zone that was free when its row was copied held nothing then; if it was opened since, replay will enter it.
+    for zone in range(header.zone_count):
+        if replay.zones.states[zone] == ZoneState.FREE:
+            replay.unloaded.forget_zone(zone)
+    for chunk, chunk_xxh3, is_dirty in zip(layout.place_chunks, left, dirty, strict=True):
+        offset, name = base + chunk.offset, f"{place} + {chunk.offset}"
+        if not (is_dirty or whole):
+            replay.unloaded.add(chunk._replace(offset=offset), chunk_xxh3, name)
+            continue
+        block = read(offset, chunk.padded_size)
+        checkpoint.verify_chunk(block, chunk_xxh3, place=name)
+        keys, versions, checksums, counts = checkpoint.decode_places(block, chunk.count)
+        replay.counts[chunk.first : chunk.first + chunk.count] = counts
+        replay.map.link_run(chunk.first, keys, versions, checksums)
     replay.limit = (header.limit_average, header.limit_peak)
     replay.start = LogPoint(header.log_position, header.replay_zone, header.replay_block, header.previous_xxh3)
     return replay

@@ -71,7 +71,7 @@ def search_device(read: ReadDevice, device_size: int) -> Salvage:
             place="device", what="superblocks", expected="a whole one", found=[one.text for one in findings.rows]
         )
     try:
-        return _exact(recover(read, superblock))
+        return _exact(recover(read, superblock, whole=True))
     except CorruptionError as error:
         doubt = str(error)
     except OSError as error:

@@ -8,12 +8,16 @@ overwritten, and that is when the newer one has long been durable. A damaged one
 
 Area, every part padded with zeros to 4096 bytes:
 
-    header | volume chunks | zone chunks | place chunks | chunk table (u64 xxh3 of each padded chunk, in order)
+    header | volume chunks | zone chunks | place chunks | chunk table
 
-A chunk holds CHUNK_SIZE bytes, the last of each kind less:
+The chunk table is the u64 xxh3 of each padded chunk, in order, then one byte for each place chunk: 1 if it may hold a
+block that was newer than `acknowledged` of its volume's row, else 0. So a start reads those with a 1 and the records
+behind the checkpoint, and knows all that is not upstream; the rest, all clean, may be read later.
+
+A chunk holds at most CHUNK_SIZE bytes (places: PLACE_CHUNK_SIZE), the last of each kind less:
     volume chunks  the volume table cut into pieces: all rows, then all holes, those of the first volume first
     zone chunks    zone rows, 16 bytes each
-    place chunks   of n places (32768, or the rest): n keys u64, n versions u64, n checksums u64, n use counts u8.
+    place chunks   of n places (`chunk_places`, or the rest): n keys u64, n versions u64, n checksums u64, n counts u8.
                    Key 0: empty. A place's four values belong together, because a chunk is copied in one step.
 Places from `place_count` on are empty; so the checkpoint of a blank device has none.
 
@@ -22,7 +26,7 @@ Header, 112 bytes, little-endian, then zeros up to 4096:
     offset  size  type  field               meaning
     ------  ----  ----  ------------------  --------------------------------------------------------
          0     4  u32   magic               0x504b4346, "FCKP"
-         4     2  u16   format_version      2
+         4     2  u16   format_version      3
          6     2  2x    reserved            0
          8    16  16s   device              device id
         24     8  u64   sequence            counts checkpoints; the highest valid one wins
@@ -35,7 +39,7 @@ Header, 112 bytes, little-endian, then zeros up to 4096:
         64     4  u32   zone_count          zone rows
         68     4  u32   volume_count        volume rows
         72     4  u32   hole_count          holes of all volumes
-        76     4  u32   chunk_count         chunks of the body
+        76     4  u32   chunk_places        places of each place chunk but the last, 1 to 4096
         80     8  u64   table_xxh3          over the padded chunk table
         88     8  u64   limit_average       bytes per second that destaging all volumes may take, as in VolumeNote
         96     8  u64   limit_peak          the same for its peak
@@ -70,7 +74,7 @@ from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, ID_SIZE, LBA_MAX, Buffer
 
 CHECKPOINT_MAGIC: Final = 0x504B4346
-CHECKPOINT_FORMAT_VERSION: Final = 2
+CHECKPOINT_FORMAT_VERSION: Final = 3
 HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQQQ")
 VOLUME_ROW: Final = struct.Struct(f"<{VOLUME_NOTE.size}sQQI4x")
 HOLE_DTYPE: Final = np.dtype([("start", "<u8"), ("count", "<u8"), ("version", "<u8")])
@@ -83,13 +87,17 @@ assert HOLE_DTYPE.itemsize == 24
 assert ZONE_DTYPE.itemsize == 16
 
 PLACE_SIZE: Final = 25
-CHUNK_PLACES: Final = 32768
-CHUNK_SIZE: Final = CHUNK_PLACES * PLACE_SIZE
+CHUNK_PLACES: Final = 4096
+"""Places of a chunk, at most: so 16 MiB of blocks are loaded in one step."""
+
+PLACE_CHUNK_SIZE: Final = CHUNK_PLACES * PLACE_SIZE
+CHUNK_SIZE: Final = 8 * PLACE_CHUNK_SIZE
 CHUNK_ZONES: Final = CHUNK_SIZE // ZONE_DTYPE.itemsize
 VOLUME_COUNT_MAX: Final = 1024
 HOLES_MIN: Final = 65536
 PLACES_PER_HOLE: Final = 16
-assert CHUNK_SIZE % BLOCK_SIZE == 0
+assert CHUNK_SIZE % BLOCK_SIZE == PLACE_CHUNK_SIZE % BLOCK_SIZE == 0
+assert CHUNK_PLACES * 8 % BLOCK_SIZE == 0  # the keys of a whole chunk can be read alone
 assert CHUNK_SIZE % ZONE_DTYPE.itemsize == 0
 
 U64Array = npt.NDArray[np.uint64]
@@ -101,7 +109,7 @@ _U64: Final = struct.Struct("<Q")
 
 
 class CheckpointHeader(NamedTuple):
-    """The fixed fields in their order on disk; `chunk_count` and `header_xxh3` are made when encoding."""
+    """The fixed fields in their order on disk; `header_xxh3` is made when encoding."""
 
     device: bytes
     sequence: int
@@ -114,7 +122,7 @@ class CheckpointHeader(NamedTuple):
     zone_count: int
     volume_count: int
     hole_count: int
-    chunk_count: int
+    chunk_places: int
     table_xxh3: int
     limit_average: int = 0
     limit_peak: int = 0
@@ -128,6 +136,7 @@ class CheckpointHeader(NamedTuple):
             zone_count=self.zone_count,
             volume_count=self.volume_count,
             hole_count=self.hole_count,
+            chunk_places=self.chunk_places,
         )
 
 
@@ -155,6 +164,7 @@ class CheckpointLayout(NamedTuple):
     zone_count: int
     volume_count: int
     hole_count: int
+    chunk_places: int = CHUNK_PLACES
 
     @property
     def volume_size(self) -> int:
@@ -174,7 +184,7 @@ class CheckpointLayout(NamedTuple):
     @property
     def place_chunks(self) -> list[Chunk]:
         """Chunks of the places."""
-        return _chunks(self.place_count, CHUNK_PLACES, PLACE_SIZE, self._places_offset)
+        return _chunks(self.place_count, self.chunk_places, PLACE_SIZE, self._places_offset)
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -184,15 +194,19 @@ class CheckpointLayout(NamedTuple):
     @property
     def chunk_count(self) -> int:
         """How many chunks there are."""
-        return (
-            -(-self.volume_size // CHUNK_SIZE) - (-self.zone_count // CHUNK_ZONES) - (-self.place_count // CHUNK_PLACES)
-        )
+        return -(-self.volume_size // CHUNK_SIZE) - (-self.zone_count // CHUNK_ZONES) + self.place_chunk_count
+
+    @property
+    def place_chunk_count(self) -> int:
+        """How many of them hold places; they come last."""
+        return -(-self.place_count // self.chunk_places)
 
     @property
     def table(self) -> Chunk:
         """The chunk table, which lies behind the chunks and is not one of them."""
-        offset = self._places_offset + _padded(self.place_count * PLACE_SIZE)
-        return Chunk(0, self.chunk_count, offset, self.chunk_count * _U64.size)
+        whole, rest = divmod(self.place_count, self.chunk_places)
+        offset = self._places_offset + whole * _padded(self.chunk_places * PLACE_SIZE) + _padded(rest * PLACE_SIZE)
+        return Chunk(0, self.chunk_count, offset, self.chunk_count * _U64.size + self.place_chunk_count)
 
     @property
     def size(self) -> int:
@@ -200,7 +214,7 @@ class CheckpointLayout(NamedTuple):
         table = self.table
         return table.offset + table.padded_size
 
-    # All chunks of a kind but the last are whole blocks, so a kind takes no more than its own bytes, padded.
+    # Chunks of CHUNK_SIZE and CHUNK_PLACES are whole blocks, so a kind takes no more than its own bytes, padded.
 
     @property
     def _zones_offset(self) -> int:
@@ -310,14 +324,15 @@ def decode_places(chunk: Buffer, count: int) -> tuple[U64Array, U64Array, U64Arr
 # Checksums.
 
 
-def encode_table(chunk_sums: Sequence[int]) -> bytes:
-    """Return the chunk table, padded, from the xxh3 of each padded chunk in order."""
-    packed = struct.pack(f"<{len(chunk_sums)}Q", *chunk_sums)
+def encode_table(chunk_sums: Sequence[int], dirty: bytes) -> bytes:
+    """Return the chunk table, padded, from the xxh3 of each padded chunk in order and a byte for each place chunk."""
+    packed = struct.pack(f"<{len(chunk_sums)}Q", *chunk_sums) + dirty
     return packed.ljust(_padded(len(packed)), b"\0")
 
 
-def decode_table(table: Buffer, header: CheckpointHeader, *, place: str) -> tuple[int, ...]:
-    """Return the xxh3 of each chunk after comparing the padded table with the header.
+def decode_table(table: Buffer, header: CheckpointHeader, *, place: str) -> tuple[tuple[int, ...], bytes]:
+    """Return the xxh3 of each chunk, and which place chunks may hold dirty blocks, after comparing the padded table
+    with the header.
 
     Raises:
         CorruptionError: the table is not the one that the header was written for.
@@ -325,8 +340,10 @@ def decode_table(table: Buffer, header: CheckpointHeader, *, place: str) -> tupl
     found = checksum(table)
     if found != header.table_xxh3:
         raise CorruptionError(place=place, what="checkpoint chunk table", expected=header.table_xxh3, found=found)
-    sums: tuple[int, ...] = struct.unpack_from(f"<{header.chunk_count}Q", table)
-    return sums
+    layout = header.layout
+    sums: tuple[int, ...] = struct.unpack_from(f"<{layout.chunk_count}Q", table)
+    at = layout.chunk_count * _U64.size
+    return sums, bytes(memoryview(table)[at : at + layout.place_chunk_count])
 
 
 def verify_chunk(chunk: Buffer, expected_xxh3: int, *, place: str) -> None:
@@ -347,7 +364,7 @@ def encode_checkpoint_header(header: CheckpointHeader) -> bytes:
     """Return the block that makes a checkpoint valid; write it when all else is durable."""
     assert header.volume_count <= VOLUME_COUNT_MAX
     block = bytearray(BLOCK_SIZE)
-    fields = header._replace(chunk_count=header.layout.chunk_count, header_xxh3=0)
+    fields = header._replace(header_xxh3=0)
     HEADER.pack_into(block, 0, CHECKPOINT_MAGIC, CHECKPOINT_FORMAT_VERSION, *fields)
     _U64.pack_into(block, _XXH3_OFFSET, checksum(block))
     return bytes(block)
@@ -378,7 +395,8 @@ def decode_checkpoint_header(block: Buffer, *, device: bytes, size_max: int, pla
             found=(format_version, header.device.hex()),
         )
     layout = header.layout
-    if header.volume_count > VOLUME_COUNT_MAX or layout.size > size_max or layout.chunk_count != header.chunk_count:
+    chunk_ok = 0 < header.chunk_places <= CHUNK_PLACES
+    if header.volume_count > VOLUME_COUNT_MAX or not chunk_ok or layout.size > size_max:
         raise CorruptionError(place=place, what="checkpoint counts", expected=f"at most {size_max} bytes", found=layout)
     if not is_limit(header.limit_average, header.limit_peak):
         found_limit = (header.limit_average, header.limit_peak)
@@ -411,12 +429,12 @@ def choose_checkpoints(
 
 
 def _chunks(count: int, chunk_count: int, unit_size: int, offset: int) -> list[Chunk]:
-    """Cut `count` units into chunks from `offset` on. All chunks but the last are whole blocks."""
+    """Cut `count` units into chunks, each padded to whole blocks, from `offset` on."""
     return [
         Chunk(
             first,
             min(chunk_count, count - first),
-            offset + first * unit_size,
+            offset + first // chunk_count * _padded(chunk_count * unit_size),
             min(chunk_count, count - first) * unit_size,
         )
         for first in range(0, count, chunk_count)

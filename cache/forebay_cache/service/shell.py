@@ -61,23 +61,29 @@ class Shell:
         self._changing: set[str] = set()
 
     def resume(self) -> None:
-        """Serve the volumes that were attached when the daemon ended, whether the store is there or not."""
-        for volume in self._engine.attached():
-            self._exports.add(volume)
-            self._session.keep_open(volume.id, volume.name, volume.acknowledged)
+        """Serve the volumes that were attached when the daemon ended, whether the store is there or not.
+
+        Those that were left dirty are opened at the store as well: their epoch is ours, and what they hold goes
+        upstream without anybody attaching them. They stay ours then, as `detach --leave-dirty` says.
+        """
+        for volume in self._engine.held():
+            if volume.attached:
+                self._exports.add(volume)
+            if volume.attached or volume.has_changes:
+                self._session.keep_open(volume.id, volume.name, volume.acknowledged)
 
     # --- the store's answers ----------------------------------------------------------------------------------
 
     def on_reopened(self, volume_id: VolumeId, opened: Opened) -> None:
         """The store granted the volume again after a reconnect."""
         volume = self._engine.by_id(volume_id)
-        if volume is not None and volume.attached:
+        if volume is not None and volume.held:
             self._engine.attaching.reopened(volume, _view(opened))
 
     def on_refused(self, volume_id: VolumeId, code: str, text: str) -> None:
         """The store does not grant the volume (now, or for good)."""
         volume = self._engine.by_id(volume_id)
-        if volume is None or not volume.attached:
+        if volume is None or not volume.held:
             return
         if code in FINAL_CODES:
             then = f"; changes that are only here are kept: {SALVAGE_FIRST}" if volume.has_changes else ""
