@@ -12,6 +12,7 @@ from engine_rig import Rig, check_books, store_content
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from test_blockmap import insert_many
 from test_engine_model import Guest, assert_same
 
 from forebay_cache.engine.blockmap import BlockMap, PlaceArray, U64Array
@@ -210,7 +211,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def clean_replaces_newer(patch: pytest.MonkeyPatch) -> None:
     def insert(self: BlockMap, keys: U64Array, versions: U64Array, sums: U64Array, places: PlaceArray) -> PlaceArray:
-        self.insert_many(keys, versions, sums, places)
+        insert_many(self, keys, versions, sums, places)
         return places
 
     patch.setattr(BlockMap, "insert_absent", insert)

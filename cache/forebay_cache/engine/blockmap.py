@@ -214,17 +214,6 @@ class BlockMap:
             places, waiting = places[more], waiting[missed][more]
         return found
 
-    def insert_many(self, keys: U64Array, versions: U64Array, checksums: U64Array, places: PlaceArray) -> PlaceArray:
-        """Map distinct keys to distinct empty places; return the places they had before, or -1, as `insert` does."""
-        if keys.size <= SCALAR_KEYS_MAX:
-            rows = zip(keys.tolist(), versions.tolist(), checksums.tolist(), places.tolist(), strict=True)
-            return np.array([self.insert(*row) for row in rows], np.int64)
-        assert not self.key_array.take(places).any()
-        old = self.find_many(keys)
-        self.clear_places(old[old >= 0])
-        self._fill(keys, versions, checksums, places)
-        return old
-
     def insert_absent(self, keys: U64Array, versions: U64Array, checksums: U64Array, places: PlaceArray) -> PlaceArray:
         """Map those of distinct keys that are not in the map to their empty places; return the places used."""
         absent = self.find_many(keys) < 0
