@@ -11,8 +11,8 @@ from forebay_cache.engine.front import IoError
 from forebay_cache.engine.volume import CacheVolume
 from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId
 
-TICK_NS = 50_000_000
 NS = 1_000_000_000
+FILL_BLOCKS = 50
 SECOND_ID = VolumeId(b"w" * 16)
 
 
@@ -46,9 +46,10 @@ class TwoStores(SimulatedStore):
 
 
 class RateRig(Rig):
-    """Completions take no time; alarms come `late_ns` after they were asked for."""
+    """Completions take no time; alarms come `late_ns` after they were asked for, ticks every `tick_ns`."""
 
     late_ns = 0
+    tick_ns = 50_000_000
 
     def __init__(self, seed: int, **settings) -> None:
         self.sent: list[tuple[int, int, VolumeId]] = []
@@ -70,7 +71,7 @@ class RateRig(Rig):
         self.settle()
         while True:
             if self.tick_at_ns <= self.now_ns:
-                self.tick_at_ns = self.now_ns + TICK_NS
+                self.tick_at_ns = self.now_ns + self.tick_ns
             alarm_ns = until_ns + 1 if self.alarm_ns is None else max(self.alarm_ns, self.now_ns) + self.late_ns
             due_ns = min(self.tick_at_ns, alarm_ns)
             if due_ns > until_ns:
@@ -97,14 +98,18 @@ class RateRig(Rig):
         return got[0]
 
     def fill(self, first: int, count: int, volume: CacheVolume | None = None) -> list[IoError]:
-        """Write blocks that don't compress, without waiting for the answers."""
+        """Write blocks that are no zeros, all of them different, without waiting for the answers."""
         got: list[IoError] = []
-        for at in range(first, first + count, 50):
-            some = min(50, first + count - at)
-            (volume or self.volume).write(at * BLOCK_SIZE, self.rng.randbytes(some * BLOCK_SIZE), False, got.append)
+        for at in range(first, first + count, FILL_BLOCKS):
+            some = min(FILL_BLOCKS, first + count - at)
+            (volume or self.volume).write(at * BLOCK_SIZE, self.blocks(some), False, got.append)
             (volume or self.volume).kick()
             self.settle()
         return got
+
+    def blocks(self, count: int) -> bytes:
+        """Return blocks of eight random bytes over and over: the builder of the rig does not compress."""
+        return b"".join(self.rng.randbytes(8) * (BLOCK_SIZE // 8) for _ in range(count))
 
     def limit(self, average: int, peak: int, volume: CacheVolume | None = None, *, together: bool = False) -> None:
         settled: list[bool] = []
