@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import destage_rows
 import flush_rows
 import hit_rows
 import import_row
@@ -37,6 +38,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("memory",), memory_row.measure),
     (("restart", "warm"), restart_rows.measure),
     (("commit", "amplification"), flush_rows.measure),
+    (("destage",), destage_rows.measure),
 )
 MICRO = "micro"
 KEYS = (*dict.fromkeys(key for keys, _ in GROUPS for key in keys), MICRO)

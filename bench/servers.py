@@ -110,8 +110,8 @@ class Cache:
         self.file = file
         self.uri = ""
         self.volume = ""
-        self._run_dir = folder / "run"
-        words = ["cache", "serve", "--device", str(file), "--store", store, "--run-dir", str(self._run_dir)]
+        self.run_dir = folder / "run"
+        words = ["cache", "serve", "--device", str(file), "--store", store, "--run-dir", str(self.run_dir)]
         words += ["--log-level", "warning", *(() if size is None else ("--size", size))]
         self.log = folder / "cache.log"
         self._words = _daemon_words("cache", words)
@@ -125,12 +125,12 @@ class Cache:
     def serve(self, volume: str) -> None:
         """Use a volume that is attached already."""
         self.volume = volume
-        self.uri = f"nbd+unix:///{volume}?socket={self._run_dir / 'nbd.sock'}"
+        self.uri = f"nbd+unix:///{volume}?socket={self.run_dir / 'nbd.sock'}"
 
     @property
     def socket(self) -> Path:
         """Where it listens."""
-        return self._run_dir / "nbd.sock"
+        return self.run_dir / "nbd.sock"
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
@@ -160,7 +160,7 @@ class Cache:
 
     def command(self, *words: str) -> str:
         """Run a `forebay` command that asks the daemon; return what it printed."""
-        return command(*words, run_dir=str(self._run_dir))
+        return command(*words, run_dir=str(self.run_dir))
 
     def stop(self) -> None:
         """End it."""

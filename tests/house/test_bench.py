@@ -17,6 +17,7 @@ from forebay_core.units import BLOCK_SIZE, MIB
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "bench"))
 
+from destage_rows import Seen, highest_rate  # noqa: E402
 from fio import BenchError, Load, parse  # noqa: E402
 from full_device import make_full_device  # noqa: E402
 from results import OURS, Goal, Row, Sample, render, save  # noqa: E402
@@ -96,9 +97,18 @@ def test_a_load_that_failed_or_did_nothing_is_no_figure(job: dict[str, object]) 
         parse(json.dumps({"jobs": [job]}), Load("randread", 4096, 1, 1, 4096))
 
 
+def test_the_highest_second_is_found_wherever_it_begins() -> None:
+    sent = [0] * 30 + [100] * 10 + [0] * 30  # bytes per tenth of a second
+    seen = [Seen(10 + i / 10, sum(sent[:i]), 0) for i in range(len(sent) + 1)]
+    assert highest_rate(seen) == pytest.approx(1000, rel=0.1)
+    assert highest_rate(seen[:31]) == 0
+    with pytest.raises(BenchError, match="less than a second"):
+        highest_rate(seen[:5])
+
+
 def test_the_bench_knows_its_rows_and_refuses_others() -> None:
     words = [sys.executable, str(ROOT / "bench" / "run.py"), "--only", "nothing"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    for key in ("read", "write", "flush", "sequential", "import", "miss", "memory", "micro"):
+    for key in ("read", "write", "flush", "sequential", "import", "miss", "memory", "destage", "micro"):
         assert key in done.stderr
