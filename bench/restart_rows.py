@@ -29,9 +29,9 @@ SETTLE_S = 2.0
 TIMEOUT_S = 60.0
 BLOCK_SIZE = 4096
 
-HOT_CACHE = "512MiB"
-HOT_VOLUME = 640 * MIB
-HOT_READS = 256 * MIB
+HOT_CACHE = "256MiB"
+HOT_VOLUME = 320 * MIB
+HOT_READS = 48 * MIB
 
 _MAGIC = struct.Struct(">8sQH")
 _OPTION = struct.Struct(">8sII")
@@ -169,7 +169,7 @@ def _import_s() -> float:
 
 
 def _hit_ratio(plan: Plan) -> Row:
-    note = f"random reads over a volume that is {HOT_VOLUME / (512 * MIB):g} times the cache, the same twice; kill -9"
+    note = f"random reads over a volume that is {HOT_VOLUME / (256 * MIB):g} times the cache, the same twice; kill -9"
     row = Row("restart-warm", "hit ratio after a kill over before", "x", Goal(0.98, 0.995), note)
     with ExitStack() as stack:
         store = Store(plan.folder / "warm-store")
