@@ -22,6 +22,7 @@ from forebay_core.units import BLOCK_SIZE, LBA_BITS, make_version, parse_size
 VOLUME = "full"
 _DEVICE = b"full cache bench"
 _VOLUME_ID = b"full volume test"
+_STORE = b"full cache store"
 _CLEAN = make_version(1, 1)
 _DIRTY = make_version(1, 2)
 _STRIDE = 2_654_435_761
@@ -89,7 +90,7 @@ def make_full_device(path: Path, size: int, *, dirty_size: int = 0) -> FullDevic
 
 
 def _volume_table(made: FullDevice) -> bytes:
-    note = VolumeNote(1, 0, _VOLUME_ID, made.volume_size, 1, VOLUME)
+    note = VolumeNote(1, 0, _VOLUME_ID, made.volume_size, 1, VOLUME, _STORE)
     holes = np.zeros(0, checkpoint.HOLE_DTYPE)
     newest = _DIRTY if made.dirty_count else _CLEAN
     return checkpoint.encode_volumes([checkpoint.VolumeState(note, newest, _CLEAN, holes)])

@@ -30,7 +30,7 @@ from forebay_cache.format.superblock import Superblock, plan_geometry
 from forebay_core.checksums import block_checksums
 from forebay_core.extents import Extent
 from forebay_core.frame import FrameBuilder
-from forebay_core.units import BLOCK_SIZE, MIB, Buffer, Epoch, Version, VolumeId
+from forebay_core.units import BLOCK_SIZE, MIB, Buffer, Epoch, StoreId, Version, VolumeId
 
 COUNT = 1000
 PLACES = 1 << 18
@@ -197,7 +197,7 @@ class _Engine:
         self.engine.start()
         self.device.run()
         got: list[CacheVolume | None] = []
-        view = StoreView(VolumeId(b"v" * 16), "v", VOLUME_SIZE, Epoch(1), Version(0))
+        view = StoreView(VolumeId(b"v" * 16), "v", VOLUME_SIZE, Epoch(1), Version(0), StoreId(b"s" * 16))
         self.engine.attaching.attach(view, [], read_only=False, attached=got.append)
         self.device.run()
         assert got[0] is not None

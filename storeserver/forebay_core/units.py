@@ -43,6 +43,7 @@ Sequence = NewType("Sequence", int)
 Version = NewType("Version", int)
 VolumeId = NewType("VolumeId", bytes)
 DeviceId = NewType("DeviceId", bytes)
+StoreId = NewType("StoreId", bytes)
 
 ID_SIZE: Final = 16
 NO_VERSION: Final = Version(0)
@@ -51,6 +52,12 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _UNITS: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _SIZE: Final = re.compile(r"(?P<number>\d{1,20}(\.\d{1,12})?) ?((?P<unit>[KMGT]?)(iB|B)?)\Z", re.IGNORECASE | re.ASCII)
+
+
+def format_store(store: bytes) -> str:
+    """Return a store's UUID as its folder's store.toml has it."""
+    digits = store.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def make_version(epoch: int, sequence: int) -> Version:

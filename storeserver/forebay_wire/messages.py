@@ -35,6 +35,7 @@ OUT_OF_ORDER: Final = "out-of-order"
 PARTS_MISSING: Final = "parts-missing"
 HISTORY_GONE: Final = "history-gone"
 STORE_BEHIND: Final = "store-behind"
+WRONG_STORE: Final = "wrong-store"  # said by a cache: the volume lives in another one than it is connected to
 CORRUPT: Final = "corrupt"
 NO_SPACE: Final = "no-space"
 BAD_REQUEST: Final = "bad-request"

@@ -18,10 +18,11 @@ from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.superblock import Superblock, choose, plan_geometry
 from forebay_core.checksums import ZERO_BLOCK, block_checksums, checksum
 from forebay_core.extents import Extent, from_blocks
-from forebay_core.units import BLOCK_SIZE, Buffer, Epoch, Version, VolumeId, make_version, sequence_of
+from forebay_core.units import BLOCK_SIZE, Buffer, Epoch, StoreId, Version, VolumeId, make_version, sequence_of
 from forebay_wire import messages
 
 VOLUME_ID = VolumeId(b"v" * 16)
+STORE_ID = StoreId(b"s" * 16)
 FIRST_CONTENT = 0  # blocks of a new volume are holes
 CHUNK_PLACES = 96  # of a checkpoint: more than a zone, less than two, so that small devices have many chunks
 
@@ -280,7 +281,7 @@ class Rig:
         self.alarm_ns = due_ns
 
     def attach(self) -> None:
-        view = StoreView(VOLUME_ID, "v", self.size, self.store.epoch, self.store.version)
+        view = StoreView(VOLUME_ID, "v", self.size, self.store.epoch, self.store.version, STORE_ID)
         known = self.engine.by_id(VOLUME_ID)
         if known is not None and known.attached:
             self.volume = known

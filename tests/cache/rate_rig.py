@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from engine_rig import Rig, SimulatedStore
+from engine_rig import STORE_ID, Rig, SimulatedStore
 
 from forebay_cache.engine.attaching import StoreView
 from forebay_cache.engine.cuts import HOLE_SIZE
@@ -91,7 +91,7 @@ class RateRig(Rig):
 
     def add_volume(self) -> CacheVolume:
         got: list[CacheVolume | None] = []
-        view = StoreView(SECOND_ID, "w", self.size, Epoch(1), Version(0))
+        view = StoreView(SECOND_ID, "w", self.size, Epoch(1), Version(0), STORE_ID)
         self.engine.attaching.attach(view, [], read_only=False, attached=got.append)
         self.run_until(lambda: bool(got))
         assert got[0] is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_rig import VOLUME_ID, Rig
+from engine_rig import STORE_ID, VOLUME_ID, Rig
 
 from forebay_cache.engine.check import check_device
 from forebay_cache.engine.findings import CODES, FINDINGS_MAX, Finding
@@ -422,7 +422,7 @@ def release(rig: Rig) -> None:
 def second_volume(rig: Rig, volume_id: bytes, name: str) -> None:
     from forebay_cache.engine.volume import CacheVolume
 
-    other = CacheVolume(rig.engine, 77, VolumeId(volume_id), name, 1 << 20)
+    other = CacheVolume(rig.engine, 77, VolumeId(volume_id), STORE_ID, name, 1 << 20)
     other.attached = other.held = True
     rig.engine.volumes[77] = other
 

@@ -50,7 +50,9 @@ def holes(*rows: tuple[int, int, int]) -> checkpoint.RowArray:
 
 
 def volume(key: int, *rows: tuple[int, int, int]) -> VolumeState:
-    return VolumeState(VolumeNote(key, 0, bytes([key]) * 16, 1 << 30, 3, f"vm-{key}"), 900 + key, 800, holes(*rows))
+    return VolumeState(
+        VolumeNote(key, 0, bytes([key]) * 16, 1 << 30, 3, f"vm-{key}", b"s" * 16), 900 + key, 800, holes(*rows)
+    )
 
 
 VOLUMES = [volume(1), volume(2, (0, 5, 7), (100, 1 << 39, 8)), volume(9, ((1 << 40) - 1, 1, 2))]

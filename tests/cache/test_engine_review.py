@@ -1,7 +1,7 @@
 """What a review broke, each as the scenario that broke it."""
 
 import pytest
-from engine_rig import VOLUME_ID, Rig, check_books
+from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books
 
 from forebay_cache.engine import cache as cache_module
 from forebay_cache.engine.attaching import StoreView
@@ -20,7 +20,7 @@ def settle(rig: Rig, steps: int = 400) -> None:
 
 def attach_second(rig: Rig) -> CacheVolume:
     got: list[CacheVolume | None] = []
-    view = StoreView(VolumeId(b"w" * 16), "w", 1 << 20, Epoch(1), Version(0))
+    view = StoreView(VolumeId(b"w" * 16), "w", 1 << 20, Epoch(1), Version(0), STORE_ID)
     rig.engine.attaching.attach(view, [], read_only=False, attached=got.append)
     rig.run_until(lambda: bool(got))
     assert got[0] is not None

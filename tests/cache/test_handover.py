@@ -13,7 +13,7 @@ crash before each of its completions: of the cache (killed, or with the power cu
 from collections.abc import Callable
 
 import pytest
-from engine_rig import Rig, check_books, store_content
+from engine_rig import STORE_ID, Rig, check_books, store_content
 
 from forebay_cache.engine import destage
 from forebay_cache.engine.attaching import StoreView
@@ -131,7 +131,7 @@ class StoreKilled(Handover):
 
     def crash(self) -> None:
         self.store.queue.clear()
-        view = StoreView(self.volume.id, "v", self.size, self.store.epoch, self.store.version)
+        view = StoreView(self.volume.id, "v", self.size, self.store.epoch, self.store.version, STORE_ID)
         self.engine.attaching.reopened(self.volume, view)
         for again in list(self.requests.values()):
             again()

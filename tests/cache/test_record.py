@@ -34,7 +34,7 @@ from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, LBA_MAX, RATE_UNLIMITED, VOLUME_SIZE_MAX
 
 PLAIN = RecordHeader(record.DATA, 0, 0x1122334455667788, 3, 4, 5, 2, 0xAABBCCDDEEFF0011, 2, 1, 0, 0x99)
-NOTE = VolumeNote(7, READ_ONLY, bytes(range(16)), 1 << 30, 9, "vm-1@monday", 20 << 20, 60 << 20)
+NOTE = VolumeNote(7, READ_ONLY, bytes(range(16)), 1 << 30, 9, "vm-1@monday", bytes(range(16, 32)), 20 << 20, 60 << 20)
 
 
 def entry(
@@ -96,9 +96,9 @@ def test_golden_bytes() -> None:
         "full": "58f7e044a8a4b1f3",
         "seal": "dded9c401e77a16c",
         "state": "5b76326a72711f5e",
-        "note": "baa8e901bbe8cc97",
+        "note": "2bc5ff48f8d7cfb2",
     }
-    assert encode_volume_note(NOTE)[304:].hex() == "00004001000000000000c00300000000" + 32 * "0"
+    assert encode_volume_note(NOTE)[304:].hex() == "00004001000000000000c00300000000" + bytes(range(16, 32)).hex()
     assert encode_volume_note(NOTE)[:56].hex() == (
         "0700000001000b00000102030405060708090a0b0c0d0e0f00000040000000000900000000000000"
         + b"vm-1@monday".hex()
@@ -248,7 +248,7 @@ ROW = encode_volume_note(NOTE)
         ROW[:40] + b"/" + ROW[41:],
         ROW[:40] + b"\xff" + ROW[41:],
         ROW[:60] + b"x" + ROW[61:],
-        ROW[:-1] + b"\1",
+        ROW[:-16] + bytes(16),
         ROW[:304] + bytes(8) + ROW[312:],
         ROW[:312] + bytes(8) + ROW[320:],
     ],

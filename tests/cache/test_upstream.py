@@ -14,7 +14,17 @@ from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import ForebayError, RefusedError, StoreUnreachableError
 from forebay_core.extents import Extent, pack, unpack
 from forebay_core.frame import FrameBuilder
-from forebay_core.units import BLOCK_SIZE, Buffer, DeviceId, Epoch, Version, VolumeId, make_version
+from forebay_core.units import (
+    BLOCK_SIZE,
+    Buffer,
+    DeviceId,
+    Epoch,
+    StoreId,
+    Version,
+    VolumeId,
+    format_store,
+    make_version,
+)
 from forebay_core.units import Sequence as ChangeSequence
 from forebay_wire import messages
 from forebay_wire.address import Address
@@ -43,6 +53,8 @@ from forebay_wire.server import WireServer
 
 DEVICE = DeviceId(b"D" * 16)
 VOLUME = VolumeId(b"V" * 16)
+STORE = StoreId(b"S" * 16)
+OTHER_STORE = StoreId(b"X" * 16)
 VERSION = make_version(3, 7)
 CUT = CutIdentity(VOLUME, Epoch(3), 99, ChangeSequence(8), ChangeSequence(9))
 BLOCKS = [bytes([65 + index]) * BLOCK_SIZE for index in range(8)]
@@ -54,7 +66,7 @@ class ScriptedStore:
     """Answers like a store with one volume of eight blocks; `refusals` come first, one for each request of a type."""
 
     def __init__(self) -> None:
-        self.node = b"S" * 16
+        self.node = bytes(STORE)
         self.port = 0
         self.volume_id = VOLUME
         self.session = 0
@@ -160,7 +172,7 @@ async def running(store: ScriptedStore, *, ping_s: float = 5.0, started: bool = 
         await store.stop()
     rig = Rig(store, ping_s=ping_s)
     rig.session.start()
-    rig.session.keep_open(VOLUME, "disk", VERSION)
+    rig.session.keep_open(VOLUME, STORE, "disk", VERSION)
     try:
         yield rig
     finally:
@@ -270,13 +282,34 @@ def test_another_store_under_the_same_address_is_not_talked_to() -> None:
             await store.stop()
             await until(lambda: not rig.session.connected)
             answer = rig.fetch([Extent(0, 1)])
-            store.node = b"X" * 16
+            store.node = bytes(OTHER_STORE)
+            store.asked.clear()
             await store.start()
-            await until(lambda: "another store" in rig.session.error)
-            assert store.count(Read) == 0 and not rig.session.connected
-            store.node = b"S" * 16
+            await until(lambda: bool(rig.refused))
+            code, text = rig.refused[0]
+            assert code == messages.WRONG_STORE and format_store(STORE) in text and format_store(OTHER_STORE) in text
+            assert rig.session.refusal(VOLUME) is not None and not store.asked
+            assert await rig.session.connected_store() == OTHER_STORE
+            store.node = bytes(STORE)
             await store.restart()
             assert (await answer)[0].plain == BLOCKS[0]
+
+    run(test())
+
+
+def test_a_store_hears_only_of_the_volumes_that_live_in_it() -> None:
+    async def test() -> None:
+        store = ScriptedStore()
+        store.node = bytes(OTHER_STORE)
+        asked_for: list[StoreId] = []
+        async with running(store, ping_s=0.02) as rig:
+            rig.session._held = lambda home: asked_for.append(home) or ()  # type: ignore[func-returns-value]
+            await until(lambda: len(asked_for) > 1)
+            assert set(asked_for) == {OTHER_STORE} and store.count(OpenVolume) == 0
+            store.node = bytes(STORE)
+            await store.restart()
+            await until(lambda: asked_for[-1] == STORE)
+            await until(lambda: len(rig.reopened) == 1)
 
     run(test())
 
@@ -341,7 +374,7 @@ def test_only_an_old_session_fenced_is_tried_under_the_new_one() -> None:
             answer = rig.stage()
             opening = asyncio.create_task(rig.session.open_volume("disk", take_over=False, acknowledged=VERSION))
             assert await answer is None
-            assert (await opening).session == 2
+            assert (await opening)[0].session == 2
 
     run(test())
 

@@ -189,6 +189,12 @@ class Rig:
             seen.append(self.status().log_bytes)
             time.sleep(0.06)
 
+    def store_id(self, folder: Path) -> bytes:
+        """Return the UUID of the store in a folder."""
+        found = re.search('store = "([0-9a-f-]+)"', (folder / "store.toml").read_text())
+        assert found is not None
+        return bytes.fromhex(found[1].replace("-", ""))
+
     # --- bytes ------------------------------------------------------------------------------------------------
 
     def exported(self, name: str) -> bytes:

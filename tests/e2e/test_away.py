@@ -10,8 +10,8 @@ import pytest
 from e2e_nbd import READ, WRITE
 from e2e_rig import Rig
 
-from forebay_core.units import BLOCK_SIZE, MIB
-from forebay_wire.messages import CreateVolume, Volume
+from forebay_core.units import BLOCK_SIZE, MIB, format_store
+from forebay_wire.messages import CreateVolume, GetVolume, Volume
 
 
 def prepared(rig: Rig) -> bytes:
@@ -81,7 +81,10 @@ def test_another_store_under_the_address_is_never_written_to(rig: Rig) -> None:
         ours, rig.store_data = rig.store_data, rig.folder / "other"
         rig.start_store()
         rig.ask_store(CreateVolume("disk", 16 * MIB), Volume)
-        rig.wait_status(lambda status: "another store" in status.error)
+        refused = rig.wait_status(lambda status: "lives in store" in status.volumes[0].error).volumes[0].error
+        assert all(format_store(rig.store_id(folder)) in refused for folder in (ours, rig.store_data))
+        assert refused in rig.run("attach", "disk", code=1)
+        assert not rig.ask_store(GetVolume("disk"), Volume).row.writer, "the other volume was touched"
         client.submit(READ, 2 * MIB, 4096)
         rig.kill_store()
         rig.store_data = ours
@@ -91,8 +94,11 @@ def test_another_store_under_the_address_is_never_written_to(rig: Rig) -> None:
     assert rig.exported("disk")[:4096] == b"mine" * 1024
 
 
-def test_a_restarted_cache_waits_out_a_store_that_does_not_know_its_volume(rig: Rig) -> None:
+def test_a_restarted_cache_waits_for_its_own_store_and_serves_what_lives_in_another(rig: Rig) -> None:
     content = prepared(rig)
+    with rig.nbd("disk") as client:
+        client.write(0, b"mine" * 1024)
+        client.flush()
     rig.kill_store()
     rig.kill_cache()
     ours, rig.store_data = rig.store_data, rig.folder / "other"
@@ -101,14 +107,45 @@ def test_a_restarted_cache_waits_out_a_store_that_does_not_know_its_volume(rig: 
     rig.start_cache()
     with rig.nbd("disk") as client:
         client.submit(READ, 2 * MIB, 4096)
-        rig.wait_status(lambda status: status.volumes[0].error != "")
+        rig.wait_status(lambda status: "lives in store" in status.volumes[0].error)
+        other = rig.ask_store(GetVolume("disk"), Volume).row
+        assert (other.writer, other.epoch, other.version) == (b"", 0, 0), "the other volume was touched"
+        rig.create("guest")
+        rig.attach("guest")
+        with rig.nbd("guest") as guest:
+            guest.write(0, b"else" * 1024)
+        rig.drain("guest")
         rig.kill_store()
         rig.store_data = ours
         rig.start_store()
-        rig.kill_cache()  # it has met the other store, which it would now keep waiting for
-        rig.start_cache()
+        assert client.next_reply()[2] == content[2 * MIB : 2 * MIB + 4096]
+    rig.wait_status(lambda status: "lives in store" in {v.name: v.error for v in status.volumes}["guest"])
+    rig.detach("disk")
+    assert rig.exported("disk")[:4096] == b"mine" * 1024
+
+
+def test_a_volume_of_the_same_name_in_another_store_is_not_joined_with_what_is_kept(rig: Rig) -> None:
+    prepared(rig)
+    rig.kill_store()
     with rig.nbd("disk") as client:
-        assert client.read(2 * MIB, 4096) == content[2 * MIB : 2 * MIB + 4096]
+        client.write(0, b"mine" * 1024)
+    rig.run("detach", "disk", "--leave-dirty")
+    ours, rig.store_data = rig.store_data, rig.folder / "other"
+    rig.start_store()
+    missing = rig.run("attach", "disk", code=1)  # not even there
+    rig.ask_store(CreateVolume("disk", 16 * MIB), Volume)
+    said = rig.run("attach", "disk", code=1)
+    for text in (missing, said):
+        assert all(format_store(rig.store_id(folder)) in text for folder in (ours, rig.store_data))
+        assert text.count("\n") == 1
+    assert not rig.ask_store(GetVolume("disk"), Volume).row.writer
+    rig.kill_store()
+    rig.store_data = ours
+    rig.start_store()
+    rig.wait_status(lambda status: status.store_connected)
+    rig.attach("disk")
+    rig.detach("disk")
+    assert rig.exported("disk")[:4096] == b"mine" * 1024
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ silently. Behind: refused by the store when it is asked with our version.
 
 Invariants:
     A volume is served only after its row, and what was dropped for it, is durable.
+    What is cached of a volume, dirty or clean, is of the one store that its row names; no other is asked or told.
 Crash: the row in the log says whether the volume is attached, held with dirty blocks, or released.
 """
 
@@ -19,7 +20,7 @@ from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
-from forebay_core.units import LBA_BITS, Epoch, Version, VolumeId, format_size
+from forebay_core.units import LBA_BITS, Epoch, StoreId, Version, VolumeId, format_size, format_store
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -36,6 +37,7 @@ class StoreView(NamedTuple):
     size: int
     epoch: Epoch
     version: Version
+    store: StoreId
 
 
 class Standing(enum.Enum):
@@ -56,6 +58,22 @@ class Attaching:
         """Return the version to ask the store with; 0 for a volume that the device does not know."""
         volume = self._engine.by_id(volume_id)
         return volume.acknowledged if volume is not None else Version(0)
+
+    def refuse_stranger(self, name: str, store: StoreId, *, volume_id: VolumeId | None = None) -> None:
+        """Look whether a volume that a store offers is another one than what is kept here under its name or id.
+
+        Raises:
+            ForebayError: it is, and what is kept must not be joined with it.
+        """
+        for volume in self._engine.volumes.values():
+            mine = volume.held or volume.has_changes
+            if volume.store != store and (volume.id == volume_id or (volume.name == name and mine)):
+                raise ForebayError(wrong_store(volume.name, volume.store, store))
+            if volume.name == name and volume.has_changes and volume_id not in (None, volume.id):
+                raise ForebayError(
+                    f"this cache keeps changes of another volume {name}, {volume.id.hex()}, which the store no longer "
+                    f"has under this name (now {volume_id.hex() if volume_id else ''}): {SALVAGE_FIRST}"
+                )
 
     def compare(self, view: StoreView) -> Standing:
         """Tell whether what is cached may be served."""
@@ -81,6 +99,7 @@ class Attaching:
             ForebayError: it is attached already, or holds changes that the store does not know and would not take.
         """
         engine = self._engine
+        self.refuse_stranger(view.name, view.store, volume_id=view.id)
         volume = engine.by_id(view.id)
         if volume is not None and volume.attached:
             raise ForebayError(f"volume {view.name} is attached already")
@@ -93,7 +112,7 @@ class Attaching:
             )
         if volume is None:
             self._make_room()
-            volume = CacheVolume(engine, self._next_key(), view.id, view.name, view.size)
+            volume = CacheVolume(engine, self._next_key(), view.id, view.store, view.name, view.size)
             volume.shaper.set_limit(engine.limit_of(volume))
             engine.volumes[volume.key] = volume
         volume.error = ""
@@ -197,6 +216,14 @@ class Attaching:
         self.forget_released(room=1)
         if len(self._engine.volumes) >= VOLUMES_MAX:
             raise ForebayError(f"{VOLUMES_MAX} volumes are attached to this cache; detach one first")
+
+
+def wrong_store(name: str, home: StoreId, found: bytes) -> str:
+    """Return the line that says that a volume lives in another store than the one found."""
+    return (
+        f"volume {name} of this cache lives in store {format_store(home)}, but the one it is connected to is store "
+        f"{format_store(found)}: nothing of it is asked or sent there; start the cache with --store of its own store"
+    )
 
 
 def _is_own_history(volume: CacheVolume, view: StoreView) -> bool:

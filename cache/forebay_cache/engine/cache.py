@@ -47,7 +47,7 @@ from forebay_cache.format.checkpoint import CHUNK_PLACES, hole_count_max
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
-from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Epoch, Version, VolumeId, format_size
+from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Epoch, StoreId, Version, VolumeId, format_size
 
 
 class EngineSettings(NamedTuple):
@@ -397,7 +397,7 @@ class CacheEngine:
 
     def _recover_volume(self, found: RecoveredVolume) -> None:
         note = found.note
-        volume = CacheVolume(self, note.volume_key, VolumeId(note.volume_id), note.name, note.size)
+        volume = CacheVolume(self, note.volume_key, VolumeId(note.volume_id), StoreId(note.store), note.name, note.size)
         volume.resize(note.name, note.size, read_only=bool(note.flags & READ_ONLY))
         volume.epoch = Epoch(note.epoch)
         volume.own_limit = Limit(note.average, note.peak)

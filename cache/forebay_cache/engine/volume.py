@@ -16,7 +16,17 @@ from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.slowing import UNBOUNDED
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY, VolumeNote
-from forebay_core.units import BLOCK_SIZE, SEQUENCE_BITS, Buffer, Epoch, Version, VolumeId, make_version, sequence_of
+from forebay_core.units import (
+    BLOCK_SIZE,
+    SEQUENCE_BITS,
+    Buffer,
+    Epoch,
+    StoreId,
+    Version,
+    VolumeId,
+    make_version,
+    sequence_of,
+)
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -25,11 +35,14 @@ if TYPE_CHECKING:
 class CacheVolume:
     """State of one volume and the requests that a front may make of it (FrontVolume)."""
 
-    def __init__(self, engine: "CacheEngine", key: int, volume_id: VolumeId, name: str, size: int) -> None:
+    def __init__(
+        self, engine: "CacheEngine", key: int, volume_id: VolumeId, store: StoreId, name: str, size: int
+    ) -> None:
         assert size % BLOCK_SIZE == 0
         self._engine = engine
         self.key = key
         self.id = volume_id
+        self.store = store  # where it lives: what is cached is of no other one
         self._name = name
         self._size = size
         self._read_only = False
@@ -182,4 +195,4 @@ class CacheVolume:
         """Return the row for log and checkpoint."""
         detached = 0 if self.attached else LEFT_DIRTY if self.held else CLOSED
         flags = (READ_ONLY if self._read_only else 0) | detached
-        return VolumeNote(self.key, flags, self.id, self._size, self.epoch, self._name, *self.own_limit)
+        return VolumeNote(self.key, flags, self.id, self._size, self.epoch, self._name, self.store, *self.own_limit)

@@ -16,7 +16,7 @@ VolumeNote, 336 bytes, little-endian:
         40   264  264s  name        `volume` or `volume@snapshot`, ASCII, padded with zeros
        304     8  u64   average     bytes per second that destaging may take; 0: not set, RATE_UNLIMITED: no limit
        312     8  u64   peak        the same for its peak; not set if and only if `average` is not
-       320    16  16x   reserved    0
+       320    16  16s   store       UUID, not zeros, of the store that the volume lives in; nothing cached is of another
 """
 
 import struct
@@ -26,7 +26,7 @@ from forebay_core.errors import CorruptionError
 from forebay_core.names import NAME_SIZE_MAX, is_name
 from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, VOLUME_SIZE_MAX, Buffer
 
-VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264sQQ16x")
+VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264sQQ16s")
 VOLUME_KEY_MAX: Final = (1 << 24) - 1
 READ_ONLY: Final = 1
 LEFT_DIRTY: Final = 2
@@ -34,8 +34,6 @@ CLOSED: Final = 4
 EXPORT_NAME_SIZE_MAX: Final = 2 * NAME_SIZE_MAX + 1
 assert VOLUME_NOTE.size == 336
 assert EXPORT_NAME_SIZE_MAX <= 264
-
-_RESERVED_OFFSET: Final = 320
 
 
 class VolumeNote(NamedTuple):
@@ -47,6 +45,7 @@ class VolumeNote(NamedTuple):
     size: int
     epoch: int
     name: str
+    store: bytes
     average: int = 0
     peak: int = 0
 
@@ -56,7 +55,16 @@ def encode_volume_note(note: VolumeNote) -> bytes:
     name = note.name.encode("ascii")
     assert _is_valid(note), note
     return VOLUME_NOTE.pack(
-        note.volume_key, note.flags, len(name), note.volume_id, note.size, note.epoch, name, note.average, note.peak
+        note.volume_key,
+        note.flags,
+        len(name),
+        note.volume_id,
+        note.size,
+        note.epoch,
+        name,
+        note.average,
+        note.peak,
+        note.store,
     )
 
 
@@ -68,10 +76,10 @@ def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
     """
     if len(row) != VOLUME_NOTE.size:
         raise CorruptionError(place=place, what="volume row size", expected=VOLUME_NOTE.size, found=len(row))
-    volume_key, flags, name_size, volume_id, size, epoch, padded, average, peak = VOLUME_NOTE.unpack(row)
+    volume_key, flags, name_size, volume_id, size, epoch, padded, average, peak, store = VOLUME_NOTE.unpack(row)
     name = padded[:name_size].decode("ascii", errors="replace")
-    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name, average, peak)
-    if not _is_valid(note) or name_size != len(name) or any(padded[name_size:]) or any(bytes(row)[_RESERVED_OFFSET:]):
+    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name, store, average, peak)
+    if not _is_valid(note) or name_size != len(name) or any(padded[name_size:]):
         raise CorruptionError(place=place, what="volume row", expected="as its table says", found=note)
     return note
 
@@ -85,7 +93,8 @@ def _is_valid(note: VolumeNote) -> bool:
     return (
         0 < note.volume_key <= VOLUME_KEY_MAX
         and 0 <= note.flags <= READ_ONLY | LEFT_DIRTY | CLOSED
-        and len(note.volume_id) == ID_SIZE
+        and len(note.volume_id) == len(note.store) == ID_SIZE
+        and any(note.store)
         and note.size % BLOCK_SIZE == 0
         and note.size <= VOLUME_SIZE_MAX
         and note.epoch <= EPOCH_MAX

@@ -122,7 +122,7 @@ class _Daemon:
             jitter=random.random,
             on_reopened=lambda volume, opened: self._shell.on_reopened(volume, opened),
             on_refused=lambda volume, code, text: self._shell.on_refused(volume, code, text),
-            held=lambda: self._shell.held(time.time_ns()),
+            held=lambda store: self._shell.held(store, time.time_ns()),
         )
         self._upstream = StoreUpstream(self._session)
         self._builder = ProcessBuilder(device.path, level=settings.compression_level, workers=1, loop=self._loop)

@@ -25,7 +25,7 @@ from forebay_cache.service.store_session import FINAL_CODES, StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, format_rate, sequence_of
+from forebay_core.units import BLOCK_SIZE, Epoch, StoreId, Version, VolumeId, format_rate, sequence_of
 from forebay_wire import messages
 from forebay_wire.messages import CacheStatus, HeldReport, LimitStatus, Opened, VolumeStatus
 
@@ -70,7 +70,7 @@ class Shell:
             if volume.attached:
                 self._exports.add(volume)
             if volume.attached or volume.has_changes:
-                self._session.keep_open(volume.id, volume.name, volume.acknowledged)
+                self._session.keep_open(volume.id, volume.store, volume.name, volume.acknowledged)
 
     # --- the store's answers ----------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Shell:
         """The store granted the volume again after a reconnect."""
         volume = self._engine.by_id(volume_id)
         if volume is not None and volume.held:
-            self._engine.attaching.reopened(volume, _view(opened))
+            self._engine.attaching.reopened(volume, _view(opened, volume.store))
 
     def on_refused(self, volume_id: VolumeId, code: str, text: str) -> None:
         """The store does not grant the volume (now, or for good)."""
@@ -94,12 +94,12 @@ class Shell:
             self._engine.destage.suspend(volume)
             volume.warning = text
 
-    def held(self, wall_ns: int) -> list[HeldReport]:
-        """Tell the store how far we are ahead of it, so that somebody knows what is gone if this device is lost."""
+    def held(self, store: StoreId, wall_ns: int) -> list[HeldReport]:
+        """Tell a store how far we are ahead of it, so that somebody knows what is gone if this device is lost."""
         return [
             HeldReport(volume.id, volume.epoch, volume.version, volume.dirty_since_ns, wall_ns)
             for volume in self._engine.held()
-            if not volume.error
+            if volume.store == store and not volume.error
         ]
 
     # --- commands ---------------------------------------------------------------------------------------------
@@ -117,6 +117,9 @@ class Shell:
                     raise RefusedError(messages.FAILED, f"volume {name} has stopped: {volume.error}")
                 if volume.read_only != read_only:
                     raise RefusedError(messages.BAD_REQUEST, f"volume {name} is attached otherwise; detach it first")
+                refusal = self._session.refusal(volume.id)
+                if refusal is not None and refusal.code == messages.WRONG_STORE:
+                    raise refusal
                 return self._folder.uri(name)
             if volume is not None:
                 await self._leave(volume)
@@ -197,10 +200,11 @@ class Shell:
     async def _open(self, name: str, *, read_only: bool, take_over: bool) -> CacheVolume:
         """Take the volume at the store and bring it into the engine; if that fails it is given back."""
         attaching = self._engine.attaching
+        attaching.refuse_stranger(name, await self._session.connected_store())  # before that asks for anything
         row = await self._session.find_volume(name)
         since = attaching.acknowledged(VolumeId(row.id))
-        opened = await self._session.open_volume(name, take_over=take_over, acknowledged=since)
-        view = _view(opened)
+        opened, store = await self._session.open_volume(name, take_over=take_over, acknowledged=since)
+        view = _view(opened, store)
         before = self._engine.by_id(view.id)
         held = before is not None and before.held and before.epoch == view.epoch
         try:
@@ -324,6 +328,6 @@ def _limit_status(shaper: Shaper, *, own: bool) -> LimitStatus:
     return LimitStatus(*shaper.limit, shaper.allowed, own)
 
 
-def _view(opened: Opened) -> StoreView:
+def _view(opened: Opened, store: StoreId) -> StoreView:
     row = opened.row
-    return StoreView(VolumeId(row.id), row.name, row.size, Epoch(opened.epoch), Version(row.version))
+    return StoreView(VolumeId(row.id), row.name, row.size, Epoch(opened.epoch), Version(row.version), store)

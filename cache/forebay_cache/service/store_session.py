@@ -2,7 +2,8 @@
 
 Invariants:
     A volume's session was granted on the connection that `ready` returns with it; both go together.
-    Only the store that answered first is talked to: another UUID under its address is refused until it goes away.
+    Of a volume nothing is asked and nothing sent anywhere but in the store that it lives in. Another one may answer
+    under the address (and serve what lives there); the volume waits until its own is back.
     Refusals that somebody can mend (wrong store, no space, a store behind) are asked again; FENCED and VOLUME_IN_USE
     are final, because a writer that lost its epoch must not come back by itself.
 Crash: nothing is kept; the next start opens every volume again.
@@ -14,8 +15,9 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Final, NamedTuple
 
+from forebay_cache.engine.attaching import wrong_store
 from forebay_core.errors import AuthenticationError, ForebayError, ProtocolError, RefusedError, StoreUnreachableError
-from forebay_core.units import DeviceId, Version, VolumeId
+from forebay_core.units import DeviceId, StoreId, Version, VolumeId, format_store
 from forebay_wire import messages
 from forebay_wire.address import Address
 from forebay_wire.client import WireClient
@@ -73,10 +75,11 @@ class Session(NamedTuple):
 class OpenedVolume:
     """A volume that is to be open at the store."""
 
-    __slots__ = ("acknowledged", "id", "name", "refusal", "session", "settled")
+    __slots__ = ("acknowledged", "id", "name", "refusal", "session", "settled", "store")
 
-    def __init__(self, volume_id: VolumeId, name: str, acknowledged: Version) -> None:
+    def __init__(self, volume_id: VolumeId, store: StoreId, name: str, acknowledged: Version) -> None:
         self.id = volume_id
+        self.store = store
         self.name = name
         self.acknowledged = acknowledged
         self.session: Session | None = None
@@ -124,7 +127,7 @@ class StoreSession:
         jitter: Callable[[], float],
         on_reopened: Callable[[VolumeId, Opened], None],
         on_refused: Callable[[VolumeId, str, str], None],
-        held: Callable[[], Sequence[HeldReport]] = tuple,
+        held: Callable[[StoreId], Sequence[HeldReport]] = lambda _: (),
         ping_interval_s: float = PING_INTERVAL_S,
         ping_timeout_s: float = PING_TIMEOUT_S,
         command_wait_s: float = COMMAND_WAIT_S,
@@ -145,7 +148,6 @@ class StoreSession:
         self._volumes: dict[VolumeId, OpenedVolume] = {}
         self._client: WireClient | None = None
         self._connected = asyncio.Event()
-        self._store_uuid: bytes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self.address = str(self._addresses[0])
         self.error = ""
@@ -188,11 +190,24 @@ class StoreSession:
 
     # --- volumes ----------------------------------------------------------------------------------------------
 
-    def keep_open(self, volume_id: VolumeId, name: str, acknowledged: Version) -> None:
-        """Open a volume that this device holds already, now or as soon as the store is there."""
-        volume = self._volumes[volume_id] = OpenedVolume(volume_id, name, acknowledged)
+    def keep_open(self, volume_id: VolumeId, store: StoreId, name: str, acknowledged: Version) -> None:
+        """Open a volume that this device holds already, now or as soon as its store is there."""
+        volume = self._volumes[volume_id] = OpenedVolume(volume_id, store, name, acknowledged)
         if self._client is not None:
             self.spawn(self._reopen(self._client, volume))
+
+    def refusal(self, volume_id: VolumeId) -> RefusedError | None:
+        """Return why the volume is not open at the store that is connected, if that has said so."""
+        volume = self._volumes.get(volume_id)
+        return None if volume is None else volume.refusal
+
+    async def connected_store(self) -> StoreId:
+        """Return which store is connected.
+
+        Raises:
+            StoreUnreachableError: none is.
+        """
+        return _store_of(await self._connected_client())
 
     async def find_volume(self, name: str) -> VolumeRow:
         """Return what the store knows of a volume.
@@ -204,15 +219,16 @@ class StoreSession:
         answer, _ = await (await self._connected_client()).ask(GetVolume(name), Volume, timeout_s=OPEN_TIMEOUT_S)
         return answer.row
 
-    async def open_volume(self, name: str, *, take_over: bool, acknowledged: Version) -> Opened:
-        """Open a volume by name and keep it open.
+    async def open_volume(self, name: str, *, take_over: bool, acknowledged: Version) -> tuple[Opened, StoreId]:
+        """Open a volume by name and keep it open; return as well which store granted it.
 
         Raises:
             StoreUnreachableError: no store is connected.
             RefusedError: the store says no.
         """
         client = await self._connected_client()
-        known = next((volume for volume in self._volumes.values() if volume.name == name), None)
+        store = _store_of(client)
+        known = next((one for one in self._volumes.values() if (one.name, one.store) == (name, store)), None)
         if known is not None:
             # From the moment the store does this the old session is fenced, maybe before we read its answer.
             known.suspend()
@@ -224,10 +240,10 @@ class StoreSession:
                 self.spawn(self._reopen(client, known))
             raise
         volume_id = VolumeId(opened.row.id)
-        volume = self._volumes.setdefault(volume_id, OpenedVolume(volume_id, name, acknowledged))
-        if client is self._client:
+        volume = self._volumes.setdefault(volume_id, OpenedVolume(volume_id, store, name, acknowledged))
+        if client is self._client and volume.store == store:
             volume.grant(Session(client, opened.session))
-        return opened
+        return opened, store
 
     async def release(self, volume_id: VolumeId, epoch: int) -> None:
         """Give the volume back to the store and forget it.
@@ -293,11 +309,6 @@ class StoreSession:
             except (StoreUnreachableError, AuthenticationError, ProtocolError) as error:
                 self._report(str(error))
                 continue
-            if self._store_uuid not in (None, client.peer.node):
-                self._report(f"another store answers at {address}: {client.peer.node.hex()}; it is not talked to")
-                await client.close()
-                continue
-            self._store_uuid = client.peer.node
             self.address = str(address)
             return client
         return None
@@ -307,7 +318,7 @@ class StoreSession:
         self._client = client
         self._connected.set()
         self.error = ""
-        _LOG.info("connected to the store at %s", self.address)
+        _LOG.info("connected to store %s at %s", format_store(_store_of(client)), self.address)
         for volume in self._volumes.values():
             if not volume.settled.is_set():
                 self.spawn(self._reopen(client, volume))
@@ -321,7 +332,7 @@ class StoreSession:
         try:
             while True:
                 await asyncio.sleep(self._ping_interval_s)
-                reports = tuple(self._held())
+                reports = tuple(self._held(_store_of(client)))
                 message = ReportHeld(reports) if reports else Ping()
                 await client.ask(message, Done, timeout_s=self._ping_timeout_s)
         except (StoreUnreachableError, ProtocolError, RefusedError):
@@ -329,6 +340,11 @@ class StoreSession:
 
     async def _reopen(self, client: WireClient, volume: OpenedVolume) -> None:
         """Open a volume again until the store agrees, refuses for good, or is gone."""
+        if volume.store != _store_of(client):
+            self._refused(
+                volume, RefusedError(messages.WRONG_STORE, wrong_store(volume.name, volume.store, _store_of(client)))
+            )
+            return  # and tried again on the next connection
         while client is self._client and self._volumes.get(volume.id) is volume:
             message = OpenVolume(volume.name, self._device, False, volume.acknowledged)
             try:
@@ -380,3 +396,7 @@ class StoreSession:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "work on the store failed", "exception": error}
             )
+
+
+def _store_of(client: WireClient) -> StoreId:
+    return StoreId(client.peer.node)

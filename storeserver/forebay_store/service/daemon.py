@@ -11,6 +11,7 @@ from forebay_core.config import StoreSettings
 from forebay_core.errors import WrongUsageError
 from forebay_core.memory import keep_freed_memory
 from forebay_core.starting import raise_file_limit, tell_parent
+from forebay_core.units import format_store
 from forebay_store.limits import OPEN_FILES_MAX
 from forebay_store.service.opening import OpenStore, open_store
 from forebay_store.service.shell import StoreShell
@@ -62,7 +63,7 @@ async def _serve(store: OpenStore, address: Address, key: bytes | None) -> None:
         server = WireServer(shell.answer, key=key, node=store.folder.store)
         try:
             ready = f"store listening on {await server.listen_tcp(address)}"
-            _LOG.info("%s", ready)
+            _LOG.info("%s, UUID %s", ready, format_store(store.folder.store))
             tell_parent(ready)
             await stop.wait()
             _LOG.info("store stopping")
