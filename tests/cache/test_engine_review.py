@@ -1,12 +1,14 @@
 """What a review broke, each as the scenario that broke it."""
 
+from collections.abc import Callable
+
 import pytest
 from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books
 
 from forebay_cache.engine import cache as cache_module
 from forebay_cache.engine.attaching import StoreView
 from forebay_cache.engine.front import IoError
-from forebay_cache.engine.ports import UpstreamRefusal
+from forebay_cache.engine.ports import CutIdentity, UpstreamRefusal
 from forebay_cache.engine.volume import CacheVolume
 from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId
 from forebay_wire import messages
@@ -148,3 +150,35 @@ def test_room_that_is_found_while_looking_for_room_keeps_nobody_waiting(monkeypa
     rig.engine.resume_writers()
     rig.run_until(lambda: len(got) == 2)
     assert got == [IoError.OK, IoError.OK]
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_cut_whose_volume_is_taken_and_granted_again_during_its_sync_waits_for_it(
+    limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(1)
+    if limited:
+        rig.engine.set_limit(rig.volume, lambda ok: None, average=4 << 20, peak=8 << 20)
+    assert rig.write(0, rig.rng.randbytes(60 * BLOCK_SIZE)) == IoError.OK
+    settle(rig)
+    assert rig.drain()
+    assert rig.write(0, rig.rng.randbytes(60 * BLOCK_SIZE)) == IoError.OK
+    syncs: list[Callable[[bool], None]] = []
+    staged: list[CutIdentity] = []
+    sync, stage = rig.device.sync, rig.store.stage
+    monkeypatch.setattr(rig.device, "sync", syncs.append)
+    monkeypatch.setattr(rig.store, "stage", lambda cut, *rest: (staged.append(cut), stage(cut, *rest)))
+    drained: list[bool] = []
+    rig.engine.destage.drain(rig.volume, drained.append)
+    rig.run_until(lambda: bool(rig.volume.cuts and syncs))
+    rig.engine.destage.suspend(rig.volume)
+    rig.engine.attaching.reopened(rig.volume, StoreView(VOLUME_ID, "v", rig.size, Epoch(1), rig.store.version))
+    settle(rig)
+    assert not staged, "sent before a sync covered it"
+    monkeypatch.setattr(rig.device, "sync", sync)
+    for done in syncs:
+        sync(done)
+    rig.run_until(lambda: bool(drained))
+    assert drained == [True]
+    settle(rig)
+    check_books(rig.engine)

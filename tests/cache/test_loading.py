@@ -193,10 +193,13 @@ def test_a_device_that_fails_while_loading_answers_everybody() -> None:
 def test_forgotten_keys_and_zones_do_not_count(extents: list[tuple[int, int]]) -> None:
     unloaded = Unloaded(4, 64, 64)
     unloaded.add(Chunk(64, 64, 0, 0), 0, "here")
-    for key, count in extents:
-        unloaded.forget(key, count)
-    gone = {key for first, count in extents for key in range(first, first + count)}
+    gone: set[int] = set()
     keys = np.arange(64, dtype=np.uint64) + np.uint64(1)
+    for index, (key, count) in enumerate(extents):
+        unloaded.forget(key, count)
+        gone |= set(range(key, key + count))
+        if index % 3 == 2:
+            assert unloaded.counting(64, keys).tolist() == [key not in gone for key in keys.tolist()]
     assert unloaded.counting(64, keys).tolist() == [key not in gone for key in keys.tolist()]
     assert [zone for zone in range(4) if unloaded.knows(zone)] == [0, 2, 3]
     unloaded.forget_zone(1)

@@ -41,6 +41,7 @@ class Cut:
 
     __slots__ = (
         "building",
+        "durable",
         "first_version",
         "holes",
         "identity",
@@ -73,6 +74,7 @@ class Cut:
         self.pinned: npt.NDArray[np.int64] = np.full(lbas.size, -1, np.int64)
         self.holes = holes
         self.opened_ns = opened_ns  # when its oldest change came
+        self.durable = False  # a sync has covered it; it is not sent before
         self.resting = False  # nobody sends it: the volume failed, was refused or detached
         self.ready: deque[Slice] = deque()  # built, not sent yet
         self.parts = self.slices = self.limited_blocks = 0  # what it has of the bounds in Destage

@@ -132,7 +132,7 @@ class Destage:
             if cut.last_version <= volume.acknowledged:
                 self._rest(cut)
                 self._acknowledged(volume, cut, volume.acknowledged)
-            elif cut.resting:
+            elif cut.resting and cut.durable:
                 self._begin_anew(volume, cut)
 
     def _rest(self, cut: Cut) -> None:
@@ -202,7 +202,15 @@ class Destage:
         volume.closed_wall_ns = self._wall_ns
         volume.cuts.append(cut)
         engine.log.kick()
-        engine.log.when_durable(engine.log.applied.position, lambda ok: self._send(volume, cut) if ok else None)
+        engine.log.when_durable(engine.log.applied.position, lambda ok: self._durable(volume, cut) if ok else None)
+
+    def _durable(self, volume: "CacheVolume", cut: Cut) -> None:
+        """A sync has covered a cut; the store may have taken its volume away and granted it again meanwhile."""
+        cut.durable = True
+        if not cut.resting:
+            self._send(volume, cut)
+        elif cut in volume.cuts and self._may_send(volume):
+            self._begin_anew(volume, cut)
 
     def _identify(self, volume: "CacheVolume") -> CutIdentity:
         self._attempts += 1

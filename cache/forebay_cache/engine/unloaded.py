@@ -50,6 +50,7 @@ class Unloaded:
 
     def sort(self, first_positions: "array[int]") -> None:
         """Bring the chunks into the order in which their zones were opened: reclaim takes the oldest."""
+        self._forgotten.merge()  # what replay left may be much, and nobody waits yet
         chunks = sorted(self.chunks.items(), key=lambda one: first_positions[one[1].chunk.first // self._zone_blocks])
         self.chunks = dict(chunks)
 
@@ -84,27 +85,36 @@ class Unloaded:
 
 
 class _KeyRanges:
-    """Ranges of keys, which may overlap."""
+    """Ranges of keys. Asking costs what is new: it joins the others, which are sorted, disjoint and do not touch."""
 
     def __init__(self) -> None:
-        self._firsts = array("Q")
-        self._lasts = array("Q")
-        self._sorted: tuple[U64Array, U64Array] | None = None
+        self._new_firsts = array("Q")
+        self._new_lasts = array("Q")
+        self._firsts: U64Array = np.empty(0, np.uint64)
+        self._lasts: U64Array = np.empty(0, np.uint64)
 
     def add(self, key: int, count: int) -> None:
-        self._firsts.append(key)
-        self._lasts.append(key + count - 1)
-        self._sorted = None
+        self._new_firsts.append(key)
+        self._new_lasts.append(key + count - 1)
 
     def cover(self, keys: U64Array) -> Mask:
         """Return for each key whether a range holds it: whether one that begins up to it ends at or behind it."""
-        if not self._firsts:
+        self.merge()
+        firsts, lasts = self._firsts, self._lasts
+        if not firsts.size:
             return np.zeros(keys.size, np.bool_)
-        if self._sorted is None:
-            firsts, lasts = np.array(self._firsts, np.uint64), np.array(self._lasts, np.uint64)
-            order = np.argsort(firsts, kind="stable")
-            self._sorted = firsts[order], np.maximum.accumulate(lasts[order])
-        firsts, lasts = self._sorted
         before = np.searchsorted(firsts, keys, side="right")
         mask: Mask = (before > 0) & (lasts.take(np.maximum(before, 1) - 1) >= keys)
         return mask
+
+    def merge(self) -> None:
+        if not self._new_firsts:
+            return
+        firsts, lasts = np.array(self._new_firsts, np.uint64), np.array(self._new_lasts, np.uint64)
+        order = np.argsort(firsts, kind="stable")
+        index = np.searchsorted(self._firsts, firsts[order])
+        firsts = np.insert(self._firsts, index, firsts[order])
+        lasts = np.maximum.accumulate(np.insert(self._lasts, index, lasts[order]))
+        apart = firsts[1:] > lasts[:-1] + np.uint64(1)
+        self._firsts, self._lasts = firsts[np.append(True, apart)], lasts[np.append(apart, True)]
+        self._new_firsts, self._new_lasts = array("Q"), array("Q")
