@@ -172,7 +172,8 @@ def test_a_cut_whose_volume_is_taken_and_granted_again_during_its_sync_waits_for
     rig.engine.destage.drain(rig.volume, drained.append)
     rig.run_until(lambda: bool(rig.volume.cuts and syncs))
     rig.engine.destage.suspend(rig.volume)
-    rig.engine.attaching.reopened(rig.volume, StoreView(VOLUME_ID, "v", rig.size, Epoch(1), rig.store.version))
+    view = StoreView(VOLUME_ID, "v", rig.size, Epoch(1), rig.store.version, STORE_ID)
+    rig.engine.attaching.reopened(rig.volume, view)
     settle(rig)
     assert not staged, "sent before a sync covered it"
     monkeypatch.setattr(rig.device, "sync", sync)
