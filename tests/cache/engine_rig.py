@@ -231,13 +231,20 @@ class Rig:
     """One engine, its ports, and a model of what a guest may see."""
 
     def __init__(
-        self, seed: int, *, size: int = 24 << 20, zone_blocks: int = 64, blocks: int = 2000, **settings
+        self,
+        seed: int,
+        *,
+        size: int = 24 << 20,
+        zone_blocks: int = 64,
+        blocks: int = 2000,
+        device: bytes = b"d" * 16,
+        **settings,
     ) -> None:
         self.rng = random.Random(seed)
         self.device = SimulatedDevice(size, self.rng)
         self.store = SimulatedStore(self.rng)
         geometry = plan_geometry(size, zone_blocks)
-        superblock = Superblock(b"d" * 16, 1, *geometry, 0)
+        superblock = Superblock(device, 1, *geometry, 0)
         for offset, content in blank_device(superblock):
             self.device.bytes[offset : offset + len(content)] = content
         self.device.durable[:] = self.device.bytes

@@ -1,6 +1,7 @@
 """The store goes away, comes back, is full, is another one: the VM sees none of it but waiting."""
 
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from e2e_nbd import READ, WRITE
 from e2e_rig import Rig
 
 from forebay_core.units import BLOCK_SIZE, MIB, format_store
-from forebay_wire.messages import CreateVolume, GetVolume, Volume
+from forebay_wire.messages import CacheStatus, CreateVolume, GetVolume, Volume
 
 
 def prepared(rig: Rig) -> bytes:
@@ -146,6 +147,60 @@ def test_a_volume_of_the_same_name_in_another_store_is_not_joined_with_what_is_k
     rig.attach("disk")
     rig.detach("disk")
     assert rig.exported("disk")[:4096] == b"mine" * 1024
+
+
+def test_a_store_put_back_from_an_old_backup_is_refused_until_the_newer_one_is_back(rig: Rig) -> None:
+    rig.start()
+    for name in ("disk", "idle"):
+        rig.create(name)
+        rig.attach(name)
+    content = os.urandom(2 * MIB)
+    with rig.nbd("disk") as client, rig.nbd("idle") as idle:
+        client.write(0, content[:MIB])
+        idle.write(0, content[:4096])
+        rig.drain("disk")
+        rig.drain("idle")
+        rig.kill_store()
+        backup = rig.folder / "backup"
+        shutil.copytree(rig.store_data, backup)
+        rig.start_store()
+        client.write(MIB, content[MIB:])
+        rig.create("late")
+        rig.attach("late")
+        rig.drain("disk")
+        rig.kill_store()
+        newer = rig.store_data.rename(rig.folder / "newer")
+        shutil.copytree(backup, rig.store_data)
+        rig.start_store()
+
+        def refused(status: CacheStatus) -> bool:
+            errors = {volume.name: volume.error for volume in status.volumes}
+            return "lost commits" in errors["disk"] and "no volume" in errors["late"] and not errors["idle"]
+
+        rig.wait_status(refused)
+        before = rig.ask_store(GetVolume("disk"), Volume).row
+        client.write(8 * MIB, b"more" * 1024)
+        client.flush()
+        idle.write(4096, content[:4096])
+        rig.drain("idle")  # the store never knew better of this one
+        assert client.read(0, 2 * MIB) == content, "what is cached is served"
+        rig.kill_cache()
+    rig.start_cache()
+    rig.wait_status(refused)
+    assert rig.ask_store(GetVolume("disk"), Volume).row == before
+    assert rig.status().dirty_bytes > 0
+    rig.run("detach", "disk", "--leave-dirty")
+    said = rig.run("attach", "disk", code=1)
+    assert "lost commits" in said and said.count("\n") == 1
+    rig.kill_store()
+    shutil.rmtree(rig.store_data)
+    newer.rename(rig.store_data)
+    rig.start_store()
+    rig.wait_status(lambda status: status.store_connected)
+    rig.attach("disk")
+    rig.detach("disk")
+    exported = rig.exported("disk")
+    assert exported[: 2 * MIB] == content and exported[8 * MIB :][:4096] == b"more" * 1024
 
 
 @pytest.fixture
