@@ -5,12 +5,13 @@ from collections.abc import Callable
 import pytest
 from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books
 
+from forebay_cache.engine import attaching
 from forebay_cache.engine import cache as cache_module
 from forebay_cache.engine.attaching import StoreView
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.ports import CutIdentity, UpstreamRefusal
 from forebay_cache.engine.volume import CacheVolume
-from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, Epoch, Version, VolumeId
 from forebay_wire import messages
 
 
@@ -183,3 +184,32 @@ def test_a_cut_whose_volume_is_taken_and_granted_again_during_its_sync_waits_for
     assert drained == [True]
     settle(rig)
     check_books(rig.engine)
+
+
+def test_a_volume_that_takes_the_place_of_a_forgotten_one_never_shows_its_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attaching, "VOLUMES_MAX", 2)
+    rig = Rig(1)
+    old = attach_second(rig)
+    old.destaging = False
+    got: list[IoError] = []
+    old.write(0, b"W" * BLOCK_SIZE, False, got.append)
+    old.kick()
+    rig.run_until(lambda: bool(got))
+    old.adopt(old.applied)
+    settled: list[bool] = []
+    rig.engine.attaching.detach(old, leave_dirty=False, settled=settled.append)
+    rig.engine.checkpoints.want(settled.append)
+    rig.run_until(lambda: len(settled) == 2)
+    attached: list[CacheVolume | None] = []
+    view = StoreView(VolumeId(b"x" * 16), "x", 1 << 20, Epoch(1), Version(0), STORE_ID)
+    rig.engine.attaching.attach(view, [], read_only=False, attached=attached.append)
+    rig.run_until(lambda: bool(attached))
+    assert rig.engine.by_id(old.id) is None
+    rig.device.kill()
+    rig.start()
+    settle(rig)
+    found = rig.engine.by_id(view.id)
+    assert found is not None
+    assert rig.engine.map.find(found.key << LBA_BITS) < 0

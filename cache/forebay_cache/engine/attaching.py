@@ -53,6 +53,7 @@ class Attaching:
 
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
+        self._last_key = 0
 
     def acknowledged(self, volume_id: VolumeId) -> Version:
         """Return the version to ask the store with; 0 for a volume that the device does not know."""
@@ -195,7 +196,10 @@ class Attaching:
         log.kick()
 
     def _next_key(self) -> int:
-        return max(self._engine.volumes, default=0) + 1
+        """Return a key that no volume had in this life: fetches and records of a forgotten one may be under way, and
+        after a crash replay knows it again."""
+        self._last_key = max(self._last_key, *self._engine.volumes, 0) + 1
+        return self._last_key
 
     def forget_released(self, *, room: int = 0) -> None:
         """Forget released volumes, lowest keys first, until `room` more would fit the table.
@@ -210,6 +214,7 @@ class Attaching:
                 for places in engine.map.remove_range(key << LBA_BITS, 1 << LBA_BITS, below=(1 << 64) - 1):
                     engine.policy.removed(places)
                 engine.loading.forget(key << LBA_BITS, 1 << LBA_BITS)
+                self._last_key = max(self._last_key, key)
                 del engine.volumes[key]
 
     def _make_room(self) -> None:
