@@ -7,6 +7,7 @@ from engine_rig import Rig, joined
 
 from forebay_cache.engine.front import IoError
 from forebay_cache.format.checkpoint import choose_checkpoints
+from forebay_cache.format.record import decode_record
 from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE
 
@@ -120,3 +121,53 @@ def test_a_damaged_checkpoint_falls_back_to_the_older_one() -> None:
         damaged = bytearray(image)
         damaged[at] ^= 1
         assert check_damaged(rig, model, bytes(damaged)) in ("harmless", "repaired")
+
+
+def written_in_a_row(seed: int) -> tuple[Rig, bytes]:
+    """A device with records since its checkpoint in many zones, synced so rarely that whole zones know of no sync."""
+    rig = Rig(seed, size=64 << 20, blocks=BLOCKS)
+    rng = random.Random(seed)
+    model = bytearray(rig.size)
+    for turn in range(130):
+        lba = rng.randrange(BLOCKS - 9)
+        payload = rng.randbytes(rng.choice((1, 3, 9)) * BLOCK_SIZE)
+        rig.write(lba * BLOCK_SIZE, payload)
+        model[lba * BLOCK_SIZE : lba * BLOCK_SIZE + len(payload)] = payload
+        if turn % 40 == 39:
+            assert rig.flush() == IoError.OK
+    assert rig.flush() == IoError.OK
+    for _ in range(40):
+        rig.tick()
+        while rig.device.step():
+            pass
+    return rig, bytes(model)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_lost_write_is_never_the_silent_end_of_the_log(seed: int) -> None:
+    """Behind a lost write stands what was there before it: nothing, or a record of long ago, not something damaged."""
+    rig, model = written_in_a_row(seed)
+    image = bytes(rig.device.bytes)
+    zones = rig.engine.zones
+    newest = rig.engine.checkpoints._kept[0]
+    records = []
+    for at in range(zones.zones_offset, len(image), BLOCK_SIZE):
+        block = image[at : at + BLOCK_SIZE]
+        if block[:4] == b"FBRR":
+            header, _ = decode_record(block, place="")
+            records.append((header.log_position, at, header))
+    records.sort()
+    needed = [one for one in records if one[0] >= newest.position]
+    assert len({header.zone for _, _, header in needed}) > 4
+    outcomes = []
+    rng = random.Random(seed)
+    for _, at, header in rng.sample(needed[:-3], 25):
+        damaged = bytearray(image)
+        old = rng.choice(records)[1]
+        for block in range(header.size):
+            damaged[at + block * BLOCK_SIZE : at + (block + 1) * BLOCK_SIZE] = (
+                bytes(BLOCK_SIZE) if seed else image[old + block * BLOCK_SIZE : old + (block + 1) * BLOCK_SIZE]
+            )
+        outcomes.append(check_damaged(rig, model, bytes(damaged)))
+    assert set(outcomes) <= {"refused", "harmless"}, outcomes
+    assert outcomes.count("refused") > 20, outcomes

@@ -156,11 +156,8 @@ class CacheHost:
             if volume.attached and volume.epoch == official.epoch and volume.acknowledged == official.version:
                 self.begin_branch(volume)
         else:
-            if not self.world.excuses:
-                branch.recover(volume.version, power=self._power)
-            elif branch.base_version <= volume.version <= branch.submitted:
-                branch.acknowledged = branch.durable = branch.base_version  # media may have lost anything
-                branch.recover(volume.version, power=True)
+            # Damaged media are no excuse: what is damaged was durable, and later records prove it.
+            branch.recover(volume.version, power=self._power)
             self.recovered(volume, branch, self._power)
 
     def kill(self) -> None:

@@ -143,9 +143,9 @@ class SimDisk:
         self._put(one.offset, one.before)
         if not misdirect:
             return f"lost write of {len(one.content)} bytes at offset {one.offset}"
-        other = self.random.choice(candidates).offset
-        self._put(other, one.content[: min(len(one.content), self.size - other)])
-        return f"write of {len(one.content)} bytes for offset {one.offset} went to {other}"
+        other = self.random.choice(candidates)  # of which it hides no more than was provable
+        self._put(other.offset, one.content[: len(other.content)])
+        return f"write of {len(one.content)} bytes for offset {one.offset} went to {other.offset}"
 
     def _is_there(self, one: _Written) -> bool:
         return self.bytes[one.offset : one.offset + len(one.content)] == one.content

@@ -14,7 +14,7 @@ import sim_disk
 import sim_store
 from sim_run import run_seed
 
-from forebay_cache.engine import cache, fetches, recovery
+from forebay_cache.engine import cache, fetches, log_end, recovery
 from forebay_cache.engine.apply import Apply
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.destage import Destage
@@ -143,6 +143,10 @@ def torn_data_accepted() -> None:
     recovery._Replay._matches = lambda self, one: True
 
 
+def lost_write_taken_for_the_end() -> None:
+    log_end.LogEnd.find_durable = lambda self: 0
+
+
 def trim_not_logged() -> None:
     def lost(self, volume, kind, extent, settled) -> None:
         settled(True)
@@ -264,6 +268,7 @@ PLANTED = (
     Planted(holes_of_a_cut_forgotten, "all"),
     Planted(checksum_not_checked, "media", 60),
     Planted(torn_data_accepted, "power", 40),
+    Planted(lost_write_taken_for_the_end, "media", 60),
     Planted(trim_not_logged, "all"),
     Planted(trim_not_replayed, "all"),
     Planted(old_epoch_accepted, "fencing", 40),

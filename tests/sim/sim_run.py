@@ -401,7 +401,7 @@ class Scenario:
 
     def damage_cache(self) -> None:
         disk = self._host().disk
-        kind = 0
+        kind = self.random.randrange(3)
         text = disk.rot() if kind == 0 else disk.lose_write(misdirect=kind == 2)
         if text:
             self._damaged(f"{disk.name}: {text}")

@@ -2,7 +2,8 @@
 
 Before it the caller syncs the device, so that what is read now is what a power cut would leave. Records behind the
 highest known durable position count only as long as they chain and their data match their checksums: what survives
-of unflushed writes is a prefix. Below that position a mismatch is bit rot: the device is refused, never shortened.
+of unflushed writes is a prefix. Below that position a mismatch is bit rot or a lost write: the device is refused, never
+shortened.
 
 Invariants:
     Of several places for one block the highest version wins; of equal versions the later record.
@@ -12,8 +13,7 @@ Invariants:
 Source: write-ahead logging with fuzzy checkpoints, as in Mohan et al., ARIES, 1992 (redo only).
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from forebay_cache.engine.blockmap import BlockMap, choose_bucket_count
 from forebay_cache.engine.checkpoints import Kept
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.log import LogPoint
+from forebay_cache.engine.log_end import LogEnd
 from forebay_cache.engine.unloaded import Unloaded
 from forebay_cache.engine.zones import ZoneState, ZoneTable
 from forebay_cache.format import checkpoint, record
@@ -130,6 +131,7 @@ def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0, w
                 raise
             findings.append(f"{error}; the older checkpoint is used")
             continue
+        replay.durable = max(h.log_position for _, h in candidates)
         kept = [Kept(h.sequence, a, h.log_position, h.replay_zone) for a, h in candidates[index:]]
         return replay.run(kept, findings)
     raise AssertionError("unreachable")
@@ -153,6 +155,7 @@ class _Replay:
         self.counts = np.zeros(geometry.place_count, np.uint8)
         self.volumes: dict[int, RecoveredVolume] = {}
         self.start = LogPoint(FIRST_POSITION, 0, 0, 0)
+        self.durable = 0  # what checkpoints prove to be so
         self.limit = (0, 0)
         self.unloaded = Unloaded(geometry.zone_count, geometry.zone_blocks, chunk_places)
 
@@ -179,15 +182,33 @@ class _Replay:
     # --- walking the log --------------------------------------------------------------------------------------
 
     def _collect(self) -> tuple[list[_Record], LogPoint]:
-        """Return the valid records from the start of replay on, and the point behind the last one."""
+        """Return the valid records from the start of replay on, and the point behind the last one.
+
+        Raises:
+            CorruptionError: a record that was durable is missing.
+        """
         records = list(self._walk())
-        durable = max((one.header.durable_position for one in records), default=0)
         end = self._end_of(records)
-        self._refuse_rot(end)
+        durable = max([self.durable, self._durable_behind(end), *(one.header.durable_position for one in records)])
+        if durable > end.position:
+            raise CorruptionError(
+                place=f"zone {end.zone} block {end.block}",
+                what="log record",
+                expected=f"log position {end.position}, because everything before {durable} was durable",
+                found="a damaged or lost record",
+            )
         for index, one in enumerate(records):
             if one.header.log_position >= durable and not self._matches(one):
                 return records[:index], self._end_of(records[:index])
         return records, end
+
+    def _durable_behind(self, end: LogPoint) -> int:
+        zones = self.zones
+        tag = device_tag(self.superblock)
+        found = LogEnd(
+            self._read_blocks, end, zone_count=zones.zone_count, zone_blocks=zones.zone_blocks, device_tag=tag
+        )
+        return found.find_durable()
 
     def _end_of(self, records: list[_Record]) -> LogPoint:
         if not records:
@@ -242,51 +263,6 @@ class _Replay:
         return all(
             checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]) == expected for i, expected in enumerate(sums)
         )
-
-    def _refuse_rot(self, end: LogPoint) -> None:
-        """Tell a log that ends here from one that is damaged here.
-
-        The log ends normally at a torn record or at something old. It is damaged if a later record exists that was
-        made when the missing one was known durable. All zones are searched only if what stands here looks like ours.
-        """
-        missing = f"zone {end.zone} block {end.block}"
-        rest = memoryview(self._read_blocks(end.zone, end.block, self.zones.zone_blocks - end.block))
-        blocks: Iterable[memoryview] = [rest[at : at + BLOCK_SIZE] for at in range(BLOCK_SIZE, rest.nbytes, BLOCK_SIZE)]
-        if rest.nbytes and self._looks_like_next(rest[:BLOCK_SIZE], end):
-            blocks = chain(blocks, self._zones_behind(end))
-        for block in blocks:
-            header = self._later_header(block)
-            if header is not None and header.log_position > end.position and header.durable_position > end.position:
-                raise CorruptionError(
-                    place=missing,
-                    what="log record",
-                    expected=f"log position {end.position}, durable when record {header.log_position} was written",
-                    found="a damaged record",
-                )
-
-    def _zones_behind(self, end: LogPoint) -> Iterator[memoryview]:
-        """Yield the blocks of the zones that begin with a later record: what knows of a sync may stand anywhere."""
-        for zone in range(self.zones.zone_count):
-            header = self._later_header(memoryview(self._read_blocks(zone, 0, 1)))
-            if header is not None and header.log_position > end.position:
-                view = memoryview(self._read_blocks(zone, 0, self.zones.zone_blocks))
-                yield from (view[at : at + BLOCK_SIZE] for at in range(0, view.nbytes, BLOCK_SIZE))
-
-    def _looks_like_next(self, block: memoryview, end: LogPoint) -> bool:
-        fields = record.peek_header(block)
-        return (
-            fields.log_position == end.position
-            or fields.previous_xxh3 == end.chain != 0
-            or (fields.device == device_tag(self.superblock) and fields.durable_position > end.position)
-        )
-
-    def _later_header(self, block: memoryview) -> RecordHeader | None:
-        if record.peek_header(block).device != device_tag(self.superblock):
-            return None
-        try:
-            return record.decode_record(block, place="")[0]
-        except CorruptionError:
-            return None
 
     def _read_blocks(self, zone: int, block: int, count: int) -> Buffer:
         offset = self.zones.offset_of(self.zones.place_at(zone, block))

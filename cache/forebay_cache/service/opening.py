@@ -39,9 +39,9 @@ def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool) -> Re
 
     Raises:
         DeviceRefusedError: it belongs to something else or is damaged, and `format_anew` was not asked for.
-        CorruptionError: what was durable on it is damaged.
         WrongUsageError: it is too small.
-        ForebayError: it can't be read or written, or holds changes that formatting would lose.
+        ForebayError: what was durable on it is damaged, it can't be read or written, or it holds changes that
+            formatting would lose.
     """
     try:
         os.fdatasync(file.fd)
@@ -58,6 +58,10 @@ def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool) -> Re
             raise ForebayError(f"{error}; give another --device, or --format to lose what is on it") from error
         _LOG.warning("%s; formatted as asked", error)
         return _recover(file, _format(file, zone_size))
+    except CorruptionError as error:
+        raise ForebayError(
+            f"{file.path}: {error}; forebay cache salvage saves the changes that are only here, --format starts anew"
+        ) from error
     except OSError as error:
         raise ForebayError(f"{file.path}: can't be read or written ({error.strerror})") from error
 
