@@ -462,14 +462,17 @@ class Destage:
         volume.cuts.remove(cut)
         volume.dirty_since_ns = volume.closed_wall_ns  # what is left came behind the cut
         engine.map.clear_places(cut.pinned[cut.pinned >= 0])
-        engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, volume.acknowledged, 0)
+        # Who drains is told when the device knows as well: after a kill right behind it the blocks are clean.
+        engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, volume.acknowledged, 0, lambda _: self._noted(volume))
         engine.log.kick()
         if len(volume.holes) >= HOLES_KEPT_MAX // 2:
             volume.holes.forget_up_to(volume.acknowledged)
-        self._settle_drains()
-        if self._is_draining(volume) and volume.has_changes and self._may_send(volume):
-            self._close(volume)
         engine.resume_writers()
+
+    def _noted(self, volume: "CacheVolume") -> None:
+        self._settle_drains()
+        if self._is_draining(volume) and volume.has_changes and not volume.cuts and self._may_send(volume):
+            self._close(volume)
 
     def _settle_drains(self) -> None:
         still = []
