@@ -259,3 +259,15 @@ def test_a_volume_the_store_does_not_grant_keeps_no_other_waiting() -> None:
     rig.attach()
     assert rig.drain()
     check_books(rig.engine)
+
+
+def test_whoever_drains_is_told_when_reopening_finds_that_the_store_has_it_all() -> None:
+    """The acknowledgement was lost with the daemon; somebody drains before the store is asked again."""
+    rig = Rig(4)
+    assert rig.write(0, b"a" * BLOCK_SIZE) == IoError.OK
+    rig.engine.destage.suspend(rig.volume)
+    drained: list[bool] = []
+    rig.engine.destage.drain(rig.volume, drained.append)
+    rig.store.version = rig.volume.version
+    rig.attach()
+    assert drained == [True]

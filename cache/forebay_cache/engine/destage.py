@@ -134,6 +134,7 @@ class Destage:
                 self._acknowledged(volume, cut, volume.acknowledged)
             elif cut.resting and cut.durable:
                 self._begin_anew(volume, cut)
+        self._settle_drains()  # what brought it all there may have been a cut of an earlier life
 
     def _rest(self, cut: Cut) -> None:
         """Send nothing more of a cut until the volume is granted again; what is under way keeps nobody waiting."""
