@@ -1,16 +1,11 @@
-"""Judges of a cache engine's books: space adds up, limits hold. They look at memory only to compare it with itself.
-
-`IMAGE_CHECKS` are run over a whole device image after each run; a checker of images is added there.
-"""
-
-from collections.abc import Callable
+"""Judges of a cache engine's books: space adds up, limits hold. They look at memory only to compare it with itself."""
 
 import numpy as np
 from sim_world import Violation
 
 from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.limits import HOLES_KEPT_MAX, PARTS_IN_FLIGHT_MAX, RECORDS_IN_FLIGHT_MAX
-from forebay_cache.engine.recovery import Recovered, recover
+from forebay_cache.engine.recovery import ReadDevice, Recovered, recover
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import record
 from forebay_cache.format.superblock import choose
@@ -82,16 +77,13 @@ def check_engine(engine: CacheEngine, writes_max: int) -> None:
         check_limits(engine, writes_max)
 
 
-def check_recovers(image: bytes) -> None:
-    """An image can be recovered, twice with one result."""
-    first, second = _recovered(image), _recovered(image)
+def check_recovers(read: ReadDevice) -> None:
+    """A device can be recovered, twice with one result."""
+    first, second = _recovered(read), _recovered(read)
     same = (first.map.key_array == second.map.key_array).all() and first.point == second.point
     claim(bool(same), "one image recovers to two states")
 
 
-def _recovered(image: bytes) -> Recovered:
-    superblock = choose(image[:BLOCK_SIZE], image[BLOCK_SIZE : 2 * BLOCK_SIZE], place="image")
-    return recover(lambda offset, size: image[offset : offset + size], superblock)
-
-
-IMAGE_CHECKS: list[Callable[[bytes], None]] = [check_recovers]
+def _recovered(read: ReadDevice) -> Recovered:
+    superblock = choose(read(0, BLOCK_SIZE), read(BLOCK_SIZE, BLOCK_SIZE), place="image")
+    return recover(read, superblock, whole=True)

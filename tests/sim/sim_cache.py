@@ -73,6 +73,7 @@ class CacheHost:
             self.disk.write(offset, content)
         self.disk.sync(len(self.disk.unsynced))
         self.disk.history.clear()
+        self.disk.zones_offset = geometry.zones_offset
         self.tap = LogTap(geometry.zones_offset)
 
     def replace_disk(self) -> None:
@@ -105,7 +106,9 @@ class CacheHost:
             self.refused = str(error)
             self.world.note(f"{self.name} refuses to start: {error}")
             return
-        self.device = SimDevice(disk, loop, submitted=self.tap.submitted, completed=self.tap.completed)
+        self.device = SimDevice(
+            disk, loop, submitted=self.tap.submitted, completed=self.tap.completed, synced=self.tap.synced
+        )
         self.session = StoreSession(
             [ADDRESS],
             key=KEY,

@@ -44,7 +44,7 @@ class SimDisk:
         self.name = name
         self.size = size
         self.random = world.rng(f"{name} disk")
-        self.durable = bytearray(size)
+        self.durable = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.unsynced: list[_Written] = []
         self.history: deque[tuple[int, _Written]] = deque(maxlen=64)  # number of the sync that covered it
         self.syncs = 0
@@ -53,22 +53,30 @@ class SimDisk:
         self.fail_sync = False  # the next sync does
         self.sync_failed = False
         self.slow = False
-        self._map(bytes(size))
+        self.outcome = (
+            ""  # of the next power cut, unless chance decides: "loss" of all unsynced, or of all but the "newest"
+        )
+        self._map()
 
-    def _map(self, content: bytes) -> None:
+    def _map(self) -> None:
         self.fd = os.memfd_create("forebay-sim", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, self.size)
         self.bytes = mmap.mmap(self.fd, self.size)
-        self.bytes[:] = content
 
     def close(self) -> None:
         """Give the memory back."""
         self.bytes.close()
+        self.durable.close()
         os.close(self.fd)
 
     def part_from_parent(self) -> None:
-        """After a fork: have a page cache of our own."""
-        self._map(self.bytes[:])
+        """After a fork: have a page cache of our own; `durable` is one already."""
+        shared, content = self.fd, self.bytes
+        self._map()
+        end = 0
+        while (start := _next_content(shared, end)) >= 0:
+            end = os.lseek(shared, start, os.SEEK_HOLE)
+            self.bytes[start:end] = content[start:end]
 
     def read(self, offset: int, size: int) -> bytes:
         """Return what a program sees."""
@@ -102,6 +110,27 @@ class SimDisk:
         if self.in_flight is not None:
             self.unsynced.append(self.in_flight)
             self.in_flight = None
+        outcome, self.outcome = self.outcome, ""
+        if outcome:
+            for one in self._survivors(outcome):
+                self.durable[one.offset : one.offset + len(one.content)] = one.content
+        else:
+            self._survive_by_chance()
+        for one in self.unsynced:  # everywhere else both are the same
+            part = slice(one.offset, one.offset + len(one.content))
+            self.bytes[part] = self.durable[part]
+        self.unsynced.clear()
+        self.sync_failed = False
+
+    def _survivors(self, outcome: str) -> list[_Written]:
+        match outcome:
+            case "newest":
+                return self.unsynced[-1:]
+            case "checkpoint":
+                return [one for one in self.unsynced if one.offset < self.zones_offset]
+        return []
+
+    def _survive_by_chance(self) -> None:
         kept = self.random.choice((0.0, 0.1, 0.5, 0.9, 0.99, 1.0))
         whole = self.random.random() < 0.5
         for one in self.unsynced:
@@ -112,9 +141,6 @@ class SimDisk:
             for at in range(0, len(one.content), SECTOR):
                 if self.random.random() < kept:
                     self.durable[one.offset + at : one.offset + at + SECTOR] = one.content[at : at + SECTOR]
-        self.bytes[:] = bytes(self.durable)
-        self.unsynced.clear()
-        self.sync_failed = False
 
     # --- damage -----------------------------------------------------------------------------------------------
 
@@ -155,14 +181,25 @@ class SimDisk:
         self.durable[offset : offset + len(content)] = content
 
 
+def _next_content(fd: int, offset: int) -> int:
+    """Return where a sparse file holds something again, -1 if nowhere."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError:
+        return -1
+
+
 class SimDevice:
     """The engine's `Device` port over a disk, for one life of the daemon."""
 
-    def __init__(self, disk: SimDisk, loop: SimLoop, *, submitted: Tap, completed: Tap) -> None:
+    def __init__(
+        self, disk: SimDisk, loop: SimLoop, *, submitted: Tap, completed: Tap, synced: Callable[[int], None]
+    ) -> None:
         self._disk = disk
         self._loop = loop
         self._submitted = submitted
         self._completed = completed
+        self._synced = synced
         self._random: random.Random = disk.random
         self._queue: deque[_Queued] = deque()
         self._syncing = False
@@ -251,6 +288,7 @@ class SimDevice:
             done(False)
             return
         disk.sync(covered if self._random.random() < 0.7 else len(disk.unsynced))
+        self._synced(len(disk.unsynced))
         disk.world.note(f"{disk.name} synced {covered}")
         disk.world.point(f"{disk.name} sync ends")
         self._loop.after(self._random.randrange(30_000), done, True)

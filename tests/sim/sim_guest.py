@@ -20,6 +20,9 @@ from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE
 
 SECTOR = 512
+KINDS = {"write": 40, "read": 25, "trim": 8, "zero": 5, "flush": 12, "fua": 4, "prefetch": 1}
+COUNTS = (1, 1, 1, 1, 2, 3, 8, 8, 20, 48)
+"""How often what is requested, as weights, and of how many blocks."""
 
 
 class Request(NamedTuple):
@@ -65,7 +68,9 @@ class Guest:
         self.writing = True
         self.broken = ""
         self.requests = 0
-        self.requests_max = 1 << 60
+        self.kinds = dict(KINDS)
+        self.counts: tuple[int, ...] = COUNTS
+        self.unaligned = 0.2  # share of requests that begin and end at any sector
         self.left: SimLoop | None = None  # the daemon that may still carry out what it was not waited for
         self._plugged = 0
         world.at(0, self._turn)
@@ -131,16 +136,12 @@ class Guest:
     def _turn(self) -> None:
         if self.volume is not None and self.host is not None and self.host.running and self.writing:
             while len(self.busy) < self.depth and self.random.random() < 0.6 and not self.broken:
-                if self.requests >= self.requests_max:
-                    break
                 self.issue()
         self.world.at(self.random.randrange(self.pause_ns), self._turn)
 
     def issue(self) -> None:
         """Begin a random request, unless it would touch what is being changed."""
-        kind = self.random.choices(
-            ("write", "read", "trim", "zero", "flush", "fua", "prefetch"), (40, 25, 8, 5, 12, 4, 1)
-        )[0]
+        kind = self.random.choices(*zip(*self.kinds.items(), strict=True))[0]
         offset, length = self._pick()
         if kind == "flush":
             self._start(Request(kind, 0, 1, self.requests))
@@ -159,12 +160,12 @@ class Guest:
 
     def _pick(self) -> tuple[int, int]:
         blocks = self.size // BLOCK_SIZE
-        if self.random.random() < 0.2:
+        if self.random.random() < self.unaligned:
             offset = self.random.randrange(self.size // SECTOR) * SECTOR
             length = min(self.random.choice((1, 1, 3, 9, 40)) * SECTOR, self.size - offset)
             return offset, length
         start = int(blocks * self.random.random() ** 2)
-        count = min(self.random.choice((1, 1, 1, 1, 2, 3, 8, 8, 20, 48)), blocks - start)
+        count = min(self.random.choice(self.counts), blocks - start)
         return start * BLOCK_SIZE, count * BLOCK_SIZE
 
     def _start(self, one: Request) -> None:

@@ -10,6 +10,7 @@ Invariants:
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ class Branch:
         self.changes: list[Change] = []
         self.submitted = base_version
         self.written = base_version
+        self.synced = base_version  # newest change that no power cut can take back
         self.live = dict(base)
         self.block_versions: dict[int, int] = {}
         self.acknowledged = base_version  # newest change that a guest was told of
@@ -122,7 +124,7 @@ class Branch:
             raise Violation(f"{self.name}: back at {version:#x}, but {self.submitted:#x} is the newest ever logged")
         del self.changes[bisect_right(self.changes, version, key=lambda change: change.version) :]
         self.live = self.state_at(version)
-        self.written = self.submitted = version
+        self.written = self.submitted = self.synced = version
         self.acknowledged = min(self.acknowledged, version)
         self.block_versions = {}
         for change in self.changes:
@@ -138,10 +140,12 @@ class LogTap:
         self.branches: dict[bytes, Branch] = {}  # by volume id
         self.ids: dict[int, bytes] = {}  # volume ids by key on this device
         self._under_way: dict[int, dict[str, tuple[Branch, int]]] = {}  # newest versions by the offset of a write
+        self._unsynced: deque[dict[str, tuple[Branch, int]]] = deque()  # of each completed write that no sync covers
 
     def restart(self) -> None:
-        """The daemon died: what it had under way will not be completed."""
+        """The daemon died: what it had under way will not be completed; what it wrote is synced before recovery."""
         self._under_way.clear()
+        self._unsynced.clear()
 
     def submitted(self, offset: int, content: bytes) -> None:
         """A write was given to the device."""
@@ -153,8 +157,16 @@ class LogTap:
 
     def completed(self, offset: int, content: bytes) -> None:
         """A write is done."""
-        for branch, version in self._under_way.pop(offset, {}).values():
+        newest = self._under_way.pop(offset, {})
+        self._unsynced.append(newest)
+        for branch, version in newest.values():
             branch.write(version)
+
+    def synced(self, left: int) -> None:
+        """A sync is done; so many of the completed writes are not covered."""
+        while len(self._unsynced) > left:
+            for branch, version in self._unsynced.popleft().values():
+                branch.synced = max(branch.synced, version)
 
     def _changes(self, offset: int, content: bytes) -> Iterator[tuple[Change, Branch]]:
         if offset < self._zones_offset:
@@ -201,8 +213,8 @@ class Official:
             raise Violation(f"{self.name}: the store shows version {version:#x} of an epoch that nobody was granted")
         if branch.base_version > self.version:
             raise Violation(f"{self.name}: {branch.name} began at {branch.base_version:#x}, behind {self.version:#x}")
-        if version > branch.written:
-            raise Violation(f"{self.name}: the store shows {version:#x}, the SSD has only {branch.written:#x}")
+        if version > branch.synced:
+            raise Violation(f"{self.name}: the store shows {version:#x}, the SSD surely has only {branch.synced:#x}")
         self.state = branch.state_at(version)
         self.version = version
 

@@ -239,8 +239,7 @@ class Scenario:
             if host.running:
                 sim_books.check_engine(host.engine, host.device.writes_max)
             if not damaged:
-                for check in sim_books.IMAGE_CHECKS:
-                    check(host.disk.read(0, host.size))
+                sim_books.check_recovers(host.disk.read)
 
     # --- placing guests ---------------------------------------------------------------------------------------
 

@@ -41,16 +41,18 @@ class SimFolder:
         self.synced: set[str] = set()  # whose content is
         self.full = False
         self.broken = False  # the next sync fails
-        self.sync_fails = False
+        self.outcome = ""  # of the next power cut unless chance decides: "loss" of all that is unsynced; else names
+        # survive and their contents do not
 
     def cut_power(self) -> None:
         """Lose entries and contents that no sync covers."""
+        outcome, self.outcome = self.outcome, ""
         for name in sorted(self.files):
             content = self.files[name]
-            if name not in self.names and self.random.random() < 0.5:
+            if name not in self.names and (self.random.random() < 0.5 if not outcome else outcome == "loss"):
                 del self.files[name]
             elif name not in self.synced:
-                kept = self.random.random()
+                kept = 0.0 if outcome else self.random.random()
                 self.files[name] = b"".join(
                     content[at : at + SECTOR] if self.random.random() < kept else bytes(len(content[at : at + SECTOR]))
                     for at in range(0, len(content), SECTOR)
@@ -284,8 +286,9 @@ class StoreHost:
         self.network.cut(self.loop)
         if self.power_goes:
             self.power_goes = False
+            surely = bool(self.folder.outcome)
             self.folder.cut_power()
-            if self.random.random() < 0.5:
+            if surely or self.random.random() < 0.5:
                 self.index.cut_power()
         self.loop = self.shell = None
         self.died()
