@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import sim_disk
 import sim_store
+from sim_points import ACTING, Crash, run_points
 from sim_run import run_seed
 
 from forebay_cache.engine import cache, fetches, log_end, recovery
@@ -130,11 +132,7 @@ def record_chain_not_checked() -> None:
 
     def lax(self, blocks, point):
         block = blocks[point.block * 4096 : (point.block + 1) * 4096]
-        try:
-            header = record.decode_record(block, place="")[0]
-        except Exception:
-            return decode(self, blocks, point)
-        return decode(self, blocks, point._replace(position=header.log_position, chain=header.previous_xxh3))
+        return decode(self, blocks, point._replace(chain=record.peek_header(block).previous_xxh3))
 
     recovery._Replay._decode = lax
 
@@ -169,12 +167,40 @@ def old_epoch_accepted() -> None:
     StoreEngine._expect_writer = lambda self, reader, message: changes.expect_volume(reader, message.volume)
 
 
-def superseded_zone_freed_too_early() -> None:
-    def free(self) -> None:
-        zones, self._empty = self._empty, []
-        self._synced(zones)
+def zone_freed_before_its_blocks_are_written_elsewhere() -> None:
+    """Without the sync alone nothing is lost: before a zone is filled anew a checkpoint has synced its blocks."""
+    append = Reclaim._append
 
-    Reclaim._free_empty = free
+    def early(self, places, view, moved) -> None:
+        append(self, places, view, lambda ok: None)
+        moved(True)
+
+    Reclaim._append = early
+
+
+def cut_sent_before_sync() -> None:
+    close = Destage._close
+
+    def early(self, volume) -> None:
+        when_durable = self._engine.log.when_durable
+        self._engine.log.when_durable = lambda position, settled: settled(True)
+        close(self, volume)
+        self._engine.log.when_durable = when_durable
+
+    Destage._close = early
+
+
+def part_answered_before_durable() -> None:
+    append = StoreEngine._append_part
+
+    def early(self, reader, turn, row, message) -> bool:
+        appended = append(self, reader, turn, row, message)
+        if appended:
+            self._answer(turn.ticket, messages.Done())
+            self._owners = {serial: owner for serial, owner in self._owners.items() if owner != turn.ticket}
+        return appended
+
+    StoreEngine._append_part = early
 
 
 def moved_blocks_dropped() -> None:
@@ -201,8 +227,8 @@ def prefix_cut_ignored() -> None:
 
 
 def pinned_version_overwritten() -> None:
-    def forget(self, volume, key, lba, place) -> None:
-        self._engine.map.remove(key)
+    def forget(self, volume, lbas, places) -> None:
+        self._engine.map.clear_places(np.array(places, np.int64))
 
     Apply._pin = forget
 
@@ -249,11 +275,23 @@ def merge_without_second_look() -> None:
     Writes.changing = lambda self, volume_key, extent: []
 
 
+_BROKEN_FAULT = (TypeError, AttributeError, NameError)
+"""These come from a fault that does not fit the product any more: nothing noticed it."""
+
+
+class Directed(NamedTuple):
+    """Crash points at which a fault shows: those with `only` in their text, one way to die, one workload."""
+
+    only: str
+    kind: str
+    workload: str = "mixed"
+
+
 class Planted(NamedTuple):
-    """A fault, the profile in which it shows, and within how many seeds it must."""
+    """A fault, and where it shows: within how many seeds of a profile, or at crash points."""
 
     plant: Callable[[], None]
-    profile: str
+    shows: str | Directed
     seeds: int = 20
 
 
@@ -273,7 +311,12 @@ PLANTED = (
     Planted(trim_not_replayed, "all"),
     Planted(old_epoch_accepted, "fencing", 40),
     Planted(moved_blocks_dropped, "full"),
-    Planted(checkpoint_counts_before_its_header, "full", 40),
+    Planted(checkpoint_counts_before_its_header, Directed("a write", "loss")),
+    Planted(checkpoint_before_data, Directed("a write", "checkpoint", "away")),
+    Planted(record_chain_not_checked, Directed("a write begins", "twice", "small")),
+    Planted(zone_freed_before_its_blocks_are_written_elsewhere, "full"),
+    Planted(cut_sent_before_sync, "all", 40),
+    Planted(part_answered_before_durable, Directed("store segment is written", "full")),
     Planted(prefix_cut_ignored, "all"),
     Planted(pinned_version_overwritten, "all"),
     Planted(fill_inserted_over_newer_write, "all", 40),
@@ -286,18 +329,40 @@ PLANTED = (
 def main() -> int:
     """The command line."""
     name, seeds = sys.argv[1:]
-    first, _, end = seeds.partition(":")
     logging.disable(logging.CRITICAL)
     planted = next(one for one in PLANTED if one.plant.__name__ == name)
     planted.plant()
+    noticed = _at_points(planted.shows) if isinstance(planted.shows, Directed) else _in_seeds(planted, seeds)
+    print(f"{name}: {noticed or 'unnoticed'}"[:300], flush=True)
+    return int(not noticed)
+
+
+def _in_seeds(planted: Planted, seeds: str) -> str:
+    first, _, end = seeds.partition(":")
     for seed in range(int(first), int(end)):
         try:
-            run_seed(seed, planted.profile)
-        except Exception as error:  # however it fails, it was noticed
-            print(f"{name} seed {seed}: {type(error).__name__}: {str(error)[:150]}".splitlines()[0], flush=True)
-            return 0
-    print(f"{name} unnoticed in seeds {seeds}", flush=True)
-    return 1
+            run_seed(seed, str(planted.shows))
+        except _BROKEN_FAULT:
+            raise
+        except Exception as error:  # however else it fails, it was noticed
+            return f"seed {seed}: {type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _at_points(directed: Directed) -> str:
+    crash = Crash(directed.kind, ACTING)
+    try:
+        done = run_points([crash], workload=directed.workload, only=directed.only, stop_early=True)
+    except _BROKEN_FAULT:
+        raise
+    except Exception as error:  # it was noticed without any crash
+        return f"no crash: {type(error).__name__}: {error}".splitlines()[0]
+    if not done.failures:
+        return ""
+    *_, said, again = [line for line in done.failures[0].splitlines() if line]
+    if said.startswith(tuple(kind.__name__ for kind in _BROKEN_FAULT)):
+        raise RuntimeError(done.failures[0])
+    return f"{again.rpartition('.py ')[2]}: {said}"
 
 
 if __name__ == "__main__":
