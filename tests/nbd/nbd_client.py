@@ -42,7 +42,7 @@ class ServerThread:
         self.loop.call_soon_threadsafe(self._stopped.set)
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive()
-        assert self.errors == []
+        assert self.errors == [], self.errors
 
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()

@@ -14,7 +14,7 @@ from nbd_client import EXTENDED, STRUCTURED, Client, ServerThread, context_query
 from ram_volume import LateVolume, RamVolume
 
 from forebay_cache.engine.front import IoError
-from forebay_cache.engine.nbd_limits import BUDGET_SIZE, CONNECTION_BYTES_MAX, FLOOR, IN_FLIGHT_MAX
+from forebay_cache.engine.nbd_limits import BUDGET_SIZE, CONNECTION_BYTES_MAX, FLOOR, IN_FLIGHT_MAX, RECEIVE_SIZE
 from forebay_cache.format import nbd, nbd_options
 from forebay_cache.service.nbd_server import NbdSettings
 from forebay_core.units import MIB
@@ -325,6 +325,27 @@ def test_payloads_stay_unchanged_until_the_volume_has_them(tmp_path: Path) -> No
             )
             assert sum(client.answer().error for _ in range(count)) == 0
             assert volume.memory[: count * size] == b"".join(payloads)
+
+
+@pytest.mark.parametrize("size", [196_000, 197_000, 200_000, RECEIVE_SIZE - 28, RECEIVE_SIZE - 27, 900_000])
+def test_a_write_may_arrive_in_parts_cut_anywhere(size: int, served: ServerThread) -> None:
+    """Most of all close to its end, where a buffer of just its size has hardly any room left."""
+    payload = bytes(range(256)) * (size // 256 + 1)
+    with served.client().go("vol") as client:
+        for ahead in (0, 100):  # bytes of payload of a request before it in the same buffer
+            for missing in (1, 2, 28, 4000, 60_000, 66_000, 70_000):
+                first = client.request(nbd.CMD_WRITE, 0, ahead, payload=payload[:ahead]) if ahead else b""
+                raw = first + client.request(nbd.CMD_WRITE, 3 * MIB, size, payload=payload[-size:])
+                client.send(raw[:-missing])
+                if ahead:
+                    assert client.answer().error == 0
+                [connection] = served.call(lambda: list(served.server._connections))
+                held = len(raw) - len(first) - missing
+                served.until(lambda held=held: connection._end - connection._start == held)
+                client.send(raw[-missing:])
+                assert client.answer().error == 0
+                assert client.read(3 * MIB, size) == payload[-size:]
+                client.write(3 * MIB, bytes(size))
 
 
 def test_clients_that_hog_the_budget_and_stall_are_dropped_for_those_who_wait(tmp_path: Path) -> None:

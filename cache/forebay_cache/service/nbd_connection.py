@@ -303,7 +303,8 @@ class NbdConnection:
         if buffer.charge and want + self._start <= size:
             self._progress_s = self._loop.time()
             return buffer.view[self._end : self._start + want]
-        if size - self._end >= _ROOM_MIN and want + self._start <= size and not buffer.charge:
+        roomy = size - self._end >= _ROOM_MIN or self._start == 0  # moved to the front already: this is all there is
+        if roomy and want + self._start <= size and not buffer.charge:
             end = self._end + _PEEK_SIZE if self._peek else size
             self._peek = False
             return buffer.view[self._end : end]
@@ -315,7 +316,7 @@ class NbdConnection:
         """Bytes from `_start` on that must fit the buffer."""
         if self._transmission is None:
             return OPTION.size + OPTION_SIZE_MAX
-        return max(self._transmission.want, self._end - self._start)
+        return max(self._transmission.want, self._end - self._start + 1)  # never no room, which would look like an end
 
     def _move(self, buffer: ReceiveBuffer, want: int) -> bool:
         """Move what is not taken yet to the front of a buffer with room for `want` bytes."""
