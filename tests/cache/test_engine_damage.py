@@ -7,7 +7,7 @@ from engine_rig import Rig, joined
 
 from forebay_cache.engine.front import IoError
 from forebay_cache.format.checkpoint import choose_checkpoints
-from forebay_cache.format.record import decode_record
+from forebay_cache.format.record import SEAL, RecordHeader, decode_record
 from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE
 
@@ -143,20 +143,24 @@ def written_in_a_row(seed: int) -> tuple[Rig, bytes]:
     return rig, bytes(model)
 
 
+def records_of(rig: Rig) -> list[tuple[int, int, RecordHeader]]:
+    """Return (log position, offset, header) of every record on the device, in the order of the log."""
+    records = []
+    for at in range(rig.engine.zones.zones_offset, len(rig.device.bytes), BLOCK_SIZE):
+        block = bytes(rig.device.bytes[at : at + BLOCK_SIZE])
+        if block[:4] == b"FBRR":
+            header, _ = decode_record(block, place="")
+            records.append((header.log_position, at, header))
+    return sorted(records)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_lost_write_is_never_the_silent_end_of_the_log(seed: int) -> None:
     """Behind a lost write stands what was there before it: nothing, or a record of long ago, not something damaged."""
     rig, model = written_in_a_row(seed)
     image = bytes(rig.device.bytes)
-    zones = rig.engine.zones
     newest = rig.engine.checkpoints._kept[0]
-    records = []
-    for at in range(zones.zones_offset, len(image), BLOCK_SIZE):
-        block = image[at : at + BLOCK_SIZE]
-        if block[:4] == b"FBRR":
-            header, _ = decode_record(block, place="")
-            records.append((header.log_position, at, header))
-    records.sort()
+    records = records_of(rig)
     needed = [one for one in records if one[0] >= newest.position]
     assert len({header.zone for _, _, header in needed}) > 4
     outcomes = []
@@ -171,3 +175,24 @@ def test_a_lost_write_is_never_the_silent_end_of_the_log(seed: int) -> None:
         outcomes.append(check_damaged(rig, model, bytes(damaged)))
     assert set(outcomes) <= {"refused", "harmless"}, outcomes
     assert outcomes.count("refused") > 20, outcomes
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["from a record on", "the zone as a whole"])
+def test_the_lost_end_of_a_zone_is_never_the_end_of_the_log(whole: bool) -> None:
+    """Not even where nothing of a zone is left behind the break, its SEAL included, but later zones are there."""
+    rig, model = written_in_a_row(1)
+    image = bytes(rig.device.bytes)
+    zones = rig.engine.zones
+    records = records_of(rig)
+    ended = [header.zone for _, _, header in records if header.kind == SEAL]
+    outcomes = []
+    for zone in ended:
+        start = zones.offset_of(zones.place_at(zone, 0))
+        offsets = [at for _, at, header in records if header.zone == zone]
+        damaged = bytearray(image)
+        first = start if whole else offsets[len(offsets) // 2]
+        damaged[first : start + zones.zone_blocks * BLOCK_SIZE] = bytes(start + zones.zone_blocks * BLOCK_SIZE - first)
+        outcomes.append(check_damaged(rig, model, bytes(damaged)))
+    assert len(outcomes) > 4
+    assert set(outcomes) <= {"refused", "harmless"}, outcomes
+    assert outcomes.count("refused") >= len(outcomes) - 1, outcomes

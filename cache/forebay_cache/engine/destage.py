@@ -110,6 +110,8 @@ class Destage:
 
     def stop_volume(self, volume: "CacheVolume", reason: str) -> None:
         """Give up on a volume: its dirty blocks stay, its I/O fails, whoever drains is told."""
+        if not volume.error:
+            self._engine.report(f"volume {volume.name} is stopped: {reason}")
         volume.error = volume.error or reason
         for cut in volume.cuts:
             self._rest(cut)

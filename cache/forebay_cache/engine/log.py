@@ -374,7 +374,8 @@ class Log:
         batch = self._batch
         assert batch is not None
         self._batch = None
-        self._write(batch, next_zone=0)
+        free = self._zones.free
+        self._write(batch, next_zone=free[0] if free else batch.zone)
 
     def _seal_zone(self) -> None:
         """End the open zone: its SEAL names the zone where the log goes on."""

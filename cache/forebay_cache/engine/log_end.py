@@ -5,11 +5,13 @@ Behind a lost write stands whatever was there before it, which looks exactly lik
 records are looked for where they can be, not only where something looks damaged.
 
 Invariants:
-    A log goes on in another zone only behind a SEAL in one of the last two blocks of this one. So if nothing stands
-    behind the break in its own zone, and it is not the SEAL that is missing, there is nothing to look for elsewhere.
+    Each record names the zone where the log goes on behind its own, as far as it was known then: the free zone that
+    was first in line stays first until the log enters it. So the record before the break leads to later zones, even
+    if all behind it in its own zone is lost. Only where that zone was entered and nothing of it is there, or where no
+    zone was free, every zone has to be looked at.
     What an earlier life left behind a log that ended here knows nothing of later positions as durable.
-Crash: nothing is kept. Reads: the rest of the zone; up to three blocks of each zone that a SEAL leads to and all of the
-last; and, only if a SEAL may be missing, the first block of every zone.
+Crash: nothing is kept. Reads: the zone of the break; up to three blocks of each zone that records lead to and all of the
+last; and, only if nothing leads on, the first block of every zone.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,31 +42,37 @@ class LogEnd:
         self._zone_blocks = zone_blocks
         self._device_tag = device_tag
         self._durable = 0
+        self._before = list(self._headers(memoryview(read_blocks(end.zone, 0, end.block)), end.zone, 0))
+
+    def is_in_its_zone(self, incarnation: int) -> bool:
+        """Tell whether some record before the break is of this life of the zone; else it is not the zone it should be."""
+        return any(header.incarnation == incarnation for header in self._before)
 
     def find_durable(self) -> int:
         """Return the highest log position that a record behind the break knew to be durable; 0: there is none.
 
         What is below it was durable.
         """
-        found = self._look(self._end.zone, self._end.block)
-        seal = _seal_of(found)
-        if seal is not None:
-            self._follow(seal.next_zone)
-        elif found or self._end.block >= self._zone_blocks - SEAL_BLOCKS:
+        end = self._end
+        before = [header for header in self._before if header.header_xxh3 == end.chain]
+        behind = self._look(end.zone, end.block) or before
+        if behind and behind[-1].next_zone != end.zone:
+            self._follow(behind[-1].next_zone)
+        else:
             self._search()
         return self._durable
 
     def _follow(self, zone: int) -> None:
-        """Look at the zones that a SEAL leads to, and at all of the last one: it may have lost its first record."""
+        """Look at the zones that records lead to, and at all of the last one: it may have lost its first record."""
         for _ in range(self._zone_count):
             if zone >= self._zone_count:
                 return
             self._look(zone, 0, 1)
-            seal = _seal_of(self._look(zone, self._zone_blocks - SEAL_BLOCKS))
-            if seal is None:
+            sealed = self._look(zone, self._zone_blocks - SEAL_BLOCKS)
+            if not sealed or sealed[-1].next_zone == zone:
                 self._look(zone, 0)
                 return
-            zone = seal.next_zone
+            zone = sealed[-1].next_zone
 
     def _search(self) -> None:
         """Look at the first record of every zone, and at all of the newest zone of each life."""
@@ -82,18 +90,19 @@ class LogEnd:
         count = self._zone_blocks - block if count is None else count
         if count <= 0:
             return []
-        found = list(self._headers(memoryview(self._read_blocks(zone, block, count)), zone))
+        view = memoryview(self._read_blocks(zone, block, count))
+        found = list(self._headers(view, zone, self._end.position))
         self._durable = max([self._durable, *(header.durable_position for header in found)])
         return found
 
-    def _headers(self, view: memoryview, zone: int) -> Iterator[RecordHeader]:
-        """Yield headers of this zone and device with later log positions; data blocks of whole records are skipped."""
+    def _headers(self, view: memoryview, zone: int, lowest: int) -> Iterator[RecordHeader]:
+        """Yield headers of this zone and device from a log position on; data blocks of whole records are skipped."""
         block = 0
         while block < view.nbytes >> BLOCK_SHIFT:
             at = view[block << BLOCK_SHIFT :][:BLOCK_SIZE]
             block += 1
             fields = record.peek_header(at)
-            if (fields.device, fields.zone) != (self._device_tag, zone) or fields.log_position < self._end.position:
+            if (fields.device, fields.zone) != (self._device_tag, zone) or fields.log_position < lowest:
                 continue
             try:
                 header, _ = record.decode_record(at, place="")
@@ -101,7 +110,3 @@ class LogEnd:
                 continue
             yield header
             block += header.block_count
-
-
-def _seal_of(headers: list[RecordHeader]) -> RecordHeader | None:
-    return next((header for header in headers if header.kind == record.SEAL), None)

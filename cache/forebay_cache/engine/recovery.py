@@ -155,6 +155,7 @@ class _Replay:
         self.counts = np.zeros(geometry.place_count, np.uint8)
         self.volumes: dict[int, RecoveredVolume] = {}
         self.start = LogPoint(FIRST_POSITION, 0, 0, 0)
+        self.incarnation = 0  # of the zone where replay starts
         self.durable = 0  # what checkpoints prove to be so
         self.limit = (0, 0)
         self.unloaded = Unloaded(geometry.zone_count, geometry.zone_blocks, chunk_places)
@@ -189,26 +190,26 @@ class _Replay:
         """
         records = list(self._walk())
         end = self._end_of(records)
-        durable = max([self.durable, self._durable_behind(end), *(one.header.durable_position for one in records)])
+        behind = self._log_end(end)
+        place = f"zone {end.zone} block {end.block}"
+        if not records and end.block and not behind.is_in_its_zone(self.incarnation):
+            expected = f"records of its incarnation {self.incarnation}, which were durable"
+            raise CorruptionError(place=place, what="zone", expected=expected, found="others or none")
+        durable = max([self.durable, behind.find_durable(), *(one.header.durable_position for one in records)])
         if durable > end.position:
-            raise CorruptionError(
-                place=f"zone {end.zone} block {end.block}",
-                what="log record",
-                expected=f"log position {end.position}, because everything before {durable} was durable",
-                found="a damaged or lost record",
-            )
+            expected = f"log position {end.position}, because everything before {durable} was durable"
+            raise CorruptionError(place=place, what="log record", expected=expected, found="a damaged or lost record")
         for index, one in enumerate(records):
             if one.header.log_position >= durable and not self._matches(one):
                 return records[:index], self._end_of(records[:index])
         return records, end
 
-    def _durable_behind(self, end: LogPoint) -> int:
+    def _log_end(self, end: LogPoint) -> LogEnd:
         zones = self.zones
         tag = device_tag(self.superblock)
-        found = LogEnd(
+        return LogEnd(
             self._read_blocks, end, zone_count=zones.zone_count, zone_blocks=zones.zone_blocks, device_tag=tag
         )
-        return found.find_durable()
 
     def _end_of(self, records: list[_Record]) -> LogPoint:
         if not records:
@@ -421,5 +422,6 @@ def _load(
         replay.counts[chunk.first : chunk.first + chunk.count] = counts
         replay.map.link_run(chunk.first, keys, versions, checksums)
     replay.limit = (header.limit_average, header.limit_peak)
+    replay.incarnation = header.replay_incarnation
     replay.start = LogPoint(header.log_position, header.replay_zone, header.replay_block, header.previous_xxh3)
     return replay

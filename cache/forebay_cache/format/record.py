@@ -9,7 +9,7 @@ Header, 96 bytes, little-endian, then the entry area of 125 * 32 = 4000 bytes, z
     offset  size  type  field             meaning
     ------  ----  ----  ----------------  ---------------------------------------------------------------
          0     4  u32   magic             0x52524246, "FBRR"
-         4     2  u16   format_version    2
+         4     2  u16   format_version    3
          6     1  u8    kind              1 DATA, 2 SEAL (last of its zone), 3 NOTE (state, no data)
          7     1  u8    flags             0
          8     8  u64   device            first 8 bytes of the device id
@@ -20,7 +20,8 @@ Header, 96 bytes, little-endian, then the entry area of 125 * 32 = 4000 bytes, z
         40     8  u64   previous_xxh3     header_xxh3 of the record before in the log; 0 for the first
         48     4  u32   entry_count       0 to 125
         52     4  u32   block_count       data blocks behind the header
-        56     4  u32   next_zone         SEAL: zone in which the log goes on; else 0
+        56     4  u32   next_zone         zone in which the log goes on behind this one; before the SEAL as far as
+                                          it is known: the free zone that is next, or this one when none is free
         60     4  4x    reserved          0
         64     8  u64   life              drawn at each start, so no record of an earlier life chains to a later one
         72     8  u64   header_xxh3       over these 4096 bytes with this field as 0
@@ -64,7 +65,7 @@ from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
 
 RECORD_MAGIC: Final = 0x52524246
-RECORD_FORMAT_VERSION: Final = 2
+RECORD_FORMAT_VERSION: Final = 3
 HEADER: Final = struct.Struct("<IHBBQIIQQQIII4xQQ16x")
 ENTRY: Final = struct.Struct("<QQQIBBBB")
 ENTRY_DTYPE: Final = np.dtype(
@@ -243,8 +244,6 @@ def _check_header(header: RecordHeader, place: str) -> None:
             expected=f"at most {(entries_max, blocks_max)}",
             found=(header.entry_count, header.block_count),
         )
-    if header.kind != SEAL and header.next_zone != 0:
-        raise CorruptionError(place=place, what="record next zone", expected=0, found=header.next_zone)
 
 
 def _check_entries(header: RecordHeader, entries: EntryArray, place: str) -> None:
