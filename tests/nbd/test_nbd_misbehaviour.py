@@ -341,7 +341,7 @@ def test_a_write_may_arrive_in_parts_cut_anywhere(size: int, served: ServerThrea
                     assert client.answer().error == 0
                 [connection] = served.call(lambda: list(served.server._connections))
                 held = len(raw) - len(first) - missing
-                served.until(lambda held=held: connection._end - connection._start == held)
+                served.until(lambda one=connection, held=held: one._end - one._start == held)
                 client.send(raw[-missing:])
                 assert client.answer().error == 0
                 assert client.read(3 * MIB, size) == payload[-size:]

@@ -10,8 +10,8 @@ Invariants:
     if all behind it in its own zone is lost. Only where that zone was entered and nothing of it is there, or where no
     zone was free, every zone has to be looked at.
     What an earlier life left behind a log that ended here knows nothing of later positions as durable.
-Crash: nothing is kept. Reads: the zone of the break; up to three blocks of each zone that records lead to and all of the
-last; and, only if nothing leads on, the first block of every zone.
+Crash: nothing is kept. Reads: the zone of the break; up to three blocks of each zone that records lead to and all of
+the last; and, only if nothing leads on, the first block of every zone.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ class LogEnd:
         self._before = list(self._headers(memoryview(read_blocks(end.zone, 0, end.block)), end.zone, 0))
 
     def is_in_its_zone(self, incarnation: int) -> bool:
-        """Tell whether some record before the break is of this life of the zone; else it is not the zone it should be."""
+        """Tell whether a record before the break is of this life of the zone; else it is not the zone it should be."""
         return any(header.incarnation == incarnation for header in self._before)
 
     def find_durable(self) -> int:
