@@ -185,14 +185,18 @@ class Attaching:
 
         def written(ok: bool) -> None:
             if ok:
+                if not volume.has_changes:
+                    position = log.applied.position
+                    volume.noted(position, version=version, upstream_position=position)
                 log.when_durable(log.applied.position, settled)
             else:
                 settled(False)
 
         # The event goes behind the row, before which replay knows no such volume. Without it the version that was
         # adopted from the store would be forgotten: fills would count as dirty, and reopening would see a stranger.
+        version = volume.acknowledged
         log.add_note(volume.note(), lambda _ok: None)
-        log.add_event(record.ACKNOWLEDGED, volume.key, 0, volume.acknowledged, 0, written)
+        log.add_event(record.ACKNOWLEDGED, volume.key, 0, version, 0, written)
         log.kick()
 
     def _next_key(self) -> int:

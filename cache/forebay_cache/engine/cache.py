@@ -262,18 +262,21 @@ class CacheEngine:
 
     def has_room(self, volume: CacheVolume) -> bool:
         """Tell whether one more change of a guest may be appended; if not, see to it that it soon may."""
-        if (
+        if self._has_room(volume):
+            return True
+        self.reclaim.kick()
+        self.destage.relieve()
+        return self._has_room(volume)
+
+    def _has_room(self, volume: CacheVolume) -> bool:
+        return (
             self.free_zones > ZONES_RESERVED
             and self.dirty_blocks < self._dirty_max
             and len(volume.holes) < HOLES_KEPT_MAX
             and volume.appended_blocks < volume.appended_max
             and len(volume.dirty) < OPEN_CUT_BLOCKS_MAX
             and self._hole_count < self._hole_count_max
-        ):
-            return True
-        self.reclaim.kick()
-        self.destage.relieve()
-        return False
+        )
 
     @property
     def buffer_fill(self) -> float:
@@ -406,6 +409,7 @@ class CacheEngine:
         volume.held = not note.flags & CLOSED
         volume.version = volume.applied = Version(max(found.version, found.acknowledged))
         volume.acknowledged = Version(found.acknowledged)
+        volume.noted(0, version=volume.acknowledged, upstream_position=0)
         volume.holes = found.holes
         self.volumes[note.volume_key] = volume
 

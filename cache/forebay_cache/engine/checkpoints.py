@@ -115,7 +115,8 @@ class Checkpoints:
         if self._writing or engine.failed or engine.loading.active:
             return
         if self._pass is None:
-            if self._wanted or self._is_due():
+            # Replay from here on must not meet an old version that it can't tell from the newest.
+            if (self._wanted or self._is_due()) and not engine.reclaim.pinned_moves:
                 self._begin()
             return
         self._write_next(self._pass)

@@ -41,6 +41,7 @@ class Cut:
 
     __slots__ = (
         "building",
+        "closed_position",
         "durable",
         "first_version",
         "holes",
@@ -63,7 +64,14 @@ class Cut:
     )
 
     def __init__(
-        self, identity: CutIdentity, lbas: U64Array, versions: U64Array, holes: list[Extent], *, opened_ns: int
+        self,
+        identity: CutIdentity,
+        lbas: U64Array,
+        versions: U64Array,
+        holes: list[Extent],
+        *,
+        opened_ns: int,
+        closed_position: int,
     ) -> None:
         self.identity = identity
         self.lbas = lbas
@@ -73,6 +81,7 @@ class Cut:
         self.first_version = int(versions.min()) if versions.size else self.last_version
         self.pinned: npt.NDArray[np.int64] = np.full(lbas.size, -1, np.int64)
         self.holes = holes
+        self.closed_position = closed_position  # in the log: it and the cuts before hold all that was logged before
         self.opened_ns = opened_ns  # when its oldest change came
         self.durable = False  # a sync has covered it; it is not sent before
         self.resting = False  # nobody sends it: the volume failed, was refused or detached

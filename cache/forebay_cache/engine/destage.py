@@ -127,6 +127,11 @@ class Destage:
         for _, _, drained in drains:
             drained(False)
 
+    def upstream_position(self) -> int:
+        """Return the log position below which every change is upstream, and would be known to be after a power cut."""
+        durable = self._engine.log.durable
+        return min((v.upstream_position(durable) for v in self._engine.volumes.values()), default=durable)
+
     def granted(self, volume: "CacheVolume") -> None:
         """The store granted the volume, and `acknowledged` says where it stands: cuts that it has are over, one that
         nobody sends is begun anew."""
@@ -198,7 +203,9 @@ class Destage:
         engine = self._engine
         lbas, versions = self._open_blocks(volume)
         holes = [Extent(h.start, h.end - h.start) for h in volume.holes.newer_than(volume.acknowledged)]
-        cut = Cut(self._identify(volume), lbas, versions, holes, opened_ns=volume.opened_ns or self._now_ns)
+        opened_ns = volume.opened_ns or self._now_ns
+        closed_position = engine.log.applied.position
+        cut = Cut(self._identify(volume), lbas, versions, holes, opened_ns=opened_ns, closed_position=closed_position)
         volume.dirty = array("Q")
         volume.trimmed = False
         volume.opened_ns = 0
@@ -466,7 +473,13 @@ class Destage:
         volume.dirty_since_ns = volume.closed_wall_ns  # what is left came behind the cut
         engine.map.clear_places(cut.pinned[cut.pinned >= 0])
         # Who drains is told when the device knows as well: after a kill right behind it the blocks are clean.
-        engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, volume.acknowledged, 0, lambda _: self._noted(volume))
+        known = volume.acknowledged
+
+        def noted(_ok: bool) -> None:
+            volume.noted(engine.log.applied.position, version=known, upstream_position=cut.closed_position)
+            self._noted(volume)
+
+        engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, known, 0, noted)
         engine.log.kick()
         if len(volume.holes) >= HOLES_KEPT_MAX // 2:
             volume.holes.forget_up_to(volume.acknowledged)

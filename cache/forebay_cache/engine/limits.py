@@ -78,6 +78,10 @@ RETIRED_ZONES_RATIO: Final = 8
 VICTIM_CANDIDATES: Final = 8
 """Zones that are looked at for one victim; one look costs about 20 us."""
 
+VICTIM_GAIN_RATIO: Final = 16
+"""A victim must free one of so many of its blocks, else reclaim would move full zones for ever while the store is away.
+Dirty blocks fill at most nine tenths of the device, so there are better ones."""
+
 PART_BLOCKS: Final = 1024
 """Blocks of one part of a cut: 4 MiB of plain data in one message."""
 

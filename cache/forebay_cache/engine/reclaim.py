@@ -3,9 +3,13 @@ rest is dropped, and once that is durable the zone is filled anew. So the SSD is
 
 Invariants:
     A zone that replay from the newest checkpoint would read is no victim, nor one whose entries are not loaded yet.
-    A zone is freed only when a sync has covered all that superseded or moved its blocks.
+    A zone is freed only when a sync has covered all that superseded or moved its blocks; at once if nothing was moved
+    and all that it ever held is upstream: should the superseding be lost, these blocks are fetched again.
     Moved blocks keep version and checksum; a block that changed while it was moved is not touched.
-    Guests stop at ZONES_RESERVED free zones, moves go on below it; a victim fills less than it frees.
+    No MOVE stands in the log behind a newer change of its block: replay may not know that change any more. Where it
+    must, because a closed cut needs the older version, no checkpoint begins before the MOVE is applied.
+    Guests stop at ZONES_RESERVED free zones, moves go on below it; a victim fills less than it frees: its blocks are
+    gathered, so that their records are full ones.
 Crash: a moved block is found at either place; of equal versions the later record wins.
 """
 
@@ -17,15 +21,16 @@ import numpy.typing as npt
 
 from forebay_cache.engine.limits import (
     VICTIM_CANDIDATES,
+    VICTIM_GAIN_RATIO,
     ZONES_PER_SPARE,
     ZONES_RESERVED,
     ZONES_SPARE_MAX,
     ZONES_SPARE_MIN,
 )
-from forebay_cache.engine.log import Batch, Settled
+from forebay_cache.engine.log import Batch
 from forebay_cache.format import record
 from forebay_core.checksums import checksum
-from forebay_core.units import BLOCK_SHIFT, LBA_BITS, LBA_MAX, Buffer
+from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX, Buffer
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -38,6 +43,20 @@ class _Victim(NamedTuple):
     keep: PlaceArray
 
 
+class _Move:
+    """The blocks of one victim on their way: read run by run, appended a record's worth at a time."""
+
+    __slots__ = ("blocks", "places", "slices", "unread", "whole", "zone")
+
+    def __init__(self, zone: int, runs: int) -> None:
+        self.zone = zone
+        self.places: list[int] = []  # read, not appended yet
+        self.blocks: list[memoryview] = []  # and their bytes
+        self.unread = runs
+        self.slices = 0  # appended, not applied
+        self.whole = True
+
+
 class Reclaim:
     """Keeps some zones free."""
 
@@ -46,6 +65,7 @@ class Reclaim:
         self.spare = min(ZONES_SPARE_MAX, max(ZONES_SPARE_MIN, engine.zones.zone_count // ZONES_PER_SPARE))
         self._busy = 0  # zones being emptied or waiting for the sync that frees them
         self._moving = 0  # blocks that are about to take new places
+        self.pinned_moves = 0  # MOVEs of pinned blocks that are appended but not applied
         self._empty: list[int] = []  # wait to be synced together
         self._lingering: list[int] = []  # synced, but somebody still reads from them
         self.moved_blocks = 0
@@ -68,9 +88,18 @@ class Reclaim:
         self._busy += 1
         engine.zones.begin_emptying(victim.zone)
         if victim.keep.size:
-            self._move(victim)
+            self._move(victim.zone, victim.keep)
+        elif self._is_upstream(victim.zone):
+            self._forget(victim.zone)
+            self._synced([victim.zone])
         else:
             self._clear(victim.zone)
+
+    def _is_upstream(self, zone: int) -> bool:
+        """Tell whether all that the zone ever held is upstream, also for who starts after a power cut now."""
+        zones = self._engine.zones
+        behind = zones.first_positions[zone] + zones.zone_blocks  # a zone holds fewer records than blocks
+        return behind <= self._engine.destage.upstream_position()
 
     @property
     def promised_zones(self) -> int:
@@ -114,8 +143,8 @@ class Reclaim:
             rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, end) if self._is_victim(zone))
             better = self._best(list(islice(rest, 8 * VICTIM_CANDIDATES)), worthy=False)
             best = min((v for v in (best, better) if v is not None), key=lambda v: v.keep.size, default=None)
-        if best is not None and best.keep.size >= zones.zone_blocks - 3:
-            return None  # nothing would be gained
+        if best is not None and _cost(best.keep.size) > zones.zone_blocks - zones.zone_blocks // VICTIM_GAIN_RATIO:
+            return None  # too little would be gained
         return best
 
     def _is_victim(self, zone: int) -> bool:
@@ -156,65 +185,90 @@ class Reclaim:
 
     # --- moving -----------------------------------------------------------------------------------------------
 
-    def _move(self, victim: _Victim) -> None:
+    def _move(self, zone: int, keep: PlaceArray) -> None:
         """Read what is kept, run by run, and append it; when all is applied and durable the zone is empty."""
-        engine = self._engine
-        breaks = np.flatnonzero(np.diff(victim.keep) != 1) + 1
-        runs = [run.tolist() for run in np.split(victim.keep, breaks)]
-        left = len(runs)
-        whole = True
-        self._moving += victim.keep.size
-
-        def moved(ok: bool) -> None:
-            nonlocal left, whole
-            left -= 1
-            whole = whole and ok
-            if left:
-                return
-            self._moving -= victim.keep.size
-            if whole and not engine.failed:
-                self._clear(victim.zone)
-            else:
-                self._busy -= 1  # it stays as it is, with what could not be read; the next start looks at it again
-
+        breaks = np.flatnonzero(np.diff(keep) != 1) + 1
+        runs = [run.tolist() for run in np.split(keep, breaks)]
+        self._moving += keep.size
+        move = _Move(zone, len(runs))
         for places in runs:
-            self._move_run(places, moved)
+            self._move_run(move, places)
 
-    def _move_run(self, places: list[int], moved: Settled) -> None:
+    def _move_run(self, move: _Move, places: list[int]) -> None:
         engine = self._engine
 
         def done(answer: Buffer | None) -> None:
+            if engine.failed:
+                return
+            move.unread -= 1
             if answer is None:
-                engine.report(f"zone {places[0] // engine.zones.zone_blocks} can't be read and is left as it is")
-                moved(False)
-            elif not engine.failed:
-                self._append(places, memoryview(answer), moved)
+                engine.report(f"zone {move.zone} can't be read and is left as it is")
+                move.whole = False
+                self._moving -= len(places)
+            else:
+                view = memoryview(answer)
+                move.places += places
+                move.blocks += [view[at : at + BLOCK_SIZE] for at in range(0, view.nbytes, BLOCK_SIZE)]
+            if move.unread == 0 or len(move.places) >= record.RECORD_ENTRIES_MAX:
+                self._append(move)
 
         engine.device.read(engine.zones.offset_of(places[0]), len(places) << BLOCK_SHIFT, done)
 
-    def _append(self, places: list[int], view: memoryview, moved: Settled) -> None:
+    def _append(self, move: _Move) -> None:
         """Append the blocks that are still wanted. Dirty ones go as they are: a bad one stays an error."""
         engine = self._engine
-        log, table = engine.log, engine.map
-        last: Batch | None = None
-        for i, place in enumerate(places):
-            key = table.keys[place]
-            block = view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
-            if key == 0 or not self._is_sound(key, place, block):
-                continue
-            log.seal_if_full()
-            batch = log.data_batch()
-            volume_key, lba = key >> LBA_BITS, key & LBA_MAX
-            log.add_copy(batch, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
-            batch.buffers.append(block)
-            self.moved_blocks += 1
-            last = batch
+        log = engine.log
+        places, blocks, move.places, move.blocks = move.places, move.blocks, [], []
+        last, pinned = self._append_wanted(places, blocks)
+        move.slices += 1
+        self.pinned_moves += pinned
+
+        def applied(ok: bool) -> None:
+            self._moving -= len(places)
+            self.pinned_moves -= pinned
+            move.slices -= 1
+            if ok and not (move.unread or move.slices):
+                self._moved(move)
+
         if last is None:
-            moved(True)
+            applied(True)
         else:
-            last.settled.append(moved)
+            last.settled.append(applied)
             log.seal_if_full()
             log.kick()
+
+    def _append_wanted(self, places: list[int], blocks: list[memoryview]) -> tuple[Batch | None, int]:
+        """Return the record after which all is moved or superseded, None if that is so now; and how many are pinned."""
+        engine = self._engine
+        log, table = engine.log, engine.map
+        superseded = engine.writes.superseded(table.key_array.take(places)).tolist()
+        last: Batch | None = None
+        pinned = 0
+        for place, block, is_superseded in zip(places, blocks, superseded, strict=True):
+            key = table.keys[place]
+            is_linked = table.is_linked(place)
+            if key == 0 or (is_linked and is_superseded) or not self._is_sound(key, place, block):
+                continue
+            log.seal_if_full()
+            last = log.data_batch()
+            volume_key, lba = key >> LBA_BITS, key & LBA_MAX
+            log.add_copy(last, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
+            last.buffers.append(block)
+            self.moved_blocks += 1
+            pinned += not is_linked
+        if any(superseded):
+            last = log.unapplied()[-1]
+        return last, pinned
+
+    def _moved(self, move: _Move) -> None:
+        """All is applied: what was kept has left, unless a cut was closed and needs a version that was superseded."""
+        left = self._to_keep(move.zone, worthy=False) if move.whole else np.empty(0, np.int64)
+        if left.size:
+            self._move(move.zone, left)
+        elif move.whole:
+            self._clear(move.zone)
+        else:
+            self._busy -= 1  # it stays as it is, with what could not be read; the next start looks at it again
 
     def _is_sound(self, key: int, place: int, block: memoryview) -> bool:
         """Compare a block with its checksum; forget it if it is bad and the store has it."""
@@ -266,3 +320,8 @@ class Reclaim:
                 zones.freed(zone)
                 self._busy -= 1
         self._lingering = [zone for zone in self._lingering if zones.readers[zone] > 0]
+
+
+def _cost(count: int) -> int:
+    """Return the blocks that so many moved blocks fill, headers and a begun record included."""
+    return count + -(-count // record.RECORD_ENTRIES_MAX) + 1

@@ -8,7 +8,8 @@ Crash: rebuilt from checkpoint and records; all that is dirty then belongs to th
 """
 
 from array import array
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
 from forebay_cache.engine.cuts import Cut
 from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
@@ -30,6 +31,14 @@ from forebay_core.units import (
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
+
+
+class _Noted(NamedTuple):
+    """See CacheVolume.noted."""
+
+    position: int
+    upstream_position: int
+    version: Version
 
 
 class CacheVolume:
@@ -60,6 +69,8 @@ class CacheVolume:
         self.trimmed = False  # blocks in `dirty` may be gone
         self.closing = False  # being detached: what still comes is refused
         self.cuts: list[Cut] = []
+        self._notes: deque[_Noted] = deque()  # acknowledgements in the log that may not be durable yet
+        self._noted = _Noted(0, 0, Version(0))  # the newest that is
         self.dirty_since_ns = 0  # wall clock: how old the oldest change is that is not upstream; 0: there is none
         self.closed_wall_ns = 0  # when the closed cut was closed
         self.opened_ns = 0  # when the open cut got its first change; 0: it has none
@@ -165,6 +176,16 @@ class CacheVolume:
     def closed_version(self) -> Version:
         """Newest version that a closed cut holds; equals `acknowledged` when there is none."""
         return self.cuts[-1].last_version if self.cuts else self.acknowledged
+
+    def noted(self, position: int, *, version: Version, upstream_position: int) -> None:
+        """The log says below `position` that `version` is acknowledged; all before `upstream_position` is upstream."""
+        self._notes.append(_Noted(position, upstream_position, version))
+
+    def upstream_position(self, durable: int) -> int:
+        """Return the log position below which all is upstream, as a start would see it now; at most `durable`."""
+        while self._notes and self._notes[0].position <= durable:
+            self._noted = self._notes.popleft()
+        return durable if self.version <= self._noted.version else min(durable, self._noted.upstream_position)
 
     def next_version(self) -> Version:
         """Number one more change, at the moment when it is appended."""

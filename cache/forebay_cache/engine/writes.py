@@ -1,9 +1,10 @@
 """Changes that guests ask for: writes, trims, zeroes, and the flush that makes them durable.
 
 A change gets its version when it is appended, never while it waits. A partial block is read, merged and written as a
-whole block, which is repeated if the block changed meanwhile.
+whole block, which is repeated if the block changed meanwhile; changes of other blocks never make it start over.
 
 Invariants:
+    `_reading` holds the merges whose block is being read; each change that is appended marks those that it touches.
     `_events` lists the extents of trims and zeroes that are appended but not applied, in log order.
     A request that waits for room holds nothing but its payload; waiting requests keep their order.
 Crash: what was not applied was not acknowledged.
@@ -15,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from forebay_cache.engine.front import Chunk, IoError, Reply
 from forebay_cache.engine.limits import RUN_BLOCKS_MIN
@@ -39,7 +41,8 @@ class Writes:
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
         self._waiting: dict[int, deque[_Parked]] = {}  # by volume key; none is empty
-        self._merging: list[_Parked] = []
+        self._merging: list[_Parked] = []  # wait until a change of their block is applied
+        self._reading: list[_Merge] = []
         self._events: deque[tuple[int, Extent]] = deque()
 
     # --- requests ---------------------------------------------------------------------------------------------
@@ -151,6 +154,19 @@ class Writes:
                 found += [Extent(lba, 1) for lba in near.tolist()]
         return found
 
+    def superseded(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Tell of each key whether a guest's change of it is appended but not applied."""
+        packed = b"".join(
+            memoryview(batch.packed)[: batch.data_count * record.ENTRY_SIZE] for batch in self._engine.log.unapplied()
+        )
+        rows = np.frombuffer(packed, record.ENTRY_DTYPE)
+        rows = rows[rows["kind"] == record.WRITE]
+        found = np.isin(keys, rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"])
+        for volume_key, extent in self._events:
+            # A key below the first one wraps around to a huge distance.
+            found |= keys - np.uint64(volume_key << LBA_BITS | extent.start) < np.uint64(extent.count)
+        return found
+
     # --- appending --------------------------------------------------------------------------------------------
 
     def _append(self, volume: "CacheVolume", lba: int, view: memoryview, settled: Settled) -> None:
@@ -184,15 +200,22 @@ class Writes:
         else:
             log.add_writes(batch, volume.key, lba, version, block_checksums(view))
         batch.buffers.append(view)
-        if self._engine.fetches.under_way:
-            self._engine.fetches.touch(volume, Extent(lba, count))
+        if self._reading or self._engine.fetches.under_way:
+            self._touch(volume, Extent(lba, count))
         volume.appended_blocks += count
 
     def _append_event(self, volume: "CacheVolume", kind: int, extent: Extent, settled: Settled) -> None:
         version = volume.next_version()
-        self._engine.fetches.touch(volume, extent)
+        self._touch(volume, extent)
         self._events.append((volume.key, extent))
         self._engine.log.add_event(kind, volume.key, extent.start, version, extent.count, settled)
+
+    def _touch(self, volume: "CacheVolume", extent: Extent) -> None:
+        """Tell those who read blocks of an extent that they change."""
+        self._engine.fetches.touch(volume, extent)
+        for merge in self._reading:
+            if merge.volume is volume and extent.start <= merge.lba < extent.end:
+                merge.changed = True
 
     def _write_unaligned(self, volume: "CacheVolume", offset: int, view: memoryview, settled: Settled) -> None:
         end = offset + view.nbytes
@@ -229,12 +252,14 @@ class Writes:
             self._merging.append(_Parked(volume, settled, lambda: self._merge(volume, offset, view, settled)))
             self._engine.log.kick()
             return
-        seen = self._state_of(volume, lba)
+        merge = _Merge(volume, lba)
+        self._reading.append(merge)
 
         def got(error: IoError, chunks: "Sequence[Chunk]") -> None:
+            self._reading.remove(merge)
             if error != IoError.OK or volume.refuses or self._engine.failed:
                 settled(False)
-            elif self.changing(volume.key, Extent(lba, 1)) or self._state_of(volume, lba) != seen:
+            elif merge.changed:
                 self._merge(volume, offset, view, settled)
             elif not self._engine.has_room(volume):
                 self._park(volume, settled, lambda: self._merge(volume, offset, view, settled))
@@ -243,11 +268,6 @@ class Writes:
                 self._engine.log.kick()
 
         self._engine.reads.read(volume, lba << BLOCK_SHIFT, BLOCK_SIZE, got)
-
-    def _state_of(self, volume: "CacheVolume", lba: int) -> tuple[int, int]:
-        """Return what differs whenever a change of the block was applied in between."""
-        place = self._engine.map.find(volume.key << LBA_BITS | lba)
-        return (1, self._engine.map.versions[place]) if place >= 0 else (0, volume.applied)
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
@@ -303,6 +323,17 @@ class _Parked(NamedTuple):
             self.settled(False)
         else:
             self.act()
+
+
+class _Merge:
+    """A partial block whose rest is being read; `changed` says that what is read may be old by now."""
+
+    __slots__ = ("changed", "lba", "volume")
+
+    def __init__(self, volume: "CacheVolume", lba: int) -> None:
+        self.volume = volume
+        self.lba = lba
+        self.changed = False
 
 
 class _Join:

@@ -1,0 +1,240 @@
+"""Reclaiming while guests write: zones freed at once, moves against newer changes, and a device that is full."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+from engine_rig import Rig, check_books
+from test_engine_review import attach_second, settle
+
+from forebay_cache.engine import destage
+from forebay_cache.engine.front import IoError
+from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.engine.zones import ZoneState
+from forebay_core.units import BLOCK_SIZE, LBA_BITS
+
+OLD, NEW = b"O" * BLOCK_SIZE, b"N" * BLOCK_SIZE
+QUEUED = 150
+
+
+class QuickStore:
+    """Steps of a rig whose syncs, builds and store are quick, while records are written only when nothing else is to
+    do; or, `writes_first`, the other way round with syncs that take `sync_steps`."""
+
+    def __init__(self, rig: Rig, *, writes_first: bool = False, sync_steps: int = 0) -> None:
+        self.rig = rig
+        self.writes_first = writes_first
+        self.steps = 0
+        self.syncs: list[tuple[int, Callable[[], None]]] = []
+        if sync_steps:
+            begin = rig.device.sync
+
+            def sync(done: Callable[[bool], None]) -> None:
+                begin(done)
+                self.syncs.append((self.steps + sync_steps, rig.device.queue.pop()))
+
+            rig.device.sync = sync  # type: ignore[method-assign]
+
+    def step(self) -> None:
+        device, store = self.rig.device, self.rig.store
+        self.steps += 1
+        if self.steps % 300 == 0:
+            self.rig.tick()
+        if self.writes_first and device.writes:
+            device.writes.pop(0)()
+        elif self.syncs and self.syncs[0][0] <= self.steps:
+            self.syncs.pop(0)[1]()
+        elif device.queue:
+            device.queue.pop(0)()
+        elif store.queue and not store.away:
+            store.queue.pop(0)()
+        elif device.writes:
+            device.writes.pop(0)()
+        else:
+            self.rig.tick()
+
+    def until(self, reached: Callable[[], bool], steps: int = 20_000) -> bool:
+        for _ in range(steps):
+            if reached():
+                return True
+            self.step()
+        return False
+
+
+def checkpointed(rig: Rig) -> None:
+    settled: list[bool] = []
+    rig.engine.checkpoints.want(settled.append)
+    rig.run_until(lambda: bool(settled))
+
+
+def worth_moving() -> tuple[Rig, CacheVolume]:
+    """A clean block worth keeping, in a zone that could be a victim; and a second volume that is not destaged."""
+    rig = Rig(7, size=64 << 20, blocks=8000, cut_age_ns_max=10**15, cut_blocks_max=10**9)
+    rig.device.now_share = 1.0
+    other = attach_second(rig)
+    other.destaging = False
+    assert rig.write(0, OLD) == IoError.OK
+    assert rig.write(BLOCK_SIZE, rig.rng.randbytes(200 * BLOCK_SIZE)) == IoError.OK
+    assert rig.drain()
+    for _ in range(3):
+        checkpointed(rig)
+        assert rig.write(300 * BLOCK_SIZE, rig.rng.randbytes(100 * BLOCK_SIZE)) == IoError.OK
+        assert rig.drain()
+    for _ in range(3):
+        assert rig.read(0, BLOCK_SIZE) == OLD
+    settle(rig, 300)
+    rig.run_until(lambda: rig.engine.log.idle and not rig.device.queue and not rig.device.writes)
+    return rig, other
+
+
+def begin_moving(rig: Rig) -> Sequence[Callable[[], None]]:
+    """Let reclaim choose the zone of block 0; return its reads, which are under way."""
+    engine = rig.engine
+    zone = engine.map.find(rig.volume.key << LBA_BITS) // engine.zones.zone_blocks
+    spare, engine.reclaim.spare = engine.reclaim.spare, engine.zones.zone_count
+    for _ in range(50):
+        engine.reclaim.kick()
+        if engine.zones.states[zone] == ZoneState.EMPTYING:
+            break
+    assert engine.zones.states[zone] == ZoneState.EMPTYING
+    engine.reclaim.spare = spare
+    reads, rig.device.queue[:] = list(rig.device.queue), []
+    return reads
+
+
+@pytest.mark.parametrize("trim", [False, True], ids=["overwritten", "trimmed"])
+def test_no_late_move_brings_an_old_block_back(trim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The change is upstream and in a checkpoint when the move, logged behind it, is applied; then the daemon dies."""
+    monkeypatch.setattr(destage, "HOLES_KEPT_MAX", 2)  # so that one hole is forgotten once it is acknowledged
+    rig, other = worth_moving()
+    volume, now = rig.volume, bytes(BLOCK_SIZE) if trim else NEW
+    reads = begin_moving(rig)
+    answers: list[IoError] = []
+    if trim:
+        volume.trim(0, BLOCK_SIZE, False, answers.append)
+    else:
+        volume.write(0, NEW, False, answers.append)
+    volume.kick()
+    for _ in range(3):
+        volume.write(1000 * BLOCK_SIZE, rig.rng.randbytes(100 * BLOCK_SIZE), False, answers.append)
+        volume.kick()
+    for _ in range(QUEUED):
+        other.write(0, rig.rng.randbytes(100 * BLOCK_SIZE), False, lambda _: None)
+        other.kick()
+    for read in reads:
+        read()
+    quick = QuickStore(rig)
+    assert quick.until(lambda: len(answers) == 4)
+    rig.engine.destage.drain(volume, lambda _: None)
+    assert quick.until(lambda: volume.acknowledged >= volume.version)
+    settled: list[bool] = []
+    rig.engine.checkpoints.want(settled.append)
+    assert quick.until(lambda: bool(settled) and rig.engine.log.idle)
+    assert rig.read(0, BLOCK_SIZE) == now
+    rig.restart(power=False)
+    assert rig.read(0, BLOCK_SIZE) == now
+    rig.run_until(lambda: not rig.engine.loading.active)
+    assert rig.read(0, BLOCK_SIZE) == now
+    check_books(rig.engine)
+
+
+@pytest.mark.parametrize("sync_steps", [1, 200])
+def test_a_device_full_of_single_blocks_waits_and_goes_on_with_the_store(sync_steps: int) -> None:
+    """Each block was a record of its own, and reclaim's reads come one by one: moves must not need what they free."""
+    rig = Rig(1, size=24 << 20, blocks=60_000)
+    rig.store.away = True
+    steps = QuickStore(rig, writes_first=True, sync_steps=sync_steps)
+    answers: list[IoError] = [IoError.OK]
+    lba = 0
+    while answers:
+        answers = []
+        rig.volume.write(lba * BLOCK_SIZE, rig.rng.randbytes(BLOCK_SIZE), False, answers.append)
+        rig.volume.kick()
+        steps.until(lambda answers=answers: bool(answers))
+        lba += 1
+    assert rig.engine.buffer_fill > 0.9
+    written = rig.engine.log.bytes_written
+    steps.until(lambda: False, 5000)
+    assert rig.engine.log.bytes_written - written < 1 << 20, "reclaim moves the same blocks again and again"
+    rig.store.away = False
+    rig.run_until(lambda: bool(answers))
+    assert answers == [IoError.OK]
+
+
+def test_a_write_that_was_overtaken_while_its_zone_was_emptied_is_not_lost() -> None:
+    """A dirty block is not moved when a newer write of it is logged already; a cut that closes in between needs it."""
+    rig, _ = worth_moving()
+    volume = rig.volume
+    assert rig.write(0, OLD) == IoError.OK  # dirty, in the open zone
+    for _ in range(4):
+        assert rig.write(2000 * BLOCK_SIZE, rig.rng.randbytes(60 * BLOCK_SIZE)) == IoError.OK
+    volume.destaging = False
+    checkpointed(rig)
+    checkpointed(rig)
+    reads = begin_moving(rig)
+    answers: list[IoError] = []
+    volume.write(0, NEW, False, answers.append)
+    volume.kick()
+    for read in reads:
+        read()
+    volume.destaging = True
+    rig.engine.destage.drain(volume, lambda _: None)  # closes the cut before the newer write is applied
+    assert len(volume.cuts) == 1
+    rig.run_until(lambda: bool(answers) and not rig.engine.reclaim.pinned_moves)
+    settle(rig, 200)
+    check_books(rig.engine)
+    assert rig.drain()
+    assert rig.store.plain()[0] == NEW
+    assert rig.read(0, BLOCK_SIZE) == NEW
+
+
+def test_zones_whose_content_is_upstream_are_filled_anew_without_waiting_for_a_sync() -> None:
+    rig = Rig(3, size=24 << 20, blocks=6000)
+    for lba in range(0, 5000, 100):  # the log goes round
+        assert rig.write(lba * BLOCK_SIZE, rig.rng.randbytes(100 * BLOCK_SIZE)) == IoError.OK
+    assert rig.drain()
+    assert rig.flush() == IoError.OK
+    checkpointed(rig)
+    checkpointed(rig)
+    settle(rig, 400)
+    zones, syncs = rig.engine.zones, rig.device.syncs
+    before = sum(zones.incarnations)
+    answers: list[IoError] = []
+    rig.device.sync = lambda done: None  # type: ignore[method-assign]
+    for turn in range(20):
+        rig.volume.write(turn * 100 * BLOCK_SIZE, rig.rng.randbytes(100 * BLOCK_SIZE), False, answers.append)
+        rig.volume.kick()
+        rig.run_until(lambda turn=turn: len(answers) == turn + 1)
+    assert rig.device.syncs == syncs
+    assert sum(zones.incarnations) - before > 20, "the log went on in zones that had held something"
+
+
+def test_a_partial_write_waits_for_no_changes_of_other_blocks() -> None:
+    rig = Rig(4, size=64 << 20, blocks=200_000, cut_age_ns_max=10**15, cut_blocks_max=10**9)
+    got: list[IoError] = []
+    others: list[IoError] = []
+    rig.volume.write(100, b"part", False, got.append)
+    rig.volume.kick()
+    begun = 0
+    for step in range(5000):  # the store answers while others write all the time
+        if got:
+            break
+        while begun - len(others) < 4:
+            rig.volume.write((1000 + begun % 500) * BLOCK_SIZE, NEW, False, others.append)
+            begun += 1
+        rig.volume.kick()
+        rig.device.step()
+        if step % 30 == 0:
+            rig.store.step()
+    assert got == [IoError.OK]
+    assert rig.read(98, 8) == b"\0\0part\0\0"
+
+
+def test_a_partial_write_starts_over_when_its_block_changes() -> None:
+    rig = Rig(4, size=64 << 20, blocks=2000)
+    got: list[IoError] = []
+    rig.store.away = True
+    rig.volume.write(100, b"part", False, got.append)
+    assert rig.write(0, NEW) == IoError.OK
+    rig.store.away = False
+    rig.run_until(lambda: bool(got))
+    assert rig.read(98, 8) == b"NNpartNN"
