@@ -120,6 +120,7 @@ class CacheEngine:
         self.own_limit = Limit(recovered.limit_average, recovered.limit_peak)  # of all volumes together
         self.loading = Loading(self, recovered.unloaded)
         self._timers: list[_Timer] = []
+        self._soon: list[Callable[[], None]] = []
         self._now_ns = 0
         self._recount_at_ns = 0
         self._hole_count = 0
@@ -163,11 +164,22 @@ class CacheEngine:
 
         `alarm(due_ns)` asks for the next call, at once if that time is past; it replaces what was asked for before.
         """
+        self._take_turns()
         if self.failed:
             return
-        due_ns = min(self.destage.pace(now_ns), self.slowing.pace(now_ns))
+        due_ns = 0 if self._soon else min(self.destage.pace(now_ns), self.slowing.pace(now_ns))
         if due_ns < NEVER:
             self.alarm(due_ns)
+
+    def soon(self, act: Callable[[], None]) -> None:
+        """Act in a turn of its own, after others had theirs."""
+        self._soon.append(act)
+        self.alarm(0)
+
+    def _take_turns(self) -> None:
+        turns, self._soon = self._soon, []
+        for act in turns:
+            act()
 
     def after(self, delay_ns: int, act: Callable[[], None]) -> None:
         """Act at the first tick after so many nanoseconds."""
@@ -187,6 +199,7 @@ class CacheEngine:
             self.writes.fail()
             self.destage.fail()
             self.loading.fail()
+            self._take_turns()
 
     # --- volumes ----------------------------------------------------------------------------------------------
 

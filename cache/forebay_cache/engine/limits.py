@@ -41,6 +41,9 @@ RANGE_SCAN_PLACES_MAX: Final = 32768
 RANGE_SCAN_RATIO: Final = 32
 """One lookup costs about as much as comparing this many places, so a longer extent is found by a scan."""
 
+PREFETCH_STEPS_PER_TURN: Final = 16
+"""Messages' worth of blocks that a prefetch looks at before others have their turn: 0.5 ms when all are cached."""
+
 AGEING_SLICE_PLACES: Final = 65536
 """Counts that one call of the policy halves."""
 

@@ -7,6 +7,7 @@ Invariants:
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.front import Chunk, IoError, ReadReply, Reply
+from forebay_cache.engine.limits import PREFETCH_STEPS_PER_TURN
 from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
 from forebay_core.checksums import block_checksums, checksum
 from forebay_core.extents import Extent
@@ -300,15 +302,38 @@ class Reads:
         request.waiting += self._engine.fetches.want(volume, part, arrived)
 
     def _prefetch(self, volume: "CacheVolume", start: int, end: int, reply: Reply) -> None:
-        extent = Extent(start, min(READ_BLOCKS_MAX, end - start))
+        """Fetch what is missing of the blocks, a message's worth at a time; what is there is looked at in turns."""
+        for _ in range(PREFETCH_STEPS_PER_TURN):
+            if volume.error or self._engine.failed:
+                reply(IoError.IO)
+                return
+            if start == end:
+                reply(IoError.OK)
+                return
+            hole = volume.holes.find(start)
+            if hole is not None:
+                start = min(end, hole.end)
+                continue
+            extent = Extent(start, min(READ_BLOCKS_MAX, end - start))
+            start = extent.end
+            request = _Read(extent, 0, extent.count << BLOCK_SHIFT, lambda _error, _chunks: None)
+            self._fetch_missing(volume, request)
+            if request.waiting > 1:
+                request.reply = partial(self._prefetched, volume, start, end, reply)
+                request.arrived()
+                return
+        self._engine.soon(lambda: self._prefetch(volume, start, end, reply))
 
-        def got(error: IoError, _: Sequence[Chunk]) -> None:
-            if error != IoError.OK or extent.end == end:
-                reply(error)
-            else:
-                self._prefetch(volume, extent.end, end, reply)
+    def _prefetched(
+        self, volume: "CacheVolume", start: int, end: int, reply: Reply, error: IoError, _: Sequence[Chunk]
+    ) -> None:
+        if error == IoError.OK:
+            self._prefetch(volume, start, end, reply)
+        else:
+            reply(error)
 
-        request = _Read(extent, extent.start << BLOCK_SHIFT, extent.count << BLOCK_SHIFT, got)
+    def _fetch_missing(self, volume: "CacheVolume", request: _Read) -> None:
+        extent = request.extent
         places = self._engine.map.find_run(volume.key << LBA_BITS | extent.start, extent.count).tolist()
         at = 0
         while at < extent.count:
@@ -319,7 +344,6 @@ class Reads:
             else:
                 self._read_absent(volume, request, part, loaded=not self._engine.loading.active)
             at += run
-        request.arrived()
 
 
 def _chunk(block: Buffer, offset: int, length: int) -> Chunk:
