@@ -6,7 +6,7 @@ import pytest
 from engine_rig import Rig, check_books
 from test_engine_review import attach_second, settle
 
-from forebay_cache.engine import destage
+from forebay_cache.engine import destage, reclaim
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.zones import ZoneState
@@ -206,6 +206,35 @@ def test_zones_whose_content_is_upstream_are_filled_anew_without_waiting_for_a_s
         rig.run_until(lambda turn=turn: len(answers) == turn + 1)
     assert rig.device.syncs == syncs
     assert sum(zones.incarnations) - before > 20, "the log went on in zones that had held something"
+
+
+@pytest.mark.parametrize("fault", [False, True], ids=["", "planted fault"])
+def test_flushed_blocks_are_not_written_over_before_what_replaced_them_is_durable(
+    fault: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(3, size=24 << 20, blocks=6000, cut_age_ns_max=10**15, cut_blocks_max=10**9)
+    rig.store.away = True
+    assert rig.write(0, OLD * 600) == IoError.OK
+    assert rig.flush() == IoError.OK
+    checkpointed(rig)
+    checkpointed(rig)
+    zones = rig.engine.zones
+    held = {place // zones.zone_blocks for place in rig.engine.map.find_run(rig.volume.key << LBA_BITS, 600).tolist()}
+    held -= {rig.engine.log.applied.zone}
+    settle(rig, 200)
+    if fault:
+        monkeypatch.setattr(reclaim.Reclaim, "_is_upstream", lambda self, zone: True)
+    rig.device.sync = lambda done: None  # type: ignore[method-assign]
+    answers: list[IoError] = []
+    for turn in range(400):
+        rig.volume.write(turn % 6 * 100 * BLOCK_SIZE, NEW * 100, False, answers.append)
+        rig.volume.kick()
+        settle(rig, 20)
+    written = {
+        (offset - rig.engine.zones_offset) // (zones.zone_blocks * BLOCK_SIZE) for offset, _ in rig.device.unsynced
+    }
+    assert len(answers) > 20, "guests wait too early"
+    assert bool(held & written) == fault
 
 
 def test_a_partial_write_waits_for_no_changes_of_other_blocks() -> None:

@@ -169,13 +169,14 @@ def old_epoch_accepted() -> None:
 
 def zone_freed_before_its_blocks_are_written_elsewhere() -> None:
     """Without the sync alone nothing is lost: before a zone is filled anew a checkpoint has synced its blocks."""
-    append = Reclaim._append
+    append = Reclaim._append_wanted
 
-    def early(self, places, view, moved) -> None:
-        append(self, places, view, lambda ok: None)
-        moved(True)
+    def early(self, places, blocks) -> tuple[None, int]:
+        append(self, places, blocks)
+        return None, 0
 
-    Reclaim._append = early
+    Reclaim._append_wanted = early
+    Reclaim._moved = lambda self, move: self._clear(move.zone)
 
 
 def cut_sent_before_sync() -> None:
