@@ -6,6 +6,7 @@ silently. Behind: refused by the store when it is asked with our version.
 
 Invariants:
     A volume is served only after its row, and what was dropped for it, is durable.
+    The store's version is adopted only when all that is stale by it is out of the map.
     What is cached of a volume, dirty or clean, is of the one store that its row names; no other is asked or told.
 Crash: the row in the log says whether the volume is attached, held with dirty blocks, or released.
 """
@@ -54,6 +55,7 @@ class Attaching:
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
         self._last_key = 0
+        self._arriving: dict[int, StoreView] = {}  # by key: what is granted to volumes whose stale blocks still go
 
     def acknowledged(self, volume_id: VolumeId) -> Version:
         """Return the version to ask the store with; 0 for a volume that the device does not know."""
@@ -117,16 +119,15 @@ class Attaching:
             volume.shaper.set_limit(engine.limit_of(volume))
             engine.volumes[volume.key] = volume
         volume.error = ""
-        volume.closing = False
-        self._take_over(volume, view)
         volume.resize(view.name, view.size, read_only=read_only)
         found = volume
-        self._drop(found, stale, view.version, lambda ok: self._admit(found, ok, attached))
+        self._arriving[found.key] = view
+        self._drop(found, stale, view.version, lambda ok: self._admit(found, view, ok, attached))
 
     def reopened(self, volume: CacheVolume, view: StoreView) -> None:
         """The store granted our epoch again, after a reconnect or a restart: go on destaging, unless it has failed."""
-        if volume.error:
-            return
+        if volume.error or self._arriving.get(volume.key) == view:
+            return  # one that arrives takes this over when it is admitted
         standing = self.compare(view)
         if standing is Standing.VALID and view.epoch == volume.epoch:
             self._take_over(volume, view)
@@ -173,11 +174,18 @@ class Attaching:
             self._engine.fetches.touch(volume, extent)
         append(lambda ok: append(settled) if ok else settled(False))
 
-    def _admit(self, volume: CacheVolume, ok: bool, attached: Callable[[CacheVolume | None], None]) -> None:
+    def _admit(
+        self, volume: CacheVolume, view: StoreView, ok: bool, attached: Callable[[CacheVolume | None], None]
+    ) -> None:
+        """Nothing stale is mapped any more, and no record behind this point can bring it back: only now the store's
+        version is ours. A checkpoint that said so earlier would make stale blocks valid after a crash."""
+        del self._arriving[volume.key]
         volume.attached = volume.held = ok
         if not ok:
             attached(None)
             return
+        volume.closing = False
+        self._take_over(volume, view)
         self._note(volume, lambda noted: attached(volume if noted else None))
 
     def _note(self, volume: CacheVolume, settled: Settled) -> None:

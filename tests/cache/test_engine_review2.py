@@ -1,0 +1,112 @@
+"""What a second review broke, each as the scenario that broke it."""
+
+from collections.abc import Sequence
+
+from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books
+
+from forebay_cache.engine.attaching import Standing, StoreView
+from forebay_cache.engine.front import IoError
+from forebay_cache.engine.volume import CacheVolume
+from forebay_core.extents import Extent
+from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, make_version, sequence_of
+
+OLD, NEW = b"O" * BLOCK_SIZE, b"N" * BLOCK_SIZE
+
+
+def settle(rig: Rig, steps: int = 400) -> None:
+    for _ in range(steps):
+        if not rig.step():
+            rig.tick()
+
+
+def view_of(name: str, *, epoch: int = 1, version: int = 0, size: int = 1 << 20) -> StoreView:
+    return StoreView(VolumeId(name.encode() * 16), name, size, Epoch(epoch), Version(version), STORE_ID)
+
+
+def begin_attach(rig: Rig, view: StoreView, stale: Sequence[Extent] = ()) -> list[CacheVolume | None]:
+    got: list[CacheVolume | None] = []
+    rig.engine.attaching.attach(view, stale, read_only=False, attached=got.append)
+    return got
+
+
+def attach(rig: Rig, view: StoreView) -> CacheVolume:
+    got = begin_attach(rig, view)
+    rig.run_until(lambda: bool(got))
+    assert got[0] is not None
+    return got[0]
+
+
+def detach(rig: Rig, volume: CacheVolume) -> None:
+    settled: list[bool] = []
+    rig.engine.attaching.detach(volume, leave_dirty=False, settled=settled.append)
+    rig.run_until(lambda: bool(settled))
+    assert settled == [True]
+
+
+def make_checkpoint(rig: Rig) -> None:
+    settled: list[bool] = []
+    rig.engine.checkpoints.want(settled.append)
+    rig.run_until(lambda: bool(settled))
+    assert settled == [True]
+
+
+def change_elsewhere(rig: Rig) -> StoreView:
+    """Let another device change the first blocks; return what the store says to us then."""
+    last = make_version(Epoch(3), sequence_of(rig.store.version) + 1)
+    rig.store.blocks.update(dict.fromkeys(range(4), (NEW, last)))
+    rig.store.version = last
+    rig.store.epoch = Epoch(4)
+    return StoreView(VOLUME_ID, "v", rig.size, Epoch(4), last, STORE_ID)
+
+
+def kill(rig: Rig) -> None:
+    rig.store.queue.clear()
+    rig.device.kill()
+    rig.start()
+
+
+def test_a_checkpoint_while_stale_blocks_are_being_dropped_does_not_make_them_valid() -> None:
+    rig = Rig(7, size=64 << 20, blocks=4000)
+    busy = attach(rig, view_of("w", size=1 << 22))
+    assert rig.write(0, OLD * 4) == IoError.OK
+    assert rig.drain()
+    detach(rig, rig.volume)
+    make_checkpoint(rig)
+    view = change_elsewhere(rig)
+    answers: list[IoError] = []
+    for index in range(160):  # these stand in the log before the drops
+        busy.write(0, rig.rng.randbytes((8 if index < 100 else 126) * BLOCK_SIZE), False, answers.append)
+        busy.kick()
+    attached = begin_attach(rig, view, [Extent(0, 4)])
+    noted: list[bool] = []
+    rig.engine.checkpoints.want(noted.append)
+    while not noted:
+        (rig.device.queue or rig.device.writes).pop(0)()
+    assert not attached
+    kill(rig)
+    assert rig.engine.attaching.compare(view) is Standing.STALE
+    attached = begin_attach(rig, view, [Extent(0, 4)])
+    rig.run_until(lambda: bool(attached))
+    assert rig.engine.attaching.compare(view) is Standing.VALID
+    assert attached[0] is not None
+    rig.volume = attached[0]
+    assert rig.read(0, BLOCK_SIZE) == NEW
+    check_books(rig.engine)
+
+
+def test_a_reconnect_while_stale_blocks_are_being_dropped_stops_nothing() -> None:
+    rig = Rig(8)
+    assert rig.write(0, OLD * 4) == IoError.OK
+    assert rig.drain()
+    settled: list[bool] = []
+    rig.engine.attaching.detach(rig.volume, leave_dirty=True, settled=settled.append)
+    rig.run_until(lambda: bool(settled))
+    view = change_elsewhere(rig)
+    attached = begin_attach(rig, view, [Extent(0, 4)])
+    rig.engine.attaching.reopened(rig.volume, view)
+    rig.run_until(lambda: bool(attached))
+    assert not rig.volume.error
+    assert rig.read(0, BLOCK_SIZE) == NEW
+    assert rig.write(0, OLD) == IoError.OK
+    assert rig.drain()
+    assert rig.store.plain()[0] == OLD
