@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 
+import pytest
 from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books
 
+from forebay_cache.engine import cache as cache_module
+from forebay_cache.engine import destage as destage_module
+from forebay_cache.engine import volume as volume_module
 from forebay_cache.engine.attaching import Standing, StoreView
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format import checkpoint
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, make_version, sequence_of
 
@@ -110,3 +115,61 @@ def test_a_reconnect_while_stale_blocks_are_being_dropped_stops_nothing() -> Non
     assert rig.write(0, OLD) == IoError.OK
     assert rig.drain()
     assert rig.store.plain()[0] == OLD
+
+
+def few_holes(monkeypatch: pytest.MonkeyPatch, *, kept: int, area: int = 65536, reserve: int = 0) -> None:
+    """Make the bounds of holes so small that a test reaches them: of a volume, and of a checkpoint area."""
+    for module in (cache_module, destage_module, volume_module):
+        if hasattr(module, "HOLES_KEPT_MAX"):
+            monkeypatch.setattr(module, "HOLES_KEPT_MAX", kept)
+    monkeypatch.setattr(cache_module, "HOLES_PER_TICK_MAX", reserve)
+    monkeypatch.setattr(checkpoint, "HOLES_MIN", area)
+
+
+def trim_every_other(rig: Rig, first: int, count: int) -> list[IoError]:
+    """Ask for so many trims of single blocks that do not touch."""
+    answers: list[IoError] = []
+    for lba in range(first, first + 2 * count, 2):
+        rig.volume.trim(lba * BLOCK_SIZE, BLOCK_SIZE, False, answers.append)
+    rig.volume.kick()
+    return answers
+
+
+def trim_and_drain(rig: Rig, count: int) -> None:
+    """Trim in steps of which each is upstream, and forgotten by the cache, before the next one."""
+    for first in range(0, 2 * count, 200):
+        answers = trim_every_other(rig, first, 100)
+        rig.run_until(lambda answers=answers: len(answers) == 100)
+        assert rig.drain()
+        rig.tick()
+
+
+def test_holes_that_replay_finds_again_keep_no_writer_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_holes(monkeypatch, kept=1000)
+    rig = Rig(5, size=64 << 20, blocks=4000)
+    trim_and_drain(rig, 1200)
+    rig.restart(power=False)
+    assert not rig.volume.has_changes
+    assert rig.write(BLOCK_SIZE, NEW) == IoError.OK
+
+
+def test_holes_of_a_cut_whose_answer_was_lost_keep_no_writer_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_holes(monkeypatch, kept=1000)
+    rig = Rig(5, size=64 << 20, blocks=4000, cut_age_ns_max=10**15)
+    answers = trim_every_other(rig, 0, 1000)
+    rig.run_until(lambda: len(answers) == 1000)
+    lose_answer(rig)
+    rig.restart(power=False)
+    settle(rig, 100)
+    assert not rig.volume.has_changes
+    assert rig.write(BLOCK_SIZE, NEW) == IoError.OK
+
+
+def lose_answer(rig: Rig) -> None:
+    """Let the store take all changes of the volume, and keep the answer from us."""
+    commit = rig.store.commit
+    rig.store.commit = lambda cut, parts, ns, done: commit(cut, parts, ns, lambda _: None)  # type: ignore[method-assign]
+    version = rig.volume.applied
+    rig.engine.destage.drain(rig.volume, lambda _: None)
+    rig.run_until(lambda: rig.store.version == version)
+    rig.store.commit = commit  # type: ignore[method-assign]

@@ -424,6 +424,7 @@ class CacheEngine:
         volume.acknowledged = Version(found.acknowledged)
         volume.noted(0, version=volume.acknowledged, upstream_position=0)
         volume.holes = found.holes
+        volume.forget_holes()  # not earlier: in mid-replay a hole keeps older records out of the map
         self.volumes[note.volume_key] = volume
 
     def _restore(self, first: int, counts: npt.NDArray[np.uint8]) -> None:

@@ -141,6 +141,7 @@ class Destage:
                 self._acknowledged(volume, cut, volume.acknowledged)
             elif cut.resting and cut.durable:
                 self._begin_anew(volume, cut)
+        volume.forget_holes()
         self._settle_drains()  # what brought it all there may have been a cut of an earlier life
 
     def _rest(self, cut: Cut) -> None:
@@ -481,8 +482,7 @@ class Destage:
 
         engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, known, 0, noted)
         engine.log.kick()
-        if len(volume.holes) >= HOLES_KEPT_MAX // 2:
-            volume.holes.forget_up_to(volume.acknowledged)
+        volume.forget_holes()
         engine.resume_writers()
 
     def _noted(self, volume: "CacheVolume") -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from forebay_cache.engine.cuts import Cut
 from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
 from forebay_cache.engine.holes import HoleMap
+from forebay_cache.engine.limits import HOLES_KEPT_MAX
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.slowing import UNBOUNDED
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY, VolumeNote
@@ -205,6 +206,11 @@ class CacheVolume:
         self.version = max(self.version, version)
         self.applied = max(self.applied, version)
         self.acknowledged = max(self.acknowledged, version)
+
+    def forget_holes(self) -> None:
+        """Forget the holes that the store knows as well if there are many: they save fetches, but keep writers out."""
+        if len(self.holes) >= HOLES_KEPT_MAX // 2:
+            self.holes.forget_up_to(self.acknowledged)
 
     def resize(self, name: str, size: int, *, read_only: bool) -> None:
         """Take over what the store says about a volume that is being attached."""
