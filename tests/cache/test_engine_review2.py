@@ -173,3 +173,50 @@ def lose_answer(rig: Rig) -> None:
     rig.engine.destage.drain(rig.volume, lambda _: None)
     rig.run_until(lambda: rig.store.version == version)
     rig.store.commit = commit  # type: ignore[method-assign]
+
+
+def test_a_full_buffer_that_reopening_finds_upstream_lets_writers_go_on() -> None:
+    rig = Rig(3, size=12 << 20, blocks=6000, cut_blocks_max=10**9, cut_age_ns_max=10**15)
+    rig.store.away = True
+    answers: list[IoError] = []
+    asked = 0
+    while len(answers) == asked:
+        rig.volume.write(32 * asked * BLOCK_SIZE, rig.rng.randbytes(32 * BLOCK_SIZE), False, answers.append)
+        rig.volume.kick()
+        asked += 1
+        settle(rig, 1000)
+    assert rig.engine.buffer_fill > 0.9
+    rig.store.away = False
+    lose_answer(rig)
+    rig.restart(power=False)
+    assert not (rig.volume.has_changes or rig.volume.dirty)
+    assert rig.write(0, NEW) == IoError.OK
+    check_books(rig.engine)
+
+
+def test_a_drain_that_reopening_ends_is_told_when_the_device_knows() -> None:
+    rig = Rig(6, cut_age_ns_max=10**15)
+    assert rig.write(0, OLD * 4) == IoError.OK
+    lose_answer(rig)
+    kill(rig)
+    volume = rig.engine.attached()[0]
+    drained: list[bool] = []
+    rig.engine.destage.drain(volume, drained.append)
+    rig.attach()
+    rig.engine.destage.drain(volume, drained.append)
+    assert not drained
+    rig.run_until(lambda: len(drained) == 2)
+    assert drained == [True, True]
+    kill(rig)
+    assert not rig.engine.attached()[0].has_changes
+
+
+def test_a_drain_is_not_told_that_all_is_upstream_when_the_device_fails_before_it_knows() -> None:
+    rig = Rig(7, cut_age_ns_max=10**15)
+    assert rig.write(0, OLD * 4) == IoError.OK
+    drained: list[bool] = []
+    rig.engine.destage.drain(rig.volume, drained.append)
+    rig.run_until(lambda: not rig.volume.has_changes)
+    rig.device.failing = True
+    settle(rig)
+    assert drained == [False]

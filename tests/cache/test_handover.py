@@ -270,4 +270,5 @@ def test_whoever_drains_is_told_when_reopening_finds_that_the_store_has_it_all()
     rig.engine.destage.drain(rig.volume, drained.append)
     rig.store.version = rig.volume.version
     rig.attach()
+    rig.run_until(lambda: bool(drained))
     assert drained == [True]

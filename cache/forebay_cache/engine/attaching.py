@@ -151,10 +151,9 @@ class Attaching:
 
     def _take_over(self, volume: CacheVolume, view: StoreView) -> None:
         volume.take_epoch(view.epoch)
-        volume.adopt(view.version)
         volume.destaging = True
         volume.warning = ""
-        self._engine.destage.granted(volume)
+        self._engine.destage.granted(volume, view.version)
 
     def _drop(self, volume: CacheVolume, stale: Sequence[Extent], version: Version, settled: Settled) -> None:
         """Make the stale blocks vanish, twice: a move of one that is under way may be logged behind the first time,
@@ -195,7 +194,7 @@ class Attaching:
             if ok:
                 if not volume.has_changes:
                     position = log.applied.position
-                    volume.noted(position, version=version, upstream_position=position)
+                    volume.acknowledgement_logged(position, version=version, upstream_position=position)
                 log.when_durable(log.applied.position, settled)
             else:
                 settled(False)

@@ -391,7 +391,7 @@ class CacheEngine:
             self._recount_at_ns = self._now_ns + RECOUNT_NS
             for volume in self.volumes.values():
                 if volume.trimmed:
-                    self.destage.forget_trimmed(volume)
+                    self.destage.prune_dirty(volume)
             self.count_dirty_blocks()
 
     def _count_holes(self) -> None:
@@ -421,8 +421,8 @@ class CacheEngine:
         volume.attached = not note.flags & (LEFT_DIRTY | CLOSED)
         volume.held = not note.flags & CLOSED
         volume.version = volume.applied = Version(max(found.version, found.acknowledged))
-        volume.acknowledged = Version(found.acknowledged)
-        volume.noted(0, version=volume.acknowledged, upstream_position=0)
+        volume.acknowledged = volume.noted = Version(found.acknowledged)
+        volume.acknowledgement_logged(0, version=volume.noted, upstream_position=0)
         volume.holes = found.holes
         volume.forget_holes()  # not earlier: in mid-replay a hole keeps older records out of the map
         self.volumes[note.volume_key] = volume

@@ -97,11 +97,12 @@ class Destage:
             self._close(max(volumes, key=lambda volume: len(volume.dirty) + len(volume.holes)))
 
     def drain(self, volume: "CacheVolume", drained: Drained) -> None:
-        """Tell when all that is in the log now is upstream (True), or that the volume has failed (False)."""
+        """Tell when all that is in the log now is upstream, and the device knows it (True), or that the volume has
+        failed (False)."""
         self._engine.log.kick()
         if volume.error or self._engine.failed:
             drained(False)
-        elif volume.version <= volume.acknowledged:
+        elif volume.version <= volume.noted:
             drained(True)
         else:
             self._drains.append((volume, volume.version, drained))
@@ -132,17 +133,21 @@ class Destage:
         durable = self._engine.log.durable
         return min((v.upstream_position(durable) for v in self._engine.volumes.values()), default=durable)
 
-    def granted(self, volume: "CacheVolume") -> None:
-        """The store granted the volume, and `acknowledged` says where it stands: cuts that it has are over, one that
-        nobody sends is begun anew."""
+    def granted(self, volume: "CacheVolume", version: Version) -> None:
+        """The store granted the volume, and stands at `version`: cuts that it has are over, one that nobody sends is
+        begun anew."""
+        ahead = version > volume.acknowledged
+        volume.adopt(version)
         for cut in list(volume.cuts):
             if cut.last_version <= volume.acknowledged:
                 self._rest(cut)
-                self._acknowledged(volume, cut, volume.acknowledged)
+                self._end(volume, cut)
             elif cut.resting and cut.durable:
                 self._begin_anew(volume, cut)
-        volume.forget_holes()
-        self._settle_drains()  # what brought it all there may have been a cut of an earlier life
+        if ahead:  # what brought it there may have been a cut of an earlier life: then nothing else is told of it
+            self.prune_dirty(volume)
+            self._engine.count_dirty_blocks()
+            self._note_acknowledged(volume, upstream_position=0)
 
     def _rest(self, cut: Cut) -> None:
         """Send nothing more of a cut until the volume is granted again; what is under way keeps nobody waiting."""
@@ -183,8 +188,8 @@ class Destage:
     def _is_draining(self, volume: "CacheVolume") -> bool:
         return any(drain[0] is volume for drain in self._drains)
 
-    def forget_trimmed(self, volume: "CacheVolume") -> None:
-        """Take the blocks out of the list of dirty ones that were trimmed since."""
+    def prune_dirty(self, volume: "CacheVolume") -> None:
+        """Take the blocks out of the list of dirty ones that were trimmed since, or are upstream."""
         lbas, _ = self._open_blocks(volume)
         volume.dirty = array("Q")
         volume.dirty.frombytes(lbas.tobytes())
@@ -467,25 +472,34 @@ class Destage:
         self._engine.after(self._engine.settings.retry_ns, again)
 
     def _acknowledged(self, volume: "CacheVolume", cut: Cut, version: Version) -> None:
-        engine = self._engine
         volume.warning = ""
         volume.acknowledged = max(volume.acknowledged, version)
+        self._end(volume, cut)
+        self._note_acknowledged(volume, upstream_position=cut.closed_position)
+
+    def _end(self, volume: "CacheVolume", cut: Cut) -> None:
         volume.cuts.remove(cut)
         volume.dirty_since_ns = volume.closed_wall_ns  # what is left came behind the cut
-        engine.map.clear_places(cut.pinned[cut.pinned >= 0])
-        # Who drains is told when the device knows as well: after a kill right behind it the blocks are clean.
-        known = volume.acknowledged
+        self._engine.map.clear_places(cut.pinned[cut.pinned >= 0])
 
-        def noted(_ok: bool) -> None:
-            volume.noted(engine.log.applied.position, version=known, upstream_position=cut.closed_position)
-            self._noted(volume)
+    def _note_acknowledged(self, volume: "CacheVolume", *, upstream_position: int) -> None:
+        """Tell the device how far the volume is upstream; whoever waits for room may have it now."""
+        engine, version = self._engine, volume.acknowledged
 
-        engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, known, 0, noted)
+        def logged(ok: bool) -> None:
+            if ok:
+                position = engine.log.applied.position
+                volume.acknowledgement_logged(position, version=version, upstream_position=upstream_position)
+                self._noted(volume, version)
+
+        engine.log.add_event(record.ACKNOWLEDGED, volume.key, 0, version, 0, logged)
         engine.log.kick()
         volume.forget_holes()
         engine.resume_writers()
 
-    def _noted(self, volume: "CacheVolume") -> None:
+    def _noted(self, volume: "CacheVolume", version: Version) -> None:
+        """Who drains is told now, when the device knows as well: after a kill right behind it the blocks are clean."""
+        volume.noted = max(volume.noted, version)
         self._settle_drains()
         if self._is_draining(volume) and volume.has_changes and not volume.cuts and self._may_send(volume):
             self._close(volume)
@@ -494,7 +508,7 @@ class Destage:
         still = []
         for drain in self._drains:
             volume, version, drained = drain
-            if volume.acknowledged >= version:
+            if volume.noted >= version:
                 drained(True)
             elif volume.error:
                 drained(False)

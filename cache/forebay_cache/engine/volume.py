@@ -1,7 +1,7 @@
 """One volume of the cache: who it is, where its history stands, and what of it is not upstream yet.
 
 Invariants:
-    `acknowledged` <= every closed cut's last version <= `applied` <= `version`, all of one packed order.
+    `noted` <= `acknowledged` <= every closed cut's last version <= `applied` <= `version`, all of one packed order.
     A mapped block is dirty exactly if its version is newer than `acknowledged`.
     `dirty` lists the lba of each block that became dirty since the last cut closed (a trimmed one may still be listed).
 Crash: rebuilt from checkpoint and records; all that is dirty then belongs to the open cut.
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
 
 
-class _Noted(NamedTuple):
-    """See CacheVolume.noted."""
+class _Logged(NamedTuple):
+    """See CacheVolume.acknowledgement_logged."""
 
     position: int
     upstream_position: int
@@ -65,13 +65,14 @@ class CacheVolume:
         self.version = Version(0)  # of the newest change given out
         self.applied = Version(0)  # of the newest change that is in the map
         self._acknowledged = Version(0)
+        self.noted = Version(0)  # what the log says of `acknowledged`
         self.holes = HoleMap()
         self.dirty = array("Q")
         self.trimmed = False  # blocks in `dirty` may be gone
         self.closing = False  # being detached: what still comes is refused
         self.cuts: list[Cut] = []
-        self._notes: deque[_Noted] = deque()  # acknowledgements in the log that may not be durable yet
-        self._noted = _Noted(0, 0, Version(0))  # the newest that is
+        self._logged: deque[_Logged] = deque()  # acknowledgements in the log that may not be durable yet
+        self._durably = _Logged(0, 0, Version(0))  # the newest that is
         self.dirty_since_ns = 0  # wall clock: how old the oldest change is that is not upstream; 0: there is none
         self.closed_wall_ns = 0  # when the closed cut was closed
         self.opened_ns = 0  # when the open cut got its first change; 0: it has none
@@ -178,15 +179,15 @@ class CacheVolume:
         """Newest version that a closed cut holds; equals `acknowledged` when there is none."""
         return self.cuts[-1].last_version if self.cuts else self.acknowledged
 
-    def noted(self, position: int, *, version: Version, upstream_position: int) -> None:
+    def acknowledgement_logged(self, position: int, *, version: Version, upstream_position: int) -> None:
         """The log says below `position` that `version` is acknowledged; all before `upstream_position` is upstream."""
-        self._notes.append(_Noted(position, upstream_position, version))
+        self._logged.append(_Logged(position, upstream_position, version))
 
     def upstream_position(self, durable: int) -> int:
         """Return the log position below which all is upstream, as a start would see it now; at most `durable`."""
-        while self._notes and self._notes[0].position <= durable:
-            self._noted = self._notes.popleft()
-        return durable if self.version <= self._noted.version else min(durable, self._noted.upstream_position)
+        while self._logged and self._logged[0].position <= durable:
+            self._durably = self._logged.popleft()
+        return durable if self.version <= self._durably.version else min(durable, self._durably.upstream_position)
 
     def next_version(self) -> Version:
         """Number one more change, at the moment when it is appended."""
