@@ -68,10 +68,11 @@ class Apply:
         engine.dirty_blocks += dirty_count
         if pinned_count:
             self._pin(volume, found.pinned_lbas[:pinned_count].tolist(), found.pinned_places[:pinned_count].tolist())
-        if len(volume.holes):
+        if hole_count := len(volume.holes):
             fresh = found.keys[:count][found.olds[:count] < 0] & np.uint64(LBA_MAX)
             for extent in from_blocks(fresh):
                 volume.holes.remove(extent)
+            engine.hole_count += max(0, len(volume.holes) - hole_count)  # some were cut in two
         volume.applied = Version(_version_of(batch.packed, (writes.index + count - 1) * record.ENTRY_SIZE)[0])
 
     def _fill(self, copy: Copy) -> None:

@@ -123,8 +123,8 @@ class CacheEngine:
         self._soon: list[Callable[[], None]] = []
         self._now_ns = 0
         self._recount_at_ns = 0
-        self._hole_count = 0
-        self._hole_count_max = hole_count_max(self.map.place_count) - HOLES_PER_TICK_MAX
+        self.hole_count = 0  # of all volumes and of trims under way: never less, but for what was learned since a tick
+        self._hole_count_max = hole_count_max(self.map.place_count)  # of a checkpoint
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
         self._recover(recovered)
         self._start_point = recovered.point
@@ -148,7 +148,7 @@ class CacheEngine:
         for timer in due:
             timer.act()
         self._recount_dirty_blocks()
-        self._count_holes()
+        self.count_holes()
         self.destage.tick(now_ns, wall_ns)
         self.slowing.tick(now_ns)
         self.pace(now_ns)
@@ -288,7 +288,7 @@ class CacheEngine:
             and len(volume.holes) < HOLES_KEPT_MAX
             and volume.appended_blocks < volume.appended_max
             and len(volume.dirty) < OPEN_CUT_BLOCKS_MAX
-            and self._hole_count < self._hole_count_max
+            and self.hole_count < self._hole_count_max - HOLES_PER_TICK_MAX
         )
 
     @property
@@ -332,6 +332,20 @@ class CacheEngine:
     def count_dirty_blocks(self) -> None:
         """Count anew; in between `dirty_blocks` only grows."""
         self.dirty_blocks = sum(volume.dirty_blocks for volume in self.volumes.values())
+
+    def count_holes(self) -> bool:
+        """Count the holes of all volumes anew, and forget what the store knows as well when they are many.
+
+        Returns whether a checkpoint takes those that are left.
+        """
+        volumes = self.volumes.values()
+        count = sum(len(volume.holes) for volume in volumes)
+        if count >= (self._hole_count_max - HOLES_PER_TICK_MAX) // 2:
+            for volume in volumes:
+                volume.holes.forget_up_to(volume.acknowledged)
+            count = sum(len(volume.holes) for volume in volumes)
+        self.hole_count = count + self.writes.event_count
+        return count <= self._hole_count_max
 
     def drop_block(self, key: int, place: int) -> None:
         """Forget a clean block."""
@@ -393,13 +407,6 @@ class CacheEngine:
                 if volume.trimmed:
                     self.destage.prune_dirty(volume)
             self.count_dirty_blocks()
-
-    def _count_holes(self) -> None:
-        """Count the holes of all volumes; when a checkpoint could hardly take them, forget what the store knows."""
-        self._hole_count = sum(len(volume.holes) for volume in self.volumes.values())
-        if self._hole_count >= self._hole_count_max // 2:
-            for volume in self.volumes.values():
-                volume.holes.forget_up_to(volume.acknowledged)
 
     def _recover(self, recovered: Recovered) -> None:
         """Take over what was on the device."""

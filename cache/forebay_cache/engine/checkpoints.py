@@ -10,6 +10,7 @@ Invariants:
     The header of an area is wiped, durably, before anything else in the area is overwritten: a header that is there
     vouches for its whole area, and damage behind it is bit rot.
     None begins while clean entries of the one before are still being loaded: it would forget them.
+    None begins while there are more holes than its area takes; what replay brings back may be more than ever was known.
     The header is written when a sync has covered all chunks, and with them every record that a chunk shows.
     `replay_position` is that of the older of the two checkpoints on the device: either may be needed.
 Crash: a checkpoint without its header never was.
@@ -130,6 +131,8 @@ class Checkpoints:
 
     def _begin(self) -> None:
         engine = self._engine
+        if not engine.count_holes():
+            return  # it is begun at a later tick, when some are upstream; no change that adds one is let in till then
         newest = self._kept[0]
         volumes = [_state_of(volume) for volume in engine.volumes.values()]
         used = np.flatnonzero(engine.map.live_array)

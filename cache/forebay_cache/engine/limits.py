@@ -108,7 +108,8 @@ HOLES_KEPT_MAX: Final = 65536
 """Holes that one volume may know; beyond it trims wait until a cut is acknowledged and clean ones are forgotten."""
 
 HOLES_PER_TICK_MAX: Final = 16384
-"""Holes that may come between two counts, 50 ms apart: room in a checkpoint that is kept for them."""
+"""Room in a checkpoint that is kept for holes that come without being let in: those that writes under way cut in two,
+and those that fetches bring between two counts, 50 ms apart."""
 
 QUEUED_BLOCKS_FILL_MAX: Final = 4096
 """Blocks waiting in the log beyond which what was fetched is not kept."""

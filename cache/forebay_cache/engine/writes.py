@@ -133,6 +133,11 @@ class Writes:
         for one in parked:
             one.settled(False)
 
+    @property
+    def event_count(self) -> int:
+        """Trims and zeroes that are appended but not applied."""
+        return len(self._events)
+
     def event_applied(self) -> None:
         """The oldest trim or zeroing is in the map."""
         self._events.popleft()
@@ -208,6 +213,7 @@ class Writes:
         version = volume.next_version()
         self._touch(volume, extent)
         self._events.append((volume.key, extent))
+        self._engine.hole_count += 1  # now, not when it is applied: the next one must know
         self._engine.log.add_event(kind, volume.key, extent.start, version, extent.count, settled)
 
     def _touch(self, volume: "CacheVolume", extent: Extent) -> None:
