@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books
 
+from forebay_cache.engine import attaching
 from forebay_cache.engine import cache as cache_module
 from forebay_cache.engine import destage as destage_module
 from forebay_cache.engine import volume as volume_module
@@ -13,7 +14,7 @@ from forebay_cache.engine.front import IoError
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import checkpoint
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, make_version, sequence_of
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, Epoch, Version, VolumeId, make_version, sequence_of
 
 OLD, NEW = b"O" * BLOCK_SIZE, b"N" * BLOCK_SIZE
 
@@ -260,3 +261,29 @@ def test_a_checkpoint_waits_until_its_holes_fit(monkeypatch: pytest.MonkeyPatch)
     rig.store.away = False
     rig.run_until(lambda: bool(noted))
     assert noted == [True]
+
+
+def test_a_volume_that_was_forgotten_and_came_again_has_no_twin_after_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attaching, "VOLUMES_MAX", 4)
+    rig = Rig(1)
+    kept, other, forgotten = attach(rig, view_of("k")), attach(rig, view_of("o")), attach(rig, view_of("b"))
+    answers: list[IoError] = []
+    forgotten.write(0, OLD, False, answers.append)
+    rig.run_until(lambda: bool(answers))
+    forgotten.adopt(forgotten.applied)
+    version = forgotten.applied
+    detach(rig, forgotten)
+    make_checkpoint(rig)
+    passing = attach(rig, view_of("p"))
+    assert rig.engine.by_id(forgotten.id) is None
+    detach(rig, passing)
+    again = attach(rig, view_of("b", epoch=2, version=version))
+    for volume in (kept, other):
+        detach(rig, volume)
+    again.write(BLOCK_SIZE, NEW, False, answers.append)
+    rig.run_until(lambda: len(answers) == 2)
+    kill(rig)
+    settle(rig)
+    assert [volume.key for volume in rig.engine.volumes.values() if volume.id == again.id] == [again.key]
+    assert rig.engine.map.find(forgotten.key << LBA_BITS) < 0
+    assert rig.engine.map.find(again.key << LBA_BITS | 1) >= 0

@@ -8,6 +8,7 @@ shortened.
 Invariants:
     Of several places for one block the highest version wins; of equal versions the later record.
     Replaying a record over a state that shows it already changes nothing.
+    No two volumes have one id: the newer key counts, and nothing of the older one is left.
     What is not upstream is known when recovery is over: of the checkpoint only chunks of places that hold nothing but
     clean blocks are left for `loading`, and whatever replay changed, trimmed or filled anew counts before them.
 Source: write-ahead logging with fuzzy checkpoints, as in Mohan et al., ARIES, 1992 (redo only).
@@ -306,9 +307,18 @@ class _Replay:
     def _note(self, note: VolumeNote) -> None:
         known = self.volumes.get(note.volume_key)
         if known is None:
+            self._forget_older(note.volume_id)
             self._set(RecoveredVolume(note, 0, 0, HoleMap()))
         else:
             self._set(known._replace(note=note))
+
+    def _forget_older(self, volume_id: bytes) -> None:
+        """A volume that comes under a new key had been forgotten under its older one, which nothing logs."""
+        for key in [key for key, one in self.volumes.items() if one.note.volume_id == volume_id]:
+            del self.volumes[key]
+            for _ in self.map.remove_range(key << LBA_BITS, 1 << LBA_BITS, below=(1 << 64) - 1):
+                pass
+            self.unloaded.forget(key << LBA_BITS, 1 << LBA_BITS)
 
     def _set(self, volume: RecoveredVolume) -> None:
         self.volumes[volume.note.volume_key] = volume
