@@ -13,6 +13,7 @@ from forebay_cache.engine.attaching import Standing, StoreView
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import checkpoint
+from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, LBA_BITS, Epoch, Version, VolumeId, make_version, sequence_of
 
@@ -287,3 +288,26 @@ def test_a_volume_that_was_forgotten_and_came_again_has_no_twin_after_a_crash(mo
     assert [volume.key for volume in rig.engine.volumes.values() if volume.id == again.id] == [again.key]
     assert rig.engine.map.find(forgotten.key << LBA_BITS) < 0
     assert rig.engine.map.find(again.key << LBA_BITS | 1) >= 0
+
+
+def test_a_volume_that_is_being_attached_is_not_forgotten_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attaching, "VOLUMES_MAX", 2)
+    rig = Rig(1)
+    detach(rig, attach(rig, view_of("b")))
+    arriving = begin_attach(rig, view_of("b", epoch=3, version=make_version(Epoch(3), 5)), [Extent(0, 4)])
+    with pytest.raises(ForebayError, match="detach one first"):
+        begin_attach(rig, view_of("c"))
+    rig.run_until(lambda: bool(arriving))
+    assert arriving == [rig.engine.by_id(VolumeId(b"b" * 16))]
+
+
+def test_a_volume_that_is_being_attached_is_not_attached_twice() -> None:
+    rig = Rig(1)
+    detach(rig, attach(rig, view_of("b")))
+    view = view_of("b", epoch=3, version=make_version(Epoch(3), 5))
+    arriving = begin_attach(rig, view, [Extent(0, 4)])
+    with pytest.raises(ForebayError, match="is being attached"):
+        begin_attach(rig, view, [Extent(0, 4)])
+    rig.run_until(lambda: bool(arriving))
+    settle(rig)
+    assert len(arriving) == 1

@@ -6,6 +6,7 @@ silently. Behind: refused by the store when it is asked with our version.
 
 Invariants:
     A volume is served only after its row, and what was dropped for it, is durable.
+    A volume that is being attached is neither forgotten nor attached a second time.
     The store's version is adopted only when all that is stale by it is out of the map.
     What is cached of a volume, dirty or clean, is of the one store that its row names; no other is asked or told.
 Crash: the row in the log says whether the volume is attached, held with dirty blocks, or released.
@@ -99,13 +100,15 @@ class Attaching:
         """Serve a volume from now on. `stale` is what changed since our version; None answers a failed device.
 
         Raises:
-            ForebayError: it is attached already, or holds changes that the store does not know and would not take.
+            ForebayError: it is attached already, or about to be, or holds changes that the store would not take.
         """
         engine = self._engine
         self.refuse_stranger(view.name, view.store, volume_id=view.id)
         volume = engine.by_id(view.id)
         if volume is not None and volume.attached:
             raise ForebayError(f"volume {view.name} is attached already")
+        if volume is not None and volume.key in self._arriving:
+            raise ForebayError(f"volume {view.name} is being attached; try again")
         if self.compare(view) is Standing.CONFLICT:
             assert volume is not None
             dirty = format_size(volume.dirty_blocks << 12)
@@ -221,7 +224,7 @@ class Attaching:
         for key, volume in sorted(engine.volumes.items()):
             if len(engine.volumes) + room <= VOLUMES_MAX:
                 return
-            if not (volume.held or volume.has_changes):
+            if not (volume.held or volume.has_changes or key in self._arriving):
                 for places in engine.map.remove_range(key << LBA_BITS, 1 << LBA_BITS, below=(1 << 64) - 1):
                     engine.policy.removed(places)
                 engine.loading.forget(key << LBA_BITS, 1 << LBA_BITS)
