@@ -311,3 +311,16 @@ def test_a_volume_that_is_being_attached_is_not_attached_twice() -> None:
     rig.run_until(lambda: bool(arriving))
     settle(rig)
     assert len(arriving) == 1
+
+
+@pytest.mark.parametrize("failed_before", [False, True])
+def test_who_waits_for_a_checkpoint_is_told_when_the_device_fails(failed_before: bool) -> None:
+    rig = Rig(1)
+    settle(rig)
+    rig.device.failing = True
+    if failed_before:
+        assert rig.write(0, OLD) == IoError.IO
+    settled: list[bool] = []
+    rig.engine.stop(settled.append)
+    settle(rig)
+    assert settled == [False]

@@ -200,6 +200,7 @@ class CacheEngine:
             self.destage.fail()
             self.loading.fail()
             self._take_turns()
+            self.checkpoints.fail()
 
     # --- volumes ----------------------------------------------------------------------------------------------
 

@@ -108,7 +108,19 @@ class Checkpoints:
         self._wanted = True
         if settled is not None:
             self._settled.append(settled)
-        self.step()
+        if self._engine.failed:
+            self.fail()
+        else:
+            self.step()
+
+    def fail(self) -> None:
+        """The device failed: no checkpoint will be, and whoever waits for one is told."""
+        waiting, self._settled = self._settled, []
+        if self._pass is not None:
+            waiting = self._pass.settled + waiting
+            self._pass = None
+        for settled in waiting:
+            settled(False)
 
     def step(self) -> None:
         """Go one step further; called at every tick, and in a row while somebody wants the checkpoint."""
