@@ -174,7 +174,7 @@ class SimulatedStore:
                 done(UpstreamRefusal(messages.FENCED, "fenced"))
                 return
             if self.version == last:
-                done(last)
+                done(None)
                 return
             assert sequence_of(self.version) + 1 == cut.first, (self.version, cut)
             parts = self.staged.get(cut.attempt, {})
@@ -189,7 +189,7 @@ class SimulatedStore:
             self.version = last
             self.history.append((last, self.plain()))
             if self.rng.random() >= self.lose_acknowledgements:
-                done(last)
+                done(None)
             else:
                 self.queue.append(lambda: self.commit(cut, part_count, committed_ns, done))
 

@@ -20,7 +20,6 @@ from forebay_core.units import (
     DeviceId,
     Epoch,
     StoreId,
-    Version,
     VolumeId,
     format_store,
     make_version,
@@ -154,7 +153,7 @@ class Rig:
     def stage(self, frames: Sequence[Buffer] = (b"frame",)) -> Awaitable[UpstreamRefusal | None]:
         return asked(lambda done: self.upstream.stage(CUT, 0, frames, [Extent(1, 2)], done))
 
-    def commit(self) -> Awaitable[Version | UpstreamRefusal]:
+    def commit(self) -> Awaitable[UpstreamRefusal | None]:
         return asked(lambda done: self.upstream.commit(CUT, 1, 123, done))
 
 
@@ -264,7 +263,7 @@ def test_the_newest_acknowledged_version_is_told_when_reopening() -> None:
         store = ScriptedStore()
         async with running(store) as rig:
             assert await rig.stage() is None
-            assert await rig.commit() == make_version(3, 9)
+            assert await rig.commit() is None
             await store.restart()
             await until(lambda: len(rig.reopened) == 2)
             opens = [m for m in store.asked if isinstance(m, OpenVolume)]
@@ -272,6 +271,28 @@ def test_the_newest_acknowledged_version_is_told_when_reopening() -> None:
             assert opens[0].device == DEVICE and not opens[0].take_over
 
     run(test())
+
+
+def test_a_commit_that_answers_another_version_ends_the_connection_and_is_sent_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
+        store = ScriptedStore()
+        wrong = [make_version(3, 14), make_version(4, 9), make_version(3, 8)]
+        store._reply = lambda message, reply=store._reply: (  # type: ignore[method-assign]
+            (Committed(wrong.pop(), False), ()) if isinstance(message, CommitCut) and wrong else reply(message)
+        )
+        async with running(store) as rig:
+            assert await rig.commit() is None
+            assert not wrong and store.session == store.count(CommitCut) == 4
+            opens = [m for m in store.asked if isinstance(m, OpenVolume)]
+            assert [m.acknowledged for m in opens] == [VERSION] * 4
+            await store.restart()
+            await until(lambda: len(rig.reopened) == 5)
+            assert store.asked[-1] == OpenVolume("disk", DEVICE, False, make_version(3, 9))
+
+    run(test())
+    assert "contradicts what was asked" in caplog.text
 
 
 def test_another_store_under_the_same_address_is_not_talked_to() -> None:

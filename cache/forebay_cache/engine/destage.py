@@ -448,13 +448,13 @@ class Destage:
     def _commit(self, volume: "CacheVolume", cut: Cut) -> None:
         attempt = cut.identity.attempt
 
-        def committed(answer: Version | UpstreamRefusal) -> None:
+        def committed(refusal: UpstreamRefusal | None) -> None:
             if attempt != cut.identity.attempt or cut.resting:
                 return
-            if isinstance(answer, UpstreamRefusal):
-                self._refused(volume, cut, answer)
+            if refusal is not None:
+                self._refused(volume, cut, refusal)
             else:
-                self._acknowledged(volume, cut, answer)
+                self._acknowledged(volume, cut, cut.last_version)
 
         self._engine.upstream.commit(cut.identity, cut.sent, self._wall_ns, committed)
 

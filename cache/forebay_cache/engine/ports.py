@@ -97,9 +97,9 @@ class Upstream(Protocol):
         """Stage one part durably."""
 
     def commit(
-        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[Version | UpstreamRefusal], None]
+        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[UpstreamRefusal | None], None]
     ) -> None:
-        """Commit; the answer is where the store then stands."""
+        """Commit; None: the store stands at the end of the cut, and nowhere else."""
 
 
 class BuildRequest(NamedTuple):

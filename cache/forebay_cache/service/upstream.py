@@ -15,9 +15,9 @@ from typing import Final, TypeVar
 
 from forebay_cache.engine.ports import CutIdentity, FetchedPiece, UpstreamRefusal
 from forebay_cache.service.store_session import Session, StoreSession
-from forebay_core.errors import CorruptionError, ProtocolError, RefusedError, StoreUnreachableError
+from forebay_core.errors import CorruptionError, ForebayError, ProtocolError, RefusedError, StoreUnreachableError
 from forebay_core.extents import Extent, pack
-from forebay_core.units import Buffer, Version, VolumeId
+from forebay_core.units import Buffer, Version, VolumeId, make_version
 from forebay_wire import messages
 from forebay_wire.messages import (
     AnyMessage,
@@ -79,7 +79,7 @@ class StoreUpstream:
         self._session.spawn(self._stage(cut, index, frames, pack(holes), done))
 
     def commit(
-        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[Version | UpstreamRefusal], None]
+        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[UpstreamRefusal | None], None]
     ) -> None:
         """See Upstream."""
         self._session.spawn(self._commit(cut, part_count, committed_ns, done))
@@ -152,18 +152,21 @@ class StoreUpstream:
             done(None)
 
     async def _commit(
-        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[Version | UpstreamRefusal], None]
+        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[UpstreamRefusal | None], None]
     ) -> None:
+        stands = make_version(cut.epoch, cut.last)
+
         def message(session: int) -> AnyMessage:
             return CommitCut(cut.volume, cut.epoch, session, cut.attempt, part_count, cut.first, cut.last, committed_ns)
 
         try:
-            answer, _ = await self._ask(cut.volume, message, Committed)
+            # Beyond the cut, what is still dirty would count as clean and never be sent.
+            await self._ask(cut.volume, message, Committed, right=lambda answer: answer.version == stands)
         except RefusedError as error:
             done(UpstreamRefusal(error.code, str(error)))
         else:
-            self._session.acknowledge(cut.volume, Version(answer.version))
-            done(Version(answer.version))
+            self._session.acknowledge(cut.volume, stands)
+            done(None)
 
     async def _ask(
         self,
@@ -171,8 +174,10 @@ class StoreUpstream:
         message: Callable[[int], AnyMessage],
         expect: type[T],
         payload: Sequence[Buffer] = (),
+        *,
+        right: Callable[[T], bool] = lambda _: True,
     ) -> tuple[T, memoryview]:
-        """Ask until there is an answer.
+        """Ask until there is an answer; one that is not `right` breaks the rules and ends its connection.
 
         Raises:
             RefusedError: the store's final no.
@@ -182,8 +187,10 @@ class StoreUpstream:
             session = await self._session.ready(volume)
             try:
                 answer = await session.client.ask(message(session.number), expect, payload)
-            except (StoreUnreachableError, ProtocolError):
-                self._session.lost(session.client)
+                if not right(answer[0]):
+                    raise ProtocolError(f"the store's answer contradicts what was asked: {answer[0]}")
+            except (StoreUnreachableError, ProtocolError) as error:
+                await self._leave(session, error)
             except RefusedError as error:
                 if not await self._may_repeat(volume, session, error):
                     raise
@@ -191,6 +198,13 @@ class StoreUpstream:
             else:
                 self.waiting_for_space = ""
                 return answer
+
+    async def _leave(self, session: Session, error: ForebayError) -> None:
+        """The connection is gone, or must go."""
+        if not session.client.closed:
+            _LOG.error("left the store at %s: %s", self._session.address, error)
+            await session.client.close()
+        self._session.lost(session.client)
 
     async def _may_repeat(self, volume: VolumeId, session: Session, error: RefusedError) -> bool:
         match error.code:
