@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books
+from engine_rig import STORE_ID, VOLUME_ID, Rig, check_books, joined
 
 from forebay_cache.engine import attaching
 from forebay_cache.engine import cache as cache_module
@@ -11,7 +11,7 @@ from forebay_cache.engine.attaching import StoreView
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.ports import CutIdentity, UpstreamRefusal
 from forebay_cache.engine.volume import CacheVolume
-from forebay_core.units import BLOCK_SIZE, LBA_BITS, Epoch, Version, VolumeId
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, SEQUENCE_BITS, Epoch, Version, VolumeId
 from forebay_wire import messages
 
 
@@ -73,6 +73,92 @@ def test_a_drain_waits_for_what_is_in_the_log() -> None:
     rig.run_until(lambda: bool(drained))
     assert written == [IoError.OK]
     assert rig.store.plain() == {0: b"a" * BLOCK_SIZE}
+
+
+def reading(rig: Rig, lba: int) -> list[tuple[IoError, bytes]]:
+    """Begin to read a block; what is returned grows by the answer."""
+    got: list[tuple[IoError, bytes]] = []
+    rig.volume.read(lba * BLOCK_SIZE, BLOCK_SIZE, lambda error, chunks: got.append((error, joined(chunks))))
+    rig.volume.kick()
+    return got
+
+
+def committing(rig: Rig) -> tuple[list[object], Callable[[], None]]:
+    """Begin a drain and stop when the store has applied the cut; return the drain's answer, and what acknowledges."""
+    held: list[Callable[[], None]] = []
+    commit = rig.store.commit
+    rig.store.commit = lambda cut, count, ns, done: commit(  # type: ignore[method-assign]
+        cut, count, ns, lambda answer: held.append(lambda: done(answer))
+    )
+    drained: list[object] = []
+    rig.engine.destage.drain(rig.volume, drained.append)
+    rig.run_until(lambda: bool(held))
+    return drained, held[0]
+
+
+@pytest.mark.parametrize("content", [b"s" * BLOCK_SIZE, None], ids=["block", "hole"])
+@pytest.mark.parametrize("ahead", [5, 1 << SEQUENCE_BITS])
+def test_a_fetched_version_that_was_never_acknowledged_is_neither_kept_nor_served(
+    content: bytes | None, ahead: int
+) -> None:
+    rig = Rig(20)
+    rig.write(0, b"a" * BLOCK_SIZE)
+    assert rig.drain()
+    rig.store.blocks[5] = (content, Version(rig.volume.acknowledged + ahead))
+    got = reading(rig, 5)
+    rig.run_until(lambda: bool(got))
+    assert got == [(IoError.IO, b"")] and "version" in rig.reports[-1]
+    rig.write(5 * BLOCK_SIZE, b"n" * BLOCK_SIZE)  # were it kept, it would be newer than this
+    assert rig.read(5 * BLOCK_SIZE, BLOCK_SIZE) == b"n" * BLOCK_SIZE
+    assert rig.drain() and rig.store.plain()[5] == b"n" * BLOCK_SIZE
+    assert rig.read(6 * BLOCK_SIZE, BLOCK_SIZE) == bytes(BLOCK_SIZE) and not rig.volume.has_changes
+    check_books(rig.engine)
+
+
+def test_a_read_that_brings_our_own_cut_before_its_acknowledgement_waits_for_that() -> None:
+    rig = Rig(21)
+    rig.store.away = True
+    got = reading(rig, 5)  # begins before the write, is answered behind its commit
+    rig.write(5 * BLOCK_SIZE, b"n" * BLOCK_SIZE)
+    fetches = rig.store.queue
+    rig.store.queue = []
+    rig.store.away = False
+    drained, acknowledge = committing(rig)
+    rig.store.queue += fetches
+    settle(rig)
+    assert not got and not drained
+    acknowledge()
+    rig.run_until(lambda: bool(got and drained))
+    assert got == [(IoError.OK, b"n" * BLOCK_SIZE)] and drained == [True]
+    assert rig.engine.fetches.under_way == 0
+    check_books(rig.engine)
+
+
+def test_a_neighbour_of_what_is_being_committed_need_not_wait() -> None:
+    rig = Rig(22)
+    rig.write(4 * BLOCK_SIZE, b"n" * BLOCK_SIZE)
+    drained, acknowledge = committing(rig)
+    assert rig.read(5 * BLOCK_SIZE, BLOCK_SIZE) == bytes(BLOCK_SIZE)  # of the same unit
+    assert not drained
+    acknowledge()
+    rig.run_until(lambda: bool(drained))
+
+
+def test_a_read_that_waits_for_an_acknowledgement_ends_with_its_volume() -> None:
+    rig = Rig(23)
+    rig.store.away = True
+    got = reading(rig, 5)
+    rig.write(5 * BLOCK_SIZE, b"n" * BLOCK_SIZE)
+    fetches = rig.store.queue
+    rig.store.queue = []
+    rig.store.away = False
+    committing(rig)
+    rig.store.queue += fetches
+    settle(rig)
+    assert not got
+    rig.engine.destage.stop_volume(rig.volume, "fenced")
+    rig.run_until(lambda: bool(got))
+    assert got == [(IoError.IO, b"")] and rig.engine.fetches.under_way == 0
 
 
 def test_a_volume_being_detached_refuses_late_writes() -> None:

@@ -110,7 +110,7 @@ class CacheEngine:
         )
         self.reads = Reads(self)
         self.writes = Writes(self)
-        self.fetches = Fetches(upstream, unit_blocks=settings.fill_blocks, known=self._known, offer=self._offer)
+        self.fetches = Fetches(upstream, settings.fill_blocks, known=self._known, offer=self._offer, later=self._later)
         self.allocations = Allocations(self)
         self.destage = Destage(self)
         self.slowing = Slowing(self)
@@ -398,6 +398,10 @@ class CacheEngine:
             batch.buffers.append(view[i << 12 : (i + 1) << 12])
         self.log.seal_if_full()
         self.log.kick()
+
+    def _later(self, act: Callable[[], None]) -> None:
+        """Act at the next tick."""
+        self.after(0, act)
 
     def _recount_dirty_blocks(self) -> None:
         """Count; when the buffer seems nearly full, leave out what was trimmed since it became dirty, once a second."""

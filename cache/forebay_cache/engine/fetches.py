@@ -6,6 +6,9 @@ Invariants:
     joins the unit for it.
     A unit is in `_units` exactly while its fetch is under way: one that no read may join any more is touched all the
     same. Reads join the newest unit of a key.
+    Nothing newer than what the store acknowledged is inserted, where it would count as a change of ours, or given to
+    anybody. The end of a closed cut may come before its acknowledgement: it is fetched again. Any other is no version
+    of ours.
 Crash: nothing is kept; a fetch that was under way never happened.
 """
 
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING
 from forebay_cache.engine.ports import FetchedPiece, Upstream, UpstreamRefusal
 from forebay_core.extents import Extent, from_blocks
 from forebay_core.units import BLOCK_SIZE, LBA_BITS
+from forebay_wire import messages
 from forebay_wire.limits import READ_BLOCKS_MAX
 
 if TYPE_CHECKING:
@@ -48,27 +52,36 @@ class Unit:
         start = self.extent.start
         return from_blocks([start + bit for bit in range(self.extent.count) if not self.touched >> bit & 1])
 
+    def used(self, pieces: Sequence[FetchedPiece]) -> list[FetchedPiece]:
+        """Return what of the pieces is to be kept or given out."""
+        if not pieces:
+            return []
+        wanted = [*self.untouched(), *(extent for extent, _ in self.waiting)]
+        return [part for extent in wanted for part in clip(pieces, extent)]
+
     def _bits(self, extent: Extent) -> int:
         common = self.extent.intersect(extent)
         return 0 if common is None else ((1 << common.count) - 1) << common.start - self.extent.start
 
 
 class Fetches:
-    """All units under way. `offer` gets each untouched piece that arrives."""
+    """All units under way. `offer` gets each untouched piece that arrives, `later` calls after a while."""
 
     def __init__(
         self,
         upstream: Upstream,
-        *,
         unit_blocks: int,
+        *,
         known: Callable[["CacheVolume", Extent], Sequence[Extent]],
         offer: Callable[["CacheVolume", FetchedPiece], None],
+        later: Callable[[Callable[[], None]], None],
     ) -> None:
         assert READ_BLOCKS_MAX % unit_blocks == 0
         self._upstream = upstream
         self._unit_blocks = unit_blocks
         self._known = known
         self._offer = offer
+        self._later = later
         self._units: dict[int, list[Unit]] = {}
         self.under_way = 0
 
@@ -119,6 +132,9 @@ class Fetches:
 
     def _fetch(self, volume: "CacheVolume", units: list[Unit]) -> None:
         self.under_way += 1
+        self._ask(volume, units)
+
+    def _ask(self, volume: "CacheVolume", units: list[Unit]) -> None:
         extents = [unit.extent for unit in units]
         self._upstream.fetch(
             volume.id, extents, volume.acknowledged, lambda answer: self._arrived(volume, units, answer)
@@ -127,24 +143,46 @@ class Fetches:
     def _arrived(
         self, volume: "CacheVolume", units: list[Unit], answer: Sequence[FetchedPiece] | UpstreamRefusal
     ) -> None:
-        self.under_way -= 1
-        for unit in units:
-            self._units[unit.key].remove(unit)
-            if not self._units[unit.key]:
-                del self._units[unit.key]
+        if volume.error:
+            answer = UpstreamRefusal(messages.FAILED, volume.error)
         if isinstance(answer, UpstreamRefusal):
+            self.under_way -= 1
             for unit in units:
-                for _, arrived in unit.waiting:
-                    arrived(answer)
+                self._refuse(unit, answer)
             return
         cursor = _Pieces(answer)
+        early = []
         for unit in units:
             pieces = cursor.take(unit.extent)
-            for extent in unit.untouched():
-                for piece in clip(pieces, extent):
-                    self._offer(volume, piece)
-            for wanted, arrived in unit.waiting:
-                arrived(clip(pieces, wanted))
+            newer = unit.used([piece for piece in pieces if piece.version > volume.acknowledged])
+            if not newer:
+                self._settle(volume, unit, pieces)
+            elif all(piece.version == volume.closed_version for piece in newer):
+                early.append(unit)
+            else:
+                self._refuse(unit, _no_version_of_ours(volume, newer))
+        if early:
+            self._later(lambda: self._ask(volume, early))
+        else:
+            self.under_way -= 1
+
+    def _settle(self, volume: "CacheVolume", unit: Unit, pieces: Sequence[FetchedPiece]) -> None:
+        self._remove(unit)
+        for extent in unit.untouched():
+            for piece in clip(pieces, extent):
+                self._offer(volume, piece)
+        for wanted, arrived in unit.waiting:
+            arrived(clip(pieces, wanted))
+
+    def _refuse(self, unit: Unit, refusal: UpstreamRefusal) -> None:
+        self._remove(unit)
+        for _, arrived in unit.waiting:
+            arrived(refusal)
+
+    def _remove(self, unit: Unit) -> None:
+        self._units[unit.key].remove(unit)
+        if not self._units[unit.key]:
+            del self._units[unit.key]
 
 
 class _Pieces:
@@ -172,6 +210,15 @@ def clip(pieces: Sequence[FetchedPiece], extent: Extent) -> list[FetchedPiece]:
         if common is not None:
             clipped.append(piece if common == piece.extent else _slice(piece, common))
     return clipped
+
+
+def _no_version_of_ours(volume: "CacheVolume", newer: Sequence[FetchedPiece]) -> UpstreamRefusal:
+    piece = newer[0]
+    return UpstreamRefusal(
+        messages.CORRUPT,
+        f"block {piece.extent.start} came with version {piece.version:#x}, but the store acknowledged no more than "
+        f"{volume.acknowledged:#x}: the bytes are not of this volume's history here",
+    )
 
 
 def _slice(piece: FetchedPiece, part: Extent) -> FetchedPiece:
