@@ -156,11 +156,17 @@ class ReleaseVolume(Message, frozen=True, array_like=True, tag=22):
 
 
 class Read(Message, frozen=True, array_like=True, tag=30):
-    """Read blocks of the head; answered by Blocks. `min_version`: refuse with STORE_BEHIND below it."""
+    """Read blocks of the head; answered by Blocks. `min_version`: refuse with STORE_BEHIND below it.
+
+    `epoch` and `session` are those of a cache that serves the volume: refused with FENCED when they are over, because
+    it must not mix what it holds with what somebody else wrote. 0: not checked, for exports.
+    """
 
     volume: bytes
     extents: bytes
     min_version: int = 0
+    epoch: int = 0
+    session: int = 0
 
 
 class Blocks(Message, frozen=True, array_like=True, tag=31):
@@ -170,11 +176,13 @@ class Blocks(Message, frozen=True, array_like=True, tag=31):
 
 
 class MapExtents(Message, frozen=True, array_like=True, tag=32):
-    """Ask which blocks of one extent hold data; answered by Mapped."""
+    """Ask which blocks of one extent hold data; answered by Mapped. `epoch` and `session` as in Read."""
 
     volume: bytes
     start: int
     count: int
+    epoch: int = 0
+    session: int = 0
 
 
 class Mapped(Message, frozen=True, array_like=True, tag=33):
@@ -253,13 +261,22 @@ class HeldReport(Message, frozen=True, array_like=True):
 
 
 class ReportHeld(Message, frozen=True, array_like=True, tag=43):
-    """From a cache now and then: what it holds of the volumes whose writer it is; answered by Done.
+    """From a cache now and then: what it holds of the volumes whose writer it is; answered by Reported.
 
     The store keeps the last report of each volume in memory. Reports of a volume that the sender does not hold, or of
-    another epoch, are ignored.
+    another epoch, are not kept.
     """
 
     reports: tuple[HeldReport, ...]
+
+
+class Reported(Message, frozen=True, array_like=True, tag=46):
+    """`lost` are the ids of the reported volumes that the sender does not hold any more under the epoch that it said.
+
+    So a cache that asks nothing, because it has all that is read, learns that it must not serve it any longer.
+    """
+
+    lost: tuple[bytes, ...]
 
 
 class GetHeld(Message, frozen=True, array_like=True, tag=44):
@@ -417,6 +434,7 @@ AnyMessage = (
     | CommitCut
     | Committed
     | ReportHeld
+    | Reported
     | GetHeld
     | Held
     | GetStoreStatus

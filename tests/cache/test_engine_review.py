@@ -161,6 +161,25 @@ def test_a_read_that_waits_for_an_acknowledgement_ends_with_its_volume() -> None
     assert got == [(IoError.IO, b"")] and rig.engine.fetches.under_way == 0
 
 
+@pytest.mark.parametrize("kind", ["fetch", "allocation"])
+def test_a_fenced_read_stops_the_volume_with_all_that_is_cached(kind: str) -> None:
+    rig = Rig(24)
+    rig.write(0, b"a" * BLOCK_SIZE)
+    assert rig.drain()
+    rig.write(BLOCK_SIZE, b"b" * BLOCK_SIZE)
+    refusal = UpstreamRefusal(messages.FENCED, "epoch 1 is over")
+    setattr(rig.store, kind, lambda *words: rig.store.queue.append(lambda: words[-1](refusal)))
+    got: list[IoError] = []
+    if kind == "fetch":
+        rig.volume.read(9 * BLOCK_SIZE, BLOCK_SIZE, lambda error, _: got.append(error))
+    else:
+        rig.volume.allocation(0, 9 * BLOCK_SIZE, lambda error, _: got.append(error))
+    rig.run_until(lambda: bool(got))
+    assert got == [IoError.IO] and "epoch 1 is over" in rig.volume.error
+    assert reading(rig, 0) == reading(rig, 1) == [(IoError.IO, b"")]
+    assert rig.volume.has_changes, "they are kept for salvage"
+
+
 def test_a_volume_being_detached_refuses_late_writes() -> None:
     rig = Rig(4)
     rig.volume.closing = True

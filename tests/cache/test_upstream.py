@@ -38,12 +38,15 @@ from forebay_wire.messages import (
     CommitCut,
     Committed,
     Done,
+    HeldReport,
     MapExtents,
     Mapped,
     Opened,
     OpenVolume,
     Read,
     ReleaseVolume,
+    Reported,
+    ReportHeld,
     StagePart,
     VolumeRow,
 )
@@ -73,6 +76,7 @@ class ScriptedStore:
         self.refusals: list[tuple[type, RefusedError]] = []
         self.frames = [FrameBuilder().build([Extent(0, 8)], b"".join(BLOCKS))]
         self.silent: asyncio.Event | None = None
+        self.lost: tuple[bytes, ...] = ()
         self._server: WireServer | None = None
 
     async def start(self) -> None:
@@ -110,7 +114,9 @@ class ScriptedStore:
                 return Opened(row, 3, self.session), ()
             case ReleaseVolume():
                 return Done(), ()
-            case StagePart() | CommitCut() if message.session != self.session:
+            case ReportHeld():
+                return Reported(self.lost), ()
+            case StagePart() | CommitCut() | Read() | MapExtents() if message.session != self.session:
                 raise RefusedError(messages.FENCED, "old session")
             case StagePart():
                 return Done(), ()
@@ -202,7 +208,7 @@ def test_a_fetch_brings_blocks_with_versions_and_checksums() -> None:
                 (Extent(5, 1), BLOCKS[5], VERSION),
             ]
             assert len(pieces[0].checksums) == 2
-            assert Read(VOLUME, pack([Extent(1, 2), Extent(5, 1)]), VERSION) in store.asked
+            assert Read(VOLUME, pack([Extent(1, 2), Extent(5, 1)]), VERSION, 3, 1) in store.asked
 
     run(test())
 
@@ -382,6 +388,72 @@ def test_fenced_is_final() -> None:
         async with running(store) as rig:
             assert await rig.stage() == UpstreamRefusal(messages.FENCED, "epoch 4 is newer")
             assert store.count(StagePart) == 1
+
+    run(test())
+
+
+@pytest.mark.parametrize("kind", ["fetch", "allocation"])
+def test_a_read_that_is_fenced_ends_the_volume_for_good(kind: str) -> None:
+    async def test() -> None:
+        store = ScriptedStore()
+        refusal = UpstreamRefusal(messages.FENCED, "epoch 3 is over")
+        store.refusals = [(Read if kind == "fetch" else MapExtents, RefusedError(*refusal))]
+        async with running(store) as rig:
+            if kind == "fetch":
+                assert await rig.fetch([Extent(0, 1)]) == refusal
+            else:
+                assert await asked(lambda done: rig.upstream.allocation(VOLUME, Extent(0, 8), done)) == refusal
+            assert rig.refused == [refusal]
+            assert await rig.fetch([Extent(0, 1)]) == await rig.stage() == refusal
+            await store.restart()
+            await until(lambda: rig.session.connected)
+            assert await rig.commit() == refusal
+            assert store.count(OpenVolume) == 1 and store.count(Read) == (kind == "fetch")
+
+    run(test())
+
+
+def test_a_read_of_an_older_session_is_asked_again_under_the_new_one() -> None:
+    async def test() -> None:
+        store = ScriptedStore()
+        async with running(store) as rig:
+            await until(lambda: len(rig.reopened) == 1)
+            store.session += 1  # the store has opened it again, and its answer is on its way
+            answer = rig.fetch([Extent(0, 1)])
+            opening = asyncio.create_task(rig.session.open_volume("disk", take_over=False, acknowledged=VERSION))
+            assert (await answer)[0].plain == BLOCKS[0]
+            assert (await opening)[0].session == 3 and rig.refused == []
+            assert [m.session for m in store.asked if isinstance(m, Read)][-1] == 3
+
+    run(test())
+
+
+def test_a_report_of_a_volume_that_is_lost_ends_it() -> None:
+    async def test() -> None:
+        store = ScriptedStore()
+        async with running(store, ping_s=0.02) as rig:
+            await until(lambda: len(rig.reopened) == 1)
+            rig.session._held = lambda _: [HeldReport(VOLUME, 3, VERSION, 0, 1)]
+            await until(lambda: store.count(ReportHeld) > 2)
+            assert rig.refused == []
+            store.lost = (VOLUME,)
+            await until(lambda: bool(rig.refused))
+            assert rig.refused == [(messages.FENCED, "epoch 3 is over there")]
+            assert await rig.fetch([Extent(0, 1)]) == UpstreamRefusal(*rig.refused[0])
+            assert store.count(Read) == 0
+
+    run(test())
+
+
+def test_a_report_from_before_the_volume_was_opened_again_ends_nothing() -> None:
+    async def test() -> None:
+        store = ScriptedStore()
+        store.lost = (VOLUME,)
+        async with running(store, ping_s=0.02) as rig:
+            rig.session._held = lambda _: [HeldReport(VOLUME, 2, VERSION, 0, 1)]
+            await until(lambda: store.count(ReportHeld) > 2)
+            assert (await rig.fetch([Extent(0, 1)]))[0].plain == BLOCKS[0]
+            assert rig.refused == []
 
     run(test())
 

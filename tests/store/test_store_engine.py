@@ -220,6 +220,26 @@ def test_an_older_epoch_is_fenced() -> None:
     rig.assert_rebuilds()
 
 
+def test_reads_under_an_older_epoch_are_fenced_and_those_without_one_are_not() -> None:
+    rig = Rig()
+    rig.write(1, 0, "a")
+    where = pack([Extent(0, 1)])
+    old = rig.epoch
+    rig.twin.read(messages.Read(rig.id, where, 0, old, rig.session))
+    rig.open(OTHER, take_over=True)
+    for epoch in (old, old + 2):
+        with pytest.raises(RefusedError, match="is over") as caught:
+            rig.twin.read(messages.Read(rig.id, where, 0, epoch))
+        assert caught.value.code == messages.FENCED
+        assert code(rig.twin.query(messages.MapExtents(rig.id, 0, 1, epoch))) == messages.FENCED
+    for epoch in (0, rig.epoch):
+        rig.twin.read(messages.Read(rig.id, where, 0, epoch))
+        assert isinstance(rig.twin.query(messages.MapExtents(rig.id, 0, 1, epoch)), messages.Mapped)
+    rig.twin.ask(messages.ReleaseVolume(rig.id, rig.epoch, rig.session))
+    with pytest.raises(RefusedError, match="released"):
+        rig.twin.read(messages.Read(rig.id, where, 0, rig.epoch))
+
+
 def test_an_older_session_of_the_same_device_is_fenced_and_staged_parts_stay() -> None:
     rig = Rig()
     rig.stage(frame(0, "a"))

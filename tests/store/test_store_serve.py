@@ -161,6 +161,55 @@ def test_acknowledged_cuts_survive_kill_9_at_any_moment(tmp_path: Path) -> None:
         run(look())
 
 
+def test_a_cache_is_told_which_of_the_volumes_it_reports_it_has_lost(tmp_path: Path) -> None:
+    def report(opened: messages.Opened) -> messages.HeldReport:
+        return messages.HeldReport(opened.row.id, opened.epoch, opened.row.version, 0, 1)
+
+    async def test(daemon: StoreDaemon) -> None:
+        assert daemon.address is not None
+        async with daemon.client() as other:
+            client = await WireClient.connect(daemon.address, key=None, node=DEVICE, timeout_s=10)
+            held = []
+            for name in ("kept", "taken", "released"):
+                await create(client, name, BLOCKS)
+                held.append(await Writer.open(client, name))
+            message = messages.ReportHeld((*(report(one.opened) for one in held), report(held[0].opened)))
+            assert (await client.ask(message, messages.Reported))[0].lost == ()
+            await Writer.open(other, "taken", device=b"another device !", take_over=True)
+            await held[2].release()
+            lost = tuple(one.opened.row.id for one in held[1:])
+            assert (await client.ask(message, messages.Reported))[0].lost == lost
+            unknown = messages.HeldReport(b"?", 1, 1, 0, 1)
+            assert (await client.ask(messages.ReportHeld((unknown,)), messages.Reported))[0].lost == (b"?",)
+            await client.close()
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(test(daemon))
+
+
+def test_reads_under_an_older_session_are_fenced(tmp_path: Path) -> None:
+    async def test(daemon: StoreDaemon) -> None:
+        async with daemon.client() as client:
+            row = await create(client, "vm", BLOCKS)
+            old = (await Writer.open(client, "vm")).opened
+            new = (await Writer.open(client, "vm")).opened
+            assert old.epoch == new.epoch
+            for opened in (new, old):
+                for message in (
+                    messages.Read(row.id, pack([Extent(0, 1)]), 0, opened.epoch, opened.session),
+                    messages.MapExtents(row.id, 0, 1, opened.epoch, opened.session),
+                ):
+                    if opened is new:
+                        await client.request(message)
+                        continue
+                    with pytest.raises(RefusedError, match="session") as caught:
+                        await client.request(message)
+                    assert caught.value.code == messages.FENCED
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(test(daemon))
+
+
 def test_a_rebuilt_index_gives_identical_answers(tmp_path: Path) -> None:
     async def fill(daemon: StoreDaemon) -> None:
         shuffled = random.Random(3)

@@ -102,6 +102,11 @@ def test_an_older_peer_skips_fields_that_a_newer_one_added() -> None:
     assert decode_body(msgspec.msgpack.encode([11, "name", "added later", 7])) == messages.GetVolume("name")
 
 
+def test_a_read_without_an_epoch_is_not_checked_for_one() -> None:
+    read = decode_body(msgspec.msgpack.encode([30, b"v" * 16, b"", 7]))
+    assert isinstance(read, messages.Read) and (read.epoch, read.session) == (0, 0)
+
+
 def test_fields_with_a_default_may_be_missing() -> None:
     assert decode_body(msgspec.msgpack.encode([30, b"v" * 16, b""])) == messages.Read(b"v" * 16, b"", 0)
 

@@ -40,7 +40,8 @@ class Allocations:
 
         def answered(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
             if isinstance(answer, UpstreamRefusal):
-                self._engine.report(f"volume {volume.name}: allocation was refused by the store: {answer.text}")
+                self._engine.read_refused(volume, answer)
+            if isinstance(answer, UpstreamRefusal) or volume.error:
                 reply(IoError.IO, ())
                 return
             # What the cache holds is newer, and it may have changed while the store was asked.

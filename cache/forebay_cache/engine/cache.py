@@ -34,7 +34,7 @@ from forebay_cache.engine.limits import (
 from forebay_cache.engine.loading import Loading
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
-from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream
+from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream, UpstreamRefusal
 from forebay_cache.engine.rates import NEVER, NO_LIMIT, NOT_SET, SLOWING_FILL, Limit, changed_limit, is_settable
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
@@ -48,6 +48,7 @@ from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Epoch, StoreId, Version, VolumeId, format_size
+from forebay_wire import messages
 
 
 class EngineSettings(NamedTuple):
@@ -353,6 +354,14 @@ class CacheEngine:
         self.policy.removed(np.array([place]))
         self.map.remove(key)
         self.loading.forget(key, 1)
+
+    def read_refused(self, volume: CacheVolume, refusal: UpstreamRefusal) -> None:
+        """The store refused a read. An epoch that is over ends the volume here: what it has cached is of another
+        history than what others are served now."""
+        if refusal.code == messages.FENCED:
+            self.destage.stop_volume(volume, f"the store refuses this volume's reads: {refusal.text}")
+        elif not volume.error:
+            self.report(f"volume {volume.name}: a read was refused by the store: {refusal.text}")
 
     def report_corruption(
         self, volume: CacheVolume, lba: int, place: int, expected: int, found: int | None, *, clean: bool

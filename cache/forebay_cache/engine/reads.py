@@ -292,7 +292,7 @@ class Reads:
 
         def arrived(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
             if isinstance(answer, UpstreamRefusal):
-                self._engine.report(f"volume {volume.name}: a read was refused by the store: {answer.text}")
+                self._engine.read_refused(volume, answer)
                 request.failed = True
             else:
                 for piece in answer:

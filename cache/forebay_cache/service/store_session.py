@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 
 from forebay_cache.engine.attaching import wrong_store
 from forebay_core.errors import AuthenticationError, ForebayError, ProtocolError, RefusedError, StoreUnreachableError
-from forebay_core.units import DeviceId, StoreId, Version, VolumeId, format_store
+from forebay_core.units import DeviceId, Epoch, StoreId, Version, VolumeId, format_store
 from forebay_wire import messages
 from forebay_wire.address import Address
 from forebay_wire.client import WireClient
@@ -29,6 +29,7 @@ from forebay_wire.messages import (
     OpenVolume,
     Ping,
     ReleaseVolume,
+    Reported,
     ReportHeld,
     Volume,
     VolumeRow,
@@ -66,10 +67,11 @@ async def connect(address: Address, key: bytes | None, device: DeviceId) -> Wire
 
 
 class Session(NamedTuple):
-    """The right to change a volume, on one connection."""
+    """The right to read and change a volume, on one connection."""
 
     client: WireClient
     number: int
+    epoch: Epoch
 
 
 class OpenedVolume:
@@ -89,6 +91,11 @@ class OpenedVolume:
     def grant(self, session: Session) -> None:
         """The store let us have it."""
         self.session, self.refusal = session, None
+        self.settled.set()
+
+    def end(self, refusal: RefusedError) -> None:
+        """The store gave it to somebody else."""
+        self.session, self.refusal = None, refusal
         self.settled.set()
 
     def suspend(self) -> None:
@@ -242,7 +249,7 @@ class StoreSession:
         volume_id = VolumeId(opened.row.id)
         volume = self._volumes.setdefault(volume_id, OpenedVolume(volume_id, store, name, acknowledged))
         if client is self._client and volume.store == store:
-            volume.grant(Session(client, opened.session))
+            volume.grant(Session(client, opened.session, Epoch(opened.epoch)))
         return opened, store
 
     async def release(self, volume_id: VolumeId, epoch: int) -> None:
@@ -272,6 +279,13 @@ class StoreSession:
         volume = self._volumes.get(volume_id)
         if volume is not None:
             volume.acknowledged = max(volume.acknowledged, version)
+
+    def fenced(self, volume_id: VolumeId, session: Session, error: RefusedError) -> None:
+        """The store refuses a session, and this is the newest: the volume is not ours any more, for good."""
+        volume = self._volumes.get(volume_id)
+        if volume is not None and volume.session == session:
+            volume.end(error)
+            self._on_refused(volume_id, error.code, str(error))
 
     async def ready(self, volume_id: VolumeId) -> Session:
         """Wait for the connection on which the volume is open.
@@ -333,10 +347,22 @@ class StoreSession:
             while True:
                 await asyncio.sleep(self._ping_interval_s)
                 reports = tuple(self._held(_store_of(client)))
-                message = ReportHeld(reports) if reports else Ping()
-                await client.ask(message, Done, timeout_s=self._ping_timeout_s)
+                if reports:
+                    reported, _ = await client.ask(ReportHeld(reports), Reported, timeout_s=self._ping_timeout_s)
+                    self._note_lost(reports, reported)
+                else:
+                    await client.ask(Ping(), Done, timeout_s=self._ping_timeout_s)
         except (StoreUnreachableError, ProtocolError, RefusedError):
             await client.close()
+
+    def _note_lost(self, reports: Sequence[HeldReport], reported: Reported) -> None:
+        """End what a report said is lost. It may have been opened again, under a newer epoch, since that was sent."""
+        for report in reports:
+            volume = self._volumes.get(VolumeId(report.volume))
+            session = volume.session if volume is not None else None
+            if report.volume in reported.lost and session is not None and session.epoch == report.epoch:
+                text = f"epoch {report.epoch} is over there"
+                self.fenced(VolumeId(report.volume), session, RefusedError(messages.FENCED, text))
 
     async def _reopen(self, client: WireClient, volume: OpenedVolume) -> None:
         """Open a volume again until the store agrees, refuses for good, or is gone."""
@@ -350,7 +376,7 @@ class StoreSession:
             try:
                 opened, _ = await client.ask(message, Opened, timeout_s=OPEN_TIMEOUT_S)
                 if await self._is_same(client, volume, opened):
-                    volume.grant(Session(client, opened.session))
+                    volume.grant(Session(client, opened.session, Epoch(opened.epoch)))
                     self._on_reopened(volume.id, opened)
                     return
                 text = f"the store at {self.address} has another volume under the name {volume.name}"

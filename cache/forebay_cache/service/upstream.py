@@ -99,9 +99,13 @@ class StoreUpstream:
     # --- one coroutine a request ------------------------------------------------------------------------------
 
     async def _fetch(self, volume: VolumeId, extents: Sequence[Extent], min_version: Version, done: FetchDone) -> None:
-        message = Read(volume, pack(extents), min_version)
+        packed = pack(extents)
+
+        def message(session: Session) -> AnyMessage:
+            return Read(volume, packed, min_version, session.epoch, session.number)
+
         try:
-            answer, payload = await self._ask(volume, lambda _: message, Blocks)
+            answer, payload = await self._ask(volume, message, Blocks)
             done(await self._open_pieces(answer, payload, extents, volume))
         except RefusedError as error:
             done(UpstreamRefusal(error.code, str(error)))
@@ -122,9 +126,12 @@ class StoreUpstream:
 
     async def _allocation(self, volume: VolumeId, extent: Extent, done: FetchDone) -> None:
         asked = Extent(extent.start, min(extent.count, MAP_BLOCKS_MAX))
-        message = MapExtents(volume, asked.start, asked.count)
+
+        def message(session: Session) -> AnyMessage:
+            return MapExtents(volume, asked.start, asked.count, session.epoch, session.number)
+
         try:
-            answer, _ = await self._ask(volume, lambda _: message, Mapped)
+            answer, _ = await self._ask(volume, message, Mapped)
             pieces = mapped_pieces(answer.pieces, asked)
             done([FetchedPiece(p.extent, None if p.hole else b"", Version(p.version), ()) for p in pieces])
         except RefusedError as error:
@@ -141,8 +148,8 @@ class StoreUpstream:
         holes: bytes,
         done: Callable[[UpstreamRefusal | None], None],
     ) -> None:
-        def message(session: int) -> AnyMessage:
-            return StagePart(cut.volume, cut.epoch, session, cut.attempt, index, holes)
+        def message(session: Session) -> AnyMessage:
+            return StagePart(cut.volume, cut.epoch, session.number, cut.attempt, index, holes)
 
         try:
             await self._ask(cut.volume, message, Done, frames)
@@ -156,8 +163,9 @@ class StoreUpstream:
     ) -> None:
         stands = make_version(cut.epoch, cut.last)
 
-        def message(session: int) -> AnyMessage:
-            return CommitCut(cut.volume, cut.epoch, session, cut.attempt, part_count, cut.first, cut.last, committed_ns)
+        def message(session: Session) -> AnyMessage:
+            numbers = (cut.attempt, part_count, cut.first, cut.last, committed_ns)
+            return CommitCut(cut.volume, cut.epoch, session.number, *numbers)
 
         try:
             # Beyond the cut, what is still dirty would count as clean and never be sent.
@@ -171,7 +179,7 @@ class StoreUpstream:
     async def _ask(
         self,
         volume: VolumeId,
-        message: Callable[[int], AnyMessage],
+        message: Callable[[Session], AnyMessage],
         expect: type[T],
         payload: Sequence[Buffer] = (),
         *,
@@ -186,7 +194,7 @@ class StoreUpstream:
         while True:
             session = await self._session.ready(volume)
             try:
-                answer = await session.client.ask(message(session.number), expect, payload)
+                answer = await session.client.ask(message(session), expect, payload)
                 if not right(answer[0]):
                     raise ProtocolError(f"the store's answer contradicts what was asked: {answer[0]}")
             except (StoreUnreachableError, ProtocolError) as error:
@@ -219,10 +227,13 @@ class StoreUpstream:
                 return True
             case messages.FENCED:
                 # Opening the volume again on this connection raises the session: only an old number was fenced.
-                return await self._session.ready(volume) != session
+                if await self._session.ready(volume) != session:
+                    return True
+                self._session.fenced(volume, session, error)
+                return False
             case _:
                 return False
 
 
-def _changed(volume: VolumeId, since: Version, start: int, _session: int) -> AnyMessage:
+def _changed(volume: VolumeId, since: Version, start: int, _session: Session) -> AnyMessage:
     return Changed(volume, since, start)

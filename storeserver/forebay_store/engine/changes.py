@@ -209,6 +209,20 @@ def expect_volume(reader: IndexReader, volume: bytes) -> VolumeState:
     return row
 
 
+def expect_epoch(row: VolumeState, epoch: int) -> None:
+    """Check that an epoch of a volume still lasts.
+
+    Raises:
+        RefusedError: FENCED.
+    """
+    if not row.writer or row.epoch != epoch:
+        raise RefusedError(
+            messages.FENCED,
+            f"epoch {epoch} of volume {row.name} is over, epoch {row.epoch} is "
+            f"{'held by device ' + row.writer.hex() if row.writer else 'released'}",
+        )
+
+
 def _check_size(name: str, size: int) -> None:
     if not 0 < size <= VOLUME_SIZE_MAX or size % BLOCK_SIZE:
         raise RefusedError(

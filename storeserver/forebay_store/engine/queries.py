@@ -10,7 +10,7 @@ import numpy as np
 from forebay_core.errors import RefusedError
 from forebay_core.names import NAME_SIZE_MAX
 from forebay_core.units import BLOCK_SIZE
-from forebay_store.engine.changes import expect_name, expect_volume
+from forebay_store.engine.changes import expect_epoch, expect_name, expect_volume
 from forebay_store.engine.head import overlapping
 from forebay_store.engine.ports import IndexReader
 from forebay_store.engine.rows import volume_row
@@ -89,6 +89,8 @@ def list_volumes(reader: IndexReader, message: messages.ListVolumes) -> messages
 def map_extents(reader: IndexReader, message: messages.MapExtents) -> messages.Mapped:
     """Return which blocks of an extent hold data."""
     row = expect_volume(reader, message.volume)
+    if message.epoch:
+        expect_epoch(row, message.epoch)
     end = message.start + message.count
     check_blocks(row, message.start, end)
     pieces = Pieces()

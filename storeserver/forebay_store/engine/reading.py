@@ -14,7 +14,7 @@ from forebay_core.errors import CorruptionError, ProtocolError, RefusedError
 from forebay_core.extents import EXTENT_DTYPE, Extent, unpack
 from forebay_core.frame import check_stored, decode_header
 from forebay_core.units import Buffer
-from forebay_store.engine.changes import expect_volume
+from forebay_store.engine.changes import expect_epoch, expect_volume
 from forebay_store.engine.head import narrow, overlapping
 from forebay_store.engine.ports import IndexReader
 from forebay_store.engine.queries import check_blocks
@@ -65,9 +65,11 @@ def plan_read(reader: IndexReader, message: messages.Read) -> ReadPlan:
     """Return how to answer a Read.
 
     Raises:
-        RefusedError: no such volume, behind `min_version`, or a malformed extent list.
+        RefusedError: no such volume, an epoch that is over, behind `min_version`, or a malformed extent list.
     """
     row = expect_volume(reader, message.volume)
+    if message.epoch:
+        expect_epoch(row, message.epoch)
     if row.version < message.min_version:
         raise RefusedError(
             messages.STORE_BEHIND,

@@ -141,6 +141,17 @@ class StoreEngine:
             self._answer(ticket, _failed(error))
         self._advance()
 
+    def expect_session(self, volume: bytes, session: int) -> None:
+        """Check that a session is the newest of its volume.
+
+        Raises:
+            RefusedError: FENCED.
+        """
+        if self._sessions.get(volume) != session:
+            raise RefusedError(
+                messages.FENCED, f"session {session:#x} of volume {volume.hex()} is over; open the volume again"
+            )
+
     def stop(self) -> None:
         """Take no more requests and bring the index up, so that the next start has nothing to replay."""
         self._stopping = True
@@ -233,16 +244,8 @@ class StoreEngine:
         self, reader: IndexReader, message: messages.StagePart | messages.CommitCut | messages.ReleaseVolume
     ) -> VolumeState:
         row = changes.expect_volume(reader, message.volume)
-        if not row.writer or row.epoch != message.epoch:
-            raise RefusedError(
-                messages.FENCED,
-                f"epoch {message.epoch} of volume {row.name} is over, epoch {row.epoch} is "
-                f"{'held by device ' + row.writer.hex() if row.writer else 'released'}",
-            )
-        if self._sessions.get(row.id) != message.session:
-            raise RefusedError(
-                messages.FENCED, f"session {message.session:#x} of volume {row.name} is over; open the volume again"
-            )
+        changes.expect_epoch(row, message.epoch)
+        self.expect_session(row.id, message.session)
         return row
 
     # Turns.

@@ -77,11 +77,14 @@ class StoreShell:
                 return await self._read(message)
             case messages.GetVolume():
                 return self._query(message), ()
-            case messages.ListVolumes() | messages.MapExtents() | messages.Changed():
+            case messages.ListVolumes() | messages.Changed():
                 return await self._loop.run_in_executor(self._readers, self._query, message), ()
+            case messages.MapExtents():
+                mapped = await self._loop.run_in_executor(self._readers, self._query, message)
+                self._check_session(message)
+                return mapped, ()
             case messages.ReportHeld():
-                self._keep_reports(peer, message)
-                return messages.Done(), ()
+                return self._keep_reports(peer, message), ()
             case messages.GetHeld():
                 return self._held(message), ()
             case messages.GetStoreStatus():
@@ -115,18 +118,22 @@ class StoreShell:
 
     # Requests.
 
-    def _keep_reports(self, peer: Peer, message: messages.ReportHeld) -> None:
+    def _keep_reports(self, peer: Peer, message: messages.ReportHeld) -> messages.Reported:
         """Keep what a holder says. In memory: each durable one would be a segment, and a store that starts again hears
         from every living cache within seconds. Only if cache and store are lost at once nobody knows any more."""
+        lost: list[bytes] = []
         with self._store.index.view() as reader:
             for report in message.reports[:REPORTS_PER_MESSAGE_MAX]:
                 row = find_volume(reader, report.volume) if len(report.volume) == ID_SIZE else None
                 if row is not None and (row.writer, row.epoch) == (peer.node, report.epoch):
                     self._reports.pop(row.id, None)
                     self._reports[row.id] = report
+                else:
+                    lost.append(report.volume)
         for kept in (self._reports, self._lost):
             while len(kept) > REPORTS_MAX:
                 kept.pop(next(iter(kept)))
+        return messages.Reported(tuple(lost))
 
     def _held(self, message: messages.GetHeld) -> messages.Held:
         with self._store.index.view() as reader:
@@ -153,10 +160,16 @@ class StoreShell:
         self._reads += 1
         with self._store.index.view() as reader:
             plan = plan_read(reader, message)
+        self._check_session(message)
         frames = self._read_now(plan)
         if frames is None:
             frames = await self._loop.run_in_executor(self._readers, self._read_slowly, plan)
         return messages.Blocks(plan.pieces), frames
+
+    def _check_session(self, message: messages.Read | messages.MapExtents) -> None:
+        """Refuse who reads under a session that is over; the view that answers has been asked for the epoch."""
+        if message.session:
+            self._engine.expect_session(message.volume, message.session)
 
     def _read_now(self, plan: ReadPlan) -> list[Buffer] | None:
         """Read what is in the page cache already; None if that would take time."""
