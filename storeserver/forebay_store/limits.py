@@ -46,6 +46,9 @@ PURGE_ENTRIES_MAX: Final = 4096
 OPEN_FILES_MAX: Final = 128
 """Segments kept open for reading."""
 
+FILES_RESERVED: Final = 128
+"""Open files beyond segments and connections: the index, a segment being written, what Python and a lookup need."""
+
 READ_GAP_MAX: Final = 16384
 """Bytes between two wanted frames that are read along rather than read around."""
 

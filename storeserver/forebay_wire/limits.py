@@ -46,6 +46,9 @@ SERVER_BYTES_IN_FLIGHT_MAX: Final = 16 * BYTES_IN_FLIGHT_MAX
 HANDSHAKES_MAX: Final = 256
 """Connections that have not authenticated yet; one more drops the oldest of them."""
 
+CONNECTIONS_MIN: Final = 16
+"""A server that may have fewer connections than this, for want of files, does not start."""
+
 READ_BUFFER_SIZE: Final = 128 * KIB
 """Receive buffer of an authenticated connection. A message that fills it gets memory of its own, of its full size."""
 
@@ -76,4 +79,5 @@ PEER_DEAD_AFTER_MS: Final = 15_000
 
 assert BODY_SIZE_MAX + PAYLOAD_SIZE_MAX <= BYTES_IN_FLIGHT_MAX <= SERVER_BYTES_IN_FLIGHT_MAX
 assert BUFFERS_PER_SEND_MAX <= 1024
+assert CONNECTIONS_MAX >= CONNECTIONS_MIN
 assert KEEPALIVE_IDLE_S + KEEPALIVE_INTERVAL_S * KEEPALIVE_PROBES <= PEER_DEAD_AFTER_MS / 1000

@@ -28,6 +28,7 @@ from forebay_wire.limits import (
     ACCEPT_RETRY_S,
     CLOSE_GRACE_S,
     CONNECTIONS_MAX,
+    CONNECTIONS_MIN,
     HANDSHAKE_TIMEOUT_S,
     HANDSHAKES_MAX,
     LISTEN_BACKLOG,
@@ -47,6 +48,22 @@ class ServerLimits(NamedTuple):
     handshakes: int = HANDSHAKES_MAX
     bytes_in_flight: int = SERVER_BYTES_IN_FLIGHT_MAX
     handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
+
+
+def limits_within(files: int) -> ServerLimits:
+    """Return the bounds of a server whose connections may use so many files, a fifth of them before they authenticate.
+
+    Raises:
+        ForebayError: that is too few to serve anybody.
+    """
+    handshakes = min(HANDSHAKES_MAX, files // 5)
+    connections = min(CONNECTIONS_MAX, files - handshakes)
+    if connections < CONNECTIONS_MIN:
+        raise ForebayError(
+            f"{max(0, files)} open files are left for connections, at least {CONNECTIONS_MIN * 5 // 4} are needed; "
+            "raise the limit (ulimit -n)"
+        )
+    return ServerLimits(connections=connections, handshakes=handshakes)
 
 
 class _Handshake(NamedTuple):

@@ -36,10 +36,13 @@ except ForebayError as error:
 class StoreDaemon:
     """Runs until `kill` or `stop`; use it as a context manager."""
 
-    def __init__(self, data: Path, *, key_file: Path | None = None, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self, data: Path, *, key_file: Path | None = None, listen: str = "127.0.0.1:0", files_max: int | None = None
+    ) -> None:
         self.data = data
+        limit = [] if files_max is None else ["prlimit", f"--nofile={files_max}:{files_max}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(data), listen, str(key_file or "")],
+            [*limit, sys.executable, "-c", _PROGRAM, str(data), listen, str(key_file or "")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

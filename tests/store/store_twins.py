@@ -14,7 +14,7 @@ from forebay_core.extents import Extent, pack
 from forebay_core.units import Buffer
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.changes import Change, Incoming
-from forebay_store.engine.ports import BackendError, SegmentExistsError, SegmentMissingError
+from forebay_store.engine.ports import BackendError, NothingKeptError, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import check_frames, plan_read
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
@@ -37,7 +37,8 @@ class Crash(Exception):
 
 
 class MemoryBackend:
-    """Segments in memory. `fault` is what the next create meets: no-space, broken, crash-before, crash-after."""
+    """Segments in memory. `fault` is what the next create meets: no-space, nothing-kept, broken, crash-before or
+    -after."""
 
     def __init__(self) -> None:
         self.segments: dict[str, bytes] = {}
@@ -48,6 +49,8 @@ class MemoryBackend:
         match fault:
             case "no-space":
                 raise NoSpaceError("the disk is full")
+            case "nothing-kept":
+                raise NothingKeptError("no file could be opened; repeat it")
             case "crash-before":
                 raise Crash
             case "broken":

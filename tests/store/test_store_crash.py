@@ -195,6 +195,15 @@ def test_an_index_without_space_keeps_what_is_durable_and_shows_it_later() -> No
     assert isinstance(twin.query(messages.GetVolume("vm")), messages.Volume)
 
 
+def test_a_segment_that_was_not_begun_is_refused_and_may_be_repeated() -> None:
+    twin = StoreTwin()
+    twin.backend.fault = "nothing-kept"
+    refused = twin.ask(messages.CreateVolume("vm", BLOCK_SIZE))
+    assert isinstance(refused, messages.Failed) and refused.code == messages.FAILED and "repeat" in refused.text
+    assert not twin.engine.error
+    assert isinstance(twin.ask(messages.CreateVolume("vm", BLOCK_SIZE)), messages.Volume)
+
+
 @pytest.mark.parametrize("fault", ["broken", "broken-after"])
 def test_a_broken_disk_refuses_all_changes_until_the_next_start(fault: str) -> None:
     twin = StoreTwin()

@@ -13,7 +13,14 @@ import pytest
 from store_twins import DictIndex, MemoryBackend
 
 from forebay_core.errors import CorruptionError, ForebayError, InUseError, NoSpaceError, WrongUsageError
-from forebay_store.engine.ports import BackendError, Index, SegmentBackend, SegmentExistsError, SegmentMissingError
+from forebay_store.engine.ports import (
+    BackendError,
+    Index,
+    NothingKeptError,
+    SegmentBackend,
+    SegmentExistsError,
+    SegmentMissingError,
+)
 from forebay_store.format.rows import Table
 from forebay_store.format.segment import SegmentName
 from forebay_store.service.dir_backend import DirBackend
@@ -136,6 +143,34 @@ def test_a_full_disk_leaves_nothing_and_creating_goes_on(
             backend.create(NAME, [b"12345"])
     assert os.listdir(tmp_path) == []
     backend.create(NAME, [b"12345"])
+    backend.close()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_segment_that_could_not_be_opened_is_repeated(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = DirBackend(tmp_path)
+    with monkeypatch.context() as patched:
+        fail_at(patched, "open", number)
+        with pytest.raises(NothingKeptError, match="repeat"):
+            backend.create(NAME, [b"12345"])
+    assert os.listdir(tmp_path) == []
+    backend.create(NAME, [b"12345"])
+    backend.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EMFILE])
+def test_want_of_memory_behind_the_opening_is_as_bad_as_a_broken_disk(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = DirBackend(tmp_path)
+    with monkeypatch.context() as patched:
+        fail_at(patched, "fdatasync", number)
+        with pytest.raises(BackendError):
+            backend.create(NAME, [b"12345"])
+    with pytest.raises(BackendError):
+        backend.create(NAME, [b"12345"])
     backend.close()
 
 

@@ -29,10 +29,10 @@ from forebay_wire.client import WireClient
 from forebay_wire.connection import MessageReceived
 from forebay_wire.framing import MESSAGE_HEADER
 from forebay_wire.greeting import GREETING, VERDICT, Reason, decode_verdict
-from forebay_wire.limits import BYTES_IN_FLIGHT_MAX, PAYLOAD_SIZE_MAX, REQUESTS_IN_FLIGHT_MAX
+from forebay_wire.limits import BYTES_IN_FLIGHT_MAX, CONNECTIONS_MIN, PAYLOAD_SIZE_MAX, REQUESTS_IN_FLIGHT_MAX
 from forebay_wire.messages import AnyMessage, Blocks, DeleteVolume, Done, GetVolume, Ping, Read, StagePart
 from forebay_wire.peer import Peer
-from forebay_wire.server import ServerLimits, WireServer
+from forebay_wire.server import ServerLimits, WireServer, limits_within
 
 Reply = tuple[AnyMessage, Sequence[Buffer]]
 
@@ -241,6 +241,15 @@ def test_one_connection_too_many_is_told_so() -> None:
                 await client.close()
 
     run(test)
+
+
+def test_connections_are_as_many_as_there_are_files_for() -> None:
+    assert limits_within(10**6) == ServerLimits()
+    few = limits_within(100)
+    assert few.connections + few.handshakes == 100
+    with pytest.raises(ForebayError, match="18 open files are left"):
+        limits_within(18)
+    assert limits_within(20).connections == CONNECTIONS_MIN
 
 
 @pytest.mark.parametrize("garbage", [b"\x00" * 200, b"GET / HTTP/1.1\r\n\r\n" * 10, os.urandom(5000)])

@@ -26,6 +26,10 @@ class BackendError(ForebayError):
     """The backend failed in a way that leaves open what is durable; it refuses changes until it is opened anew."""
 
 
+class NothingKeptError(ForebayError):
+    """The system had no file or memory to begin with: nothing was made, the request may be repeated."""
+
+
 class IndexReader(Protocol):
     """One consistent view of the index: tables of keys and values in the order of the keys' bytes."""
 
@@ -72,6 +76,7 @@ class SegmentBackend(Protocol):
         Raises:
             SegmentExistsError: there is one of this name; it is unchanged.
             NoSpaceError: the disk is full; nothing remains of it.
+            NothingKeptError: it was not even begun.
             BackendError: it is not known what remains.
         """
 

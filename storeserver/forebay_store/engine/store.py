@@ -21,7 +21,7 @@ from forebay_store.engine import changes
 from forebay_store.engine.apply import LogSegment
 from forebay_store.engine.changes import Change, Incoming
 from forebay_store.engine.log import Log, Written
-from forebay_store.engine.ports import Index, IndexReader
+from forebay_store.engine.ports import Index, IndexReader, NothingKeptError
 from forebay_store.engine.rows import volume_row
 from forebay_store.engine.volumes import deleted_volumes
 from forebay_store.format.records import CutPart, Record
@@ -163,7 +163,7 @@ class StoreEngine:
         """The segment of the last WriteSegment is durable, or nothing of it remains, or nobody knows."""
         if error is None:
             self._after_write(self._log.written())
-        elif isinstance(error, NoSpaceError):
+        elif isinstance(error, NoSpaceError | NothingKeptError):
             self._refuse(self._log.refused(), _failed(error))
         else:
             self._log.refused()

@@ -12,18 +12,19 @@ from forebay_core.errors import WrongUsageError
 from forebay_core.memory import keep_freed_memory
 from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_core.units import format_store
-from forebay_store.limits import OPEN_FILES_MAX
+from forebay_store.limits import FILES_RESERVED, OPEN_FILES_MAX
 from forebay_store.service.opening import OpenStore, open_store
 from forebay_store.service.shell import StoreShell
 from forebay_wire.address import Address, is_loopback, parse_address
 from forebay_wire.auth import read_key_file
-from forebay_wire.limits import CONNECTIONS_MAX
-from forebay_wire.server import WireServer
+from forebay_wire.limits import CONNECTIONS_MAX, HANDSHAKES_MAX
+from forebay_wire.server import ServerLimits, WireServer, limits_within
 
 SWITCH_INTERVAL_S: Final = 0.0005
 """How long a busy thread (index, reads) keeps the event loop waiting."""
 
-FILES_MAX: Final = CONNECTIONS_MAX + OPEN_FILES_MAX + 128
+OWN_FILES_MAX: Final = OPEN_FILES_MAX + FILES_RESERVED
+FILES_MAX: Final = CONNECTIONS_MAX + HANDSHAKES_MAX + OWN_FILES_MAX
 
 _LOG: Final = logging.getLogger("forebay.store")
 
@@ -42,25 +43,25 @@ def run(settings: StoreSettings) -> int:
     if key is None and not is_loopback(address.host):
         # Said before the folder is touched; the server checks it again.
         raise WrongUsageError(f"listening on {address} needs a key file: others can reach it; give store.key_file")
-    raise_file_limit(FILES_MAX)
+    limits = limits_within(raise_file_limit(FILES_MAX) - OWN_FILES_MAX)
     keep_freed_memory()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     store = open_store(settings.data, now_ns=time.time_ns())
     try:
-        asyncio.run(_serve(store, address, key))
+        asyncio.run(_serve(store, address, key, limits))
     finally:
         store.close()
     return 0
 
 
-async def _serve(store: OpenStore, address: Address, key: bytes | None) -> None:
+async def _serve(store: OpenStore, address: Address, key: bytes | None, limits: ServerLimits) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     shell = StoreShell(store)
     try:
-        server = WireServer(shell.answer, key=key, node=store.folder.store)
+        server = WireServer(shell.answer, key=key, node=store.folder.store, limits=limits)
         try:
             ready = f"store listening on {await server.listen_tcp(address)}"
             _LOG.info("%s, UUID %s", ready, format_store(store.folder.store))

@@ -4,7 +4,8 @@ A segment is written under a temporary name, made durable, and only then linked 
 is taken; the folder is made durable before `create` returns. Invariant: a file under a segment's name is whole.
 Crash: leaves at most a temporary file, which the next start removes.
 After a failed sync nothing is known of what the disk holds (a second one would prove nothing), so creating is refused
-until the backend is opened anew. A full disk is no such failure: the temporary file is thrown away.
+until the backend is opened anew. A full disk is no such failure: the temporary file is thrown away. Nor is a temporary
+file that could not be opened for want of descriptors or memory.
 """
 
 import errno
@@ -15,7 +16,7 @@ from typing import Final
 
 from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError
 from forebay_core.units import Buffer
-from forebay_store.engine.ports import BackendError, SegmentExistsError, SegmentMissingError
+from forebay_store.engine.ports import BackendError, NothingKeptError, SegmentExistsError, SegmentMissingError
 from forebay_store.format.segment import parse_name
 from forebay_store.service.new_file import NewFileWriter
 from forebay_store.service.open_files import OpenFiles
@@ -66,6 +67,9 @@ class DirBackend:
         except FileExistsError as error:
             self._remove(temporary)
             raise SegmentExistsError(f"segment {name} exists already: does another store write here?") from error
+        except NothingKeptError:
+            self._remove(temporary)  # without memory it may have got its name before it failed
+            raise
         except OSError as error:
             self._remove(temporary)
             raise self._failure(name, error) from error

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from forebay_core.units import BLOCK_SIZE, MIB, Buffer
+from forebay_store.engine.ports import NothingKeptError
 
 _GATHERED_SIZE: Final = 4 * MIB
+_SCARCE: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Opening a file fails with these when descriptors or memory run out. They say nothing about the disk."""
+
 assert _GATHERED_SIZE % BLOCK_SIZE == 0
 
 
@@ -30,9 +34,15 @@ class NewFileWriter:
         """Create or replace a file; its bytes are durable on return, its name is not.
 
         Raises:
+            NothingKeptError: no file could be opened just now; the disk was not written to.
             OSError: the disk can't do it; what is there of the file is unknown.
         """
-        fd = _open_new(path)
+        try:
+            fd = _open_new(path)
+        except OSError as error:
+            if error.errno in _SCARCE:
+                raise NothingKeptError(f"{path.name} could not be begun: {error.strerror}; repeat it") from error
+            raise
         try:
             size = self._write_all(fd, buffers)
             if size % BLOCK_SIZE:
