@@ -28,7 +28,8 @@ REQUESTS_IN_FLIGHT_MAX: Final = 64
 """Requests of one connection that the server works on; it stops reading beyond it."""
 
 BYTES_IN_FLIGHT_MAX: Final = 4 * PAYLOAD_SIZE_MAX
-"""Payload bytes of one connection's requests and unsent answers; the server stops reading beyond it."""
+"""Payload bytes of one connection's requests, of answers being made and of unsent ones. Beyond it the server stops
+reading, and an answer is not made before it fits."""
 
 CONNECTIONS_MAX: Final = 1024
 HANDSHAKE_TIMEOUT_S: Final = 10.0
@@ -41,7 +42,7 @@ assert PIECES_MAX * 28 < BODY_SIZE_MAX
 assert EXTENTS_MAX * 12 < BODY_SIZE_MAX
 
 SERVER_BYTES_IN_FLIGHT_MAX: Final = 16 * BYTES_IN_FLIGHT_MAX
-"""The same over all connections of a server; beyond it a connection has one request at a time."""
+"""The same over all connections of a server; beyond it a connection has one request and one answer at a time."""
 
 HANDSHAKES_MAX: Final = 256
 """Connections that have not authenticated yet; one more drops the oldest of them."""

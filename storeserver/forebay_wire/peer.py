@@ -2,17 +2,20 @@
 
 Invariants:
     requests == number of requests whose answer is not queued yet.
-    size == bytes of those requests and of unsent answers, as of the last count.
+    size == bytes of those requests, of room reserved for their answers and of unsent answers, as of the last count.
     The link is read only while both are below their limits, so a client that asks much or does not read its answers
-    slows itself and nobody else. Beyond BYTES_IN_FLIGHT_MAX there can only be answers to requests that had started.
+    slows itself and nobody else.
+    A large answer is made only when there is room for it: `reserve` waits until its size fits the bounds of this
+    connection and of the server, or no other answer of this connection is made or unsent. Room is given in order.
     Requests start in the order in which they arrived (they may end in any).
 A client that vanishes does not stop its requests: they end as they would, and their answers are dropped.
 """
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from forebay_core.errors import (
     CorruptionError,
@@ -31,6 +34,7 @@ from forebay_wire.link import Link
 from forebay_wire.messages import BAD_REQUEST, CORRUPT, FAILED, NO_SPACE, AnyMessage, Done, Failed, Ping
 
 _LOG: Final = logging.getLogger("forebay.wire")
+_GONE: Final = "the client is gone"
 
 Reply: TypeAlias = tuple[AnyMessage, Sequence[Buffer]]
 Answerer: TypeAlias = "Callable[[Peer, AnyMessage, memoryview], Awaitable[Reply]]"
@@ -40,7 +44,10 @@ class PeerOwner(Protocol):
     """The server, as a peer sees it."""
 
     def may_start(self, peer: "Peer") -> bool:
-        """Tell whether the server has room for another request of this peer."""
+        """Tell whether the server has room for another request of this peer; if not, it resumes the peer later."""
+
+    def has_room(self, peer: "Peer", size: int) -> bool:
+        """Tell whether the server has room for so many bytes more; if not, it resumes the peer later."""
 
     def on_size(self, change: int) -> None:
         """Count bytes that came in flight or went."""
@@ -53,6 +60,14 @@ class PeerOwner(Protocol):
 
     def on_idle(self, peer: "Peer") -> None:
         """A lost peer's last request ended."""
+
+
+class _Waiting(NamedTuple):
+    """A request whose answer waits for room."""
+
+    size: int
+    task: asyncio.Task[None]
+    future: asyncio.Future[None]
 
 
 class Peer:
@@ -69,6 +84,9 @@ class Peer:
         self._link: Link | None = None
         self._greeting: Greeting | None = None
         self._request_bytes = 0
+        self._reserved_bytes = 0
+        self._reserved: dict[asyncio.Task[None], int] = {}
+        self._waiting: deque[_Waiting] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
 
@@ -105,6 +123,7 @@ class Peer:
 
     def resume(self) -> None:
         """Take requests again as far as there is room, or stop; called when the server's room changed."""
+        self._give_room()
         if self._link is not None and not self._link.closed:
             self._link.resume()
 
@@ -113,6 +132,23 @@ class Peer:
         if self.requests >= REQUESTS_IN_FLIGHT_MAX or self.size >= BYTES_IN_FLIGHT_MAX:
             return False
         return self._owner.may_start(self)
+
+    async def reserve(self, size: int) -> None:
+        """Wait until there is room for an answer of `size` bytes to the request that the calling task works on.
+
+        Raises:
+            StoreUnreachableError: the client is gone.
+        """
+        task = asyncio.current_task()
+        assert task in self._tasks
+        if self.closed:
+            raise StoreUnreachableError(_GONE)
+        if self._waiting or not self._fits(size):
+            waiting = _Waiting(size, task, self._loop.create_future())
+            self._waiting.append(waiting)
+            await waiting.future
+        else:
+            self._take_room(size, task)
 
     def on_event(self, event: Event) -> None:
         """Take an event from the link."""
@@ -127,7 +163,11 @@ class Peer:
         self._settle()
 
     def on_lost(self, error: ForebayError) -> None:
-        """Tell the server."""
+        """Tell the server, and whoever waits for room."""
+        for waiting in self._waiting:
+            if not waiting.future.done():
+                waiting.future.set_exception(StoreUnreachableError(_GONE))
+        self._waiting.clear()
         self._settle()
         self._owner.on_lost(self, error)
         if not self._tasks:
@@ -160,6 +200,7 @@ class Peer:
         finally:
             self.requests -= 1
             self._request_bytes -= request.size
+            self._return_room()
             self._settle()
 
     def _send(self, request_id: int, reply: AnyMessage, payload: Sequence[Buffer]) -> None:
@@ -171,18 +212,48 @@ class Peer:
     def _count(self) -> None:
         """Bring `size` up to date."""
         assert self._link is not None
-        size = self._request_bytes + self._link.unsent_bytes
+        size = self._request_bytes + self._reserved_bytes + self._link.unsent_bytes
         if size != self.size:
             change, self.size = size - self.size, size
             self._owner.on_size(change)
 
     def _settle(self) -> None:
-        """Count, and receive again if that made room. Not from within an event: the link is at it already."""
+        """Count, give room, and receive again if there is some. Not from within an event: the link is at it already."""
         self._count()
+        self._give_room()
         link = self._link
         assert link is not None
         if not (link.receiving or link.closed) and self.may_receive():
             link.resume()
+
+    def _fits(self, size: int) -> bool:
+        """Tell whether an answer may be made; one at a time always may, lest nobody gets on."""
+        assert self._link is not None
+        answers = self._reserved_bytes + self._link.unsent_bytes
+        if answers == 0:
+            return True
+        return answers + size <= BYTES_IN_FLIGHT_MAX and self._owner.has_room(self, size)
+
+    def _take_room(self, size: int, task: "asyncio.Task[None]") -> None:
+        self._reserved[task] = self._reserved.get(task, 0) + size
+        self._reserved_bytes += size
+        self._count()
+
+    def _return_room(self) -> None:
+        """The request of this task is answered: what it made counts as unsent now."""
+        task = asyncio.current_task()
+        if task is not None:
+            self._reserved_bytes -= self._reserved.pop(task, 0)
+
+    def _give_room(self) -> None:
+        while self._waiting:
+            first = self._waiting[0]
+            if not first.future.done():
+                if not self._fits(first.size):
+                    return
+                self._take_room(first.size, first.task)
+                first.future.set_result(None)
+            self._waiting.popleft()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -9,7 +9,8 @@ Invariants:
     A peer is in _handshakes until it is authenticated, then in _peers until it is gone and its last request ended.
     A limited number of connections is not authenticated, each for a limited time (one more drops the oldest: silent
     ones can't keep others out); a limited number is.
-    _size == sum of the peers' sizes; at its limit only peers without anything in flight may start.
+    _size == sum of the peers' sizes; at its limit only peers without anything in flight may start, and each may have
+    one answer made. Who was denied room is in _denied and is resumed when there is some, the first one first.
 """
 
 import asyncio
@@ -101,7 +102,8 @@ class WireServer:
         self._peers: dict[int, Peer] = {}
         self._next_id = 1
         self._size = 0
-        self._crowded = False
+        self._denied: dict[int, Peer] = {}
+        self._resuming = False
         self._closing = False
         self._drained = asyncio.Event()
 
@@ -156,16 +158,21 @@ class WireServer:
         """Tell whether a peer may start another request."""
         if self._closing:
             return False
-        return self._size < self._limits.bytes_in_flight or peer.size == 0
+        return peer.size == 0 or self.has_room(peer, 1)
+
+    def has_room(self, peer: Peer, size: int) -> bool:
+        """Tell whether so many bytes fit; if not, the peer is resumed when there may be room."""
+        if self._size + size <= self._limits.bytes_in_flight:
+            return True
+        self._denied[peer.id] = peer
+        return False
 
     def on_size(self, change: int) -> None:
         """Count bytes in flight; when there is room again, those who waited for it go on."""
         self._size += change
-        if self._size >= self._limits.bytes_in_flight:
-            self._crowded = True
-        elif self._crowded:
-            self._crowded = False
-            self._loop.call_soon(self._resume_all)
+        if change < 0 and self._denied and not self._resuming:
+            self._resuming = True
+            self._loop.call_soon(self._resume_denied)
         if self._closing and self._size == 0:
             self._drained.set()
 
@@ -190,6 +197,7 @@ class WireServer:
 
     def on_idle(self, peer: Peer) -> None:
         """Forget a peer whose last request ended after it was gone."""
+        self._denied.pop(peer.id, None)
         self._peers.pop(peer.id, None)
 
     def _listen(self, listener: socket.socket) -> None:
@@ -251,8 +259,10 @@ class WireServer:
         self._handshakes[peer.id] = _Handshake(peer, timer)
         peer.attach(Link(sock, connection, peer))
 
-    def _resume_all(self) -> None:
-        for peer in self.peers:
+    def _resume_denied(self) -> None:
+        self._resuming = False
+        denied, self._denied = self._denied, {}
+        for peer in denied.values():
             peer.resume()
 
     async def _wait_drained(self, deadline: float) -> None:

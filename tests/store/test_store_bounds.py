@@ -3,12 +3,16 @@
 import asyncio
 from pathlib import Path
 
-from store_daemon import StoreDaemon, Writer, create, run
+from store_daemon import StoreDaemon, Writer, create, plain, run
 from wire_ends import RawPeer
 
 from forebay_core.errors import StoreUnreachableError
+from forebay_core.extents import Extent, pack
+from forebay_core.frame import FrameBuilder
+from forebay_core.units import KIB, MIB
 from forebay_store.service.daemon import OWN_FILES_MAX
 from forebay_wire import messages
+from forebay_wire.limits import BYTES_IN_FLIGHT_MAX, READ_BLOCKS_MAX
 
 
 def test_idle_connections_never_take_the_files_that_a_write_needs(tmp_path: Path) -> None:
@@ -37,6 +41,41 @@ def test_idle_connections_never_take_the_files_that_a_write_needs(tmp_path: Path
             await writer.write(2, "afterwards")
 
     with StoreDaemon(tmp_path / "s", files_max=OWN_FILES_MAX + for_connections) as daemon:
+        run(look(daemon))
+
+
+def memory_peak(pid: int) -> int:
+    """Return the most memory that a process ever had, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * KIB for line in lines if line.startswith("VmHWM"))
+
+
+def lone_blocks(count: int) -> list[bytes]:
+    """Return frames that hold one of the first blocks each, and 15 further ones of the volume."""
+    builder = FrameBuilder()
+    return [builder.build([Extent(at, 1), Extent(count + 15 * at, 15)], plain(at, 16)) for at in range(count)]
+
+
+def test_reads_whose_answers_nobody_takes_are_not_made(tmp_path: Path) -> None:
+    async def look(daemon: StoreDaemon) -> None:
+        assert daemon.address is not None
+        async with daemon.client() as client:
+            row = await create(client, "vm", 16 * READ_BLOCKS_MAX)
+            writer = await Writer.open(client, "vm")
+            await writer.stage(0, lone_blocks(READ_BLOCKS_MAX))
+            await writer.commit(1)
+            before = memory_peak(daemon.process.pid)
+            read = messages.Read(row.id, pack([Extent(0, READ_BLOCKS_MAX)]))
+            slow = await RawPeer.connect(daemon.address, key=None)
+            await slow.handshake()
+            await slow.send(b"".join(b"".join(slow.connection.send(at, read)) for at in range(24)))
+            for _ in range(3):
+                await client.ask(read, messages.Blocks)
+            # 24 answers are 360 MiB.
+            assert memory_peak(daemon.process.pid) - before < BYTES_IN_FLIGHT_MAX + 100 * MIB
+            slow.close()
+
+    with StoreDaemon(tmp_path / "s") as daemon:
         run(look(daemon))
 
 

@@ -27,6 +27,7 @@ from forebay_store.format.rows import Table
 from forebay_store.limits import PURGE_ENTRIES_MAX, REPORTS_MAX, REPORTS_PER_MESSAGE_MAX
 from forebay_store.service.opening import OpenStore
 from forebay_wire import messages
+from forebay_wire.limits import BODY_SIZE_MAX
 from forebay_wire.peer import Peer
 
 READ_THREADS: Final = 4
@@ -74,12 +75,14 @@ class StoreShell:
         """Answer one request; what is raised is answered as Failed by the wire server."""
         match message:
             case messages.Read():
-                return await self._read(message)
+                return await self._read(peer, message)
             case messages.GetVolume():
                 return self._query(message), ()
             case messages.ListVolumes() | messages.Changed():
+                await peer.reserve(BODY_SIZE_MAX)
                 return await self._loop.run_in_executor(self._readers, self._query, message), ()
             case messages.MapExtents():
+                await peer.reserve(BODY_SIZE_MAX)
                 mapped = await self._loop.run_in_executor(self._readers, self._query, message)
                 self._check_session(message)
                 return mapped, ()
@@ -156,11 +159,12 @@ class StoreShell:
         with self._store.index.view() as reader:
             return answer_query(reader, message)
 
-    async def _read(self, message: messages.Read) -> Reply:
+    async def _read(self, peer: Peer, message: messages.Read) -> Reply:
         self._reads += 1
         with self._store.index.view() as reader:
             plan = plan_read(reader, message)
         self._check_session(message)
+        await peer.reserve(sum(read.size for read in plan.reads))
         frames = self._read_now(plan)
         if frames is None:
             frames = await self._loop.run_in_executor(self._readers, self._read_slowly, plan)
