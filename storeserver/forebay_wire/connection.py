@@ -126,6 +126,11 @@ class Connection:
         """What the peer said of itself; None before it did. Proven only once the state is READY."""
         return self._peer
 
+    @property
+    def held_size(self) -> int:
+        """Bytes of memory of a large message that is being received; 0: none is."""
+        return 0 if self._reader is None else self._reader.held_size
+
     def receive_buffer(self) -> memoryview:
         """Return where the next received bytes go; never empty while `next_event` returns None."""
         if self._reader is not None:

@@ -28,11 +28,16 @@ REQUESTS_IN_FLIGHT_MAX: Final = 64
 """Requests of one connection that the server works on; it stops reading beyond it."""
 
 BYTES_IN_FLIGHT_MAX: Final = 4 * PAYLOAD_SIZE_MAX
-"""Payload bytes of one connection's requests, of answers being made and of unsent ones. Beyond it the server stops
-reading, and an answer is not made before it fits."""
+"""Bytes of one connection's requests (of a large one from its header on), of answers being made and of unsent ones. At
+it the server stops reading, and an answer is not made before it fits."""
 
 CONNECTIONS_MAX: Final = 1024
 HANDSHAKE_TIMEOUT_S: Final = 10.0
+PROGRESS_TIMEOUT_S: Final = 30.0
+PROGRESS_SIZE_MIN: Final = 64 * KIB
+"""Bytes that a message of more than READ_BUFFER_SIZE must bring in that time, else the connection ends: it holds memory
+of its full size meanwhile."""
+
 KEY_SIZE_MIN: Final = 16
 KEY_SIZE_MAX: Final = 4096
 

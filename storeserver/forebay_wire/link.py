@@ -33,6 +33,9 @@ class LinkOwner(Protocol):
     def on_event(self, event: Event) -> None:
         """Take an event of the connection."""
 
+    def on_received(self) -> None:
+        """What arrived was taken, as far as it may be; a large message may have begun or grown."""
+
     def on_sent(self) -> None:
         """Some unsent bytes were sent."""
 
@@ -53,6 +56,7 @@ class Link:
         self._writing = False
         self._reading = False
         self.unsent_bytes = 0
+        self.received_bytes = 0
         self.closed = False
 
     @property
@@ -99,6 +103,7 @@ class Link:
         if not self.closed:
             if self._connection.has_outgoing:
                 self.send(self._connection.take_outgoing())
+            self._owner.on_received()
             self._set_reading(self._owner.may_receive())
 
     def lose(self, error: ForebayError) -> None:
@@ -130,6 +135,7 @@ class Link:
         if count == 0:
             self.lose(StoreUnreachableError("the peer closed the connection"))
             return
+        self.received_bytes += count
         self._connection.received(count)
         self.resume()
 

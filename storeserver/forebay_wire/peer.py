@@ -2,9 +2,12 @@
 
 Invariants:
     requests == number of requests whose answer is not queued yet.
-    size == bytes of those requests, of room reserved for their answers and of unsent answers, as of the last count.
+    size == bytes of those requests, of a large one being received, of room reserved for answers and of unsent answers,
+    as of the last count.
     The link is read only while both are below their limits, so a client that asks much or does not read its answers
     slows itself and nobody else.
+    A large request begins only below the limits, and is read to its end from then on, or those that wait for each
+    other's room would wait for ever. One that does not get on ends the connection.
     A large answer is made only when there is room for it: `reserve` waits until its size fits the bounds of this
     connection and of the server, or no other answer of this connection is made or unsent. Room is given in order.
     Requests start in the order in which they arrived (they may end in any).
@@ -29,7 +32,7 @@ from forebay_core.errors import (
 from forebay_core.units import Buffer
 from forebay_wire.connection import Connection, Event, MessageReceived, Ready
 from forebay_wire.greeting import Greeting
-from forebay_wire.limits import BYTES_IN_FLIGHT_MAX, FAILED_TEXT_MAX, REQUESTS_IN_FLIGHT_MAX
+from forebay_wire.limits import BYTES_IN_FLIGHT_MAX, FAILED_TEXT_MAX, PROGRESS_SIZE_MIN, REQUESTS_IN_FLIGHT_MAX
 from forebay_wire.link import Link
 from forebay_wire.messages import BAD_REQUEST, CORRUPT, FAILED, NO_SPACE, AnyMessage, Done, Failed, Ping
 
@@ -42,6 +45,10 @@ Answerer: TypeAlias = "Callable[[Peer, AnyMessage, memoryview], Awaitable[Reply]
 
 class PeerOwner(Protocol):
     """The server, as a peer sees it."""
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken at all."""
 
     def may_start(self, peer: "Peer") -> bool:
         """Tell whether the server has room for another request of this peer; if not, it resumes the peer later."""
@@ -85,6 +92,7 @@ class Peer:
         self._greeting: Greeting | None = None
         self._request_bytes = 0
         self._reserved_bytes = 0
+        self._progress: int | None = None  # bytes received when a large request was seen under way
         self._reserved: dict[asyncio.Task[None], int] = {}
         self._waiting: deque[_Waiting] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,10 +136,22 @@ class Peer:
             self._link.resume()
 
     def may_receive(self) -> bool:
-        """Tell whether another request may be taken."""
+        """Tell whether another request, or more of one that has begun, may be taken."""
+        if self._connection.held_size:
+            return self._owner.accepting
         if self.requests >= REQUESTS_IN_FLIGHT_MAX or self.size >= BYTES_IN_FLIGHT_MAX:
             return False
         return self._owner.may_start(self)
+
+    def check_progress(self) -> None:
+        """Disconnect a client whose large request did not get on since the last call."""
+        link = self._link
+        assert link is not None
+        before, self._progress = self._progress, None
+        if self._connection.held_size:
+            self._progress = link.received_bytes
+            if before is not None and link.received_bytes < before + PROGRESS_SIZE_MIN:
+                self.disconnect("a message that it began did not get on")
 
     async def reserve(self, size: int) -> None:
         """Wait until there is room for an answer of `size` bytes to the request that the calling task works on.
@@ -157,6 +177,10 @@ class Peer:
         elif isinstance(event, Ready):
             self._greeting = event.peer
             self._owner.on_ready(self)
+
+    def on_received(self) -> None:
+        """Count a large request that began."""
+        self._count()
 
     def on_sent(self) -> None:
         """Count what was sent, and take more requests."""
@@ -212,7 +236,7 @@ class Peer:
     def _count(self) -> None:
         """Bring `size` up to date."""
         assert self._link is not None
-        size = self._request_bytes + self._reserved_bytes + self._link.unsent_bytes
+        size = self._request_bytes + self._connection.held_size + self._reserved_bytes + self._link.unsent_bytes
         if size != self.size:
             change, self.size = size - self.size, size
             self._owner.on_size(change)

@@ -8,7 +8,7 @@ Invariants:
     While a large message is being received, the buffer is empty and takes nothing.
     A payload that was handed out is never written to again: small ones are copied out (4 KiB: 0.1 us; a view would
     keep the whole buffer alive), large ones own their memory.
-    Nobody gets more than the buffer without having filled it.
+    Nobody gets more than the buffer without having filled it; `held_size` says how much.
 """
 
 from typing import Final, NamedTuple
@@ -43,6 +43,11 @@ class MessageReader:
         self._start = 0
         self._end = 0
         self._large: _LargeMessage | None = None
+
+    @property
+    def held_size(self) -> int:
+        """Bytes of memory of a message that is being received; 0: it needs none of its own."""
+        return 0 if self._large is None else self._large.size
 
     def receive_buffer(self) -> memoryview:
         """Return where the next bytes go. Never empty if `next_message` returned None since the last `received`."""
@@ -101,9 +106,9 @@ class _LargeMessage:
 
     def __init__(self, header: MessageHeader, begin: memoryview) -> None:
         self.header = header
-        self._size = header.body_size + header.payload_size
+        self.size = header.body_size + header.payload_size
         # numpy leaves the memory untouched (a bytearray fills it with zeros: 8 MiB 0.4 ms) and asks for huge pages.
-        self._memory = np.empty(self._size, np.uint8).data
+        self._memory = np.empty(self.size, np.uint8).data
         self._memory[: begin.nbytes] = begin
         self._filled = begin.nbytes
         # Summed as it arrives: the bytes are still in the processor's cache, and no step takes long.
@@ -112,7 +117,7 @@ class _LargeMessage:
     @property
     def missing(self) -> int:
         """Bytes that have not arrived yet."""
-        return self._size - self._filled
+        return self.size - self._filled
 
     def receive_buffer(self) -> memoryview:
         return self._memory[self._filled : self._filled + RECEIVE_SIZE_MAX]

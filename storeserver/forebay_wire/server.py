@@ -33,6 +33,7 @@ from forebay_wire.limits import (
     HANDSHAKE_TIMEOUT_S,
     HANDSHAKES_MAX,
     LISTEN_BACKLOG,
+    PROGRESS_TIMEOUT_S,
     SERVER_BYTES_IN_FLIGHT_MAX,
 )
 from forebay_wire.link import Link
@@ -49,6 +50,7 @@ class ServerLimits(NamedTuple):
     handshakes: int = HANDSHAKES_MAX
     bytes_in_flight: int = SERVER_BYTES_IN_FLIGHT_MAX
     handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
+    progress_timeout_s: float = PROGRESS_TIMEOUT_S
 
 
 def limits_within(files: int) -> ServerLimits:
@@ -106,6 +108,7 @@ class WireServer:
         self._resuming = False
         self._closing = False
         self._drained = asyncio.Event()
+        self._progress_timer: asyncio.TimerHandle | None = None
 
     @property
     def peers(self) -> tuple[Peer, ...]:
@@ -138,6 +141,8 @@ class WireServer:
         """Stop listening, let requests in work end and their answers be read for `grace_s`, then close. Idempotent."""
         self._closing = True
         self._stop_listening()
+        if self._progress_timer is not None:
+            self._progress_timer.cancel()
         for handshake in tuple(self._handshakes.values()):
             handshake.peer.disconnect("the server is closing")
         deadline = self._loop.time() + grace_s
@@ -153,6 +158,11 @@ class WireServer:
         await self._wait_drained(deadline)
         for peer in self.peers:
             peer.disconnect("the server is closing")
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken; not while it is closing."""
+        return not self._closing
 
     def may_start(self, peer: Peer) -> bool:
         """Tell whether a peer may start another request."""
@@ -180,6 +190,8 @@ class WireServer:
         """Count an authenticated peer."""
         self._handshakes.pop(peer.id).timer.cancel()
         self._peers[peer.id] = peer
+        if self._progress_timer is None:
+            self._watch_progress()
         if len(self._peers) > self._limits.connections:
             peer.disconnect("too many connections")
 
@@ -258,6 +270,12 @@ class WireServer:
         )
         self._handshakes[peer.id] = _Handshake(peer, timer)
         peer.attach(Link(sock, connection, peer))
+
+    def _watch_progress(self) -> None:
+        for peer in self.peers:
+            if not peer.closed:
+                peer.check_progress()
+        self._progress_timer = self._loop.call_later(self._limits.progress_timeout_s, self._watch_progress)
 
     def _resume_denied(self) -> None:
         self._resuming = False

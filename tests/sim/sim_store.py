@@ -329,6 +329,8 @@ class StoreHost:
 class _Owner:
     """The wire's server, as a peer sees it, with room for everybody."""
 
+    accepting = True
+
     def may_start(self, peer: Peer) -> bool:
         return True
 
