@@ -22,6 +22,14 @@ PENDING_RECORDS_MAX: Final = 65536
 WAITING_PER_VOLUME_MAX: Final = 64
 """Changes of one volume that wait for their turn."""
 
+PART_ENTRIES_MAX: Final = 4096
+"""Extents of frames in one part. An honest part has at most one for each block: 1024 from a cache, 2048 from an import;
+frames of a few bytes would make 180,000 of one payload."""
+
+CUT_ENTRIES_MAX: Final = PARTS_PER_CUT_MAX * 512 + 4 * HOLES_PER_PART_MAX
+"""Extents of one cut, holes included: as many as a cache may gather while the store is away (33.5 million blocks, one
+in each extent). A commit is one transaction of the index, and the changes of other volumes wait for it."""
+
 UNAPPLIED_SEGMENTS_MAX: Final = 16
 """Durable segments that the index may lag behind while the store runs."""
 
@@ -65,4 +73,5 @@ assert PAYLOAD_SIZE_MAX + HOLES_PER_PART_MAX * 12 + MIB <= SEGMENT_SIZE_MAX
 assert 2 * SEGMENT_SIZE_MAX <= PENDING_BYTES_MAX
 assert SEGMENT_RECORDS_MAX <= PENDING_RECORDS_MAX
 assert SEGMENT_SIZE_MAX < 1 << 32
+assert HOLES_PER_PART_MAX + PART_ENTRIES_MAX <= CUT_ENTRIES_MAX
 assert BLOCK_SIZE * FRAME_BLOCKS_MAX < PAYLOAD_SIZE_MAX

@@ -3,13 +3,15 @@
 import asyncio
 from pathlib import Path
 
+import pytest
 from store_daemon import StoreDaemon, Writer, create, plain, run
 from wire_ends import RawPeer
 
-from forebay_core.errors import StoreUnreachableError
+from forebay_core.errors import RefusedError, StoreUnreachableError
 from forebay_core.extents import Extent, pack
 from forebay_core.frame import FrameBuilder
-from forebay_core.units import KIB, MIB
+from forebay_core.units import BLOCK_SIZE, KIB, MIB
+from forebay_store.limits import PART_ENTRIES_MAX
 from forebay_store.service.daemon import OWN_FILES_MAX
 from forebay_wire import messages
 from forebay_wire.limits import BYTES_IN_FLIGHT_MAX, READ_BLOCKS_MAX
@@ -74,6 +76,24 @@ def test_reads_whose_answers_nobody_takes_are_not_made(tmp_path: Path) -> None:
             # 24 answers are 360 MiB.
             assert memory_peak(daemon.process.pid) - before < BYTES_IN_FLIGHT_MAX + 100 * MIB
             slow.close()
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(look(daemon))
+
+
+def test_a_part_of_tiny_frames_is_refused_before_it_can_keep_the_index_busy(tmp_path: Path) -> None:
+    builder = FrameBuilder()
+    frames = [builder.build([Extent(2 * at, 1)], b"x" * BLOCK_SIZE) for at in range(PART_ENTRIES_MAX + 1)]
+
+    async def look(daemon: StoreDaemon) -> None:
+        async with daemon.client() as client:
+            await create(client, "vm", 4 * PART_ENTRIES_MAX)
+            writer = await Writer.open(client, "vm")
+            with pytest.raises(RefusedError, match="more than 4096 extents") as caught:
+                await writer.stage(0, [b"".join(frames)])
+            assert caught.value.code == messages.BAD_REQUEST
+            await writer.stage(0, [b"".join(frames[:-1])])
+            await writer.commit(1)
 
     with StoreDaemon(tmp_path / "s") as daemon:
         run(look(daemon))

@@ -206,6 +206,16 @@ def test_staged_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code(rig.stage(frame(0, "x", 4), attempt=4)) == messages.BAD_REQUEST
 
 
+def test_extents_of_a_cut_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    monkeypatch.setattr(changes, "CUT_ENTRIES_MAX", 3)
+    rig.stage(frame(0, "a") + frame(2, "b"), 0)
+    rig.stage(frame(4, "c"), 1, holes=(Extent(8, 2),))
+    assert code(rig.commit(1, 1, parts=2)) == messages.BAD_REQUEST
+    assert rig.row().version == 0
+    assert isinstance(rig.commit(1, 1, parts=1), messages.Committed)
+
+
 def test_an_older_epoch_is_fenced() -> None:
     rig = Rig()
     rig.stage(frame(0, "a"))

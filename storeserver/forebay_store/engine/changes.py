@@ -25,7 +25,7 @@ from forebay_store.format.records import (
     WriterTaken,
 )
 from forebay_store.format.rows import NOBODY, VolumeState
-from forebay_store.limits import ATTEMPTS_PER_VOLUME_MAX, STAGED_BYTES_MAX, STAGED_PARTS_MAX
+from forebay_store.limits import ATTEMPTS_PER_VOLUME_MAX, CUT_ENTRIES_MAX, STAGED_BYTES_MAX, STAGED_PARTS_MAX
 from forebay_wire import messages
 from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX
 
@@ -253,11 +253,14 @@ def _check_commit(message: messages.CommitCut) -> None:
 
 
 def _check_parts(reader: IndexReader, row: VolumeState, message: messages.CommitCut) -> None:
-    expected = 0
-    for part_index, _ in staged_parts(reader, row.id, message.epoch, message.attempt):
+    expected = entries = 0
+    for part_index, part in staged_parts(reader, row.id, message.epoch, message.attempt):
         if part_index != expected or expected == message.part_count:
             break
         expected += 1
+        entries += part.entry_count
+        if entries > CUT_ENTRIES_MAX:
+            raise RefusedError(messages.BAD_REQUEST, f"a cut of more than {CUT_ENTRIES_MAX} extents; commit earlier")
     if expected < message.part_count:
         raise RefusedError(
             messages.PARTS_MISSING,

@@ -18,7 +18,7 @@ The same table comes out of the payload whenever it is parsed: when it arrives, 
 import struct
 from typing import Final, NamedTuple
 
-from forebay_core.errors import CorruptionError
+from forebay_core.errors import CorruptionError, ProtocolError
 from forebay_core.frame import FrameHeader, check_stored, decode_header
 from forebay_core.units import Buffer
 
@@ -45,11 +45,12 @@ class PartTable(NamedTuple):
     payload_size: int
 
 
-def parse_part(payload: Buffer, *, place: str, stored: bool) -> PartTable:
+def parse_part(payload: Buffer, *, place: str, stored: bool, entries_max: int | None = None) -> PartTable:
     """Return the table of a payload of whole frames; with `stored` the stored bytes are compared as well.
 
     Raises:
         CorruptionError: a frame is cut short or damaged.
+        ProtocolError: there are more than `entries_max` extents; found before the rest is looked at.
     """
     view = memoryview(payload)
     entries = bytearray()
@@ -65,6 +66,8 @@ def parse_part(payload: Buffer, *, place: str, stored: bool) -> PartTable:
                 place=frame_place, what="frame size", expected=f"at most {view.nbytes - offset}", found=header.size
             )
         blocks_end = max(blocks_end, _add_entries(entries, header, offset))
+        if entries_max is not None and len(entries) > entries_max * PART_ENTRY.size:
+            raise ProtocolError(f"{place}: more than {entries_max} extents; stage larger frames or smaller parts")
         offset += header.size
     return PartTable(bytes(entries), blocks_end, view.nbytes)
 

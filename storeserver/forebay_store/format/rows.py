@@ -96,6 +96,7 @@ from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.extents import EXTENT_DTYPE
 from forebay_core.units import ID_SIZE
+from forebay_store.format.part import PART_ENTRY
 from forebay_store.format.segment import SegmentName
 
 INDEX_FORMAT: Final = 1
@@ -189,6 +190,11 @@ class StagedPart(NamedTuple):
     payload_size: int
     holes: bytes
     entries: bytes
+
+    @property
+    def entry_count(self) -> int:
+        """How many entries of the head it makes."""
+        return len(self.entries) // PART_ENTRY.size + len(self.holes) // EXTENT_DTYPE.itemsize
 
 
 def encode_volume(row: VolumeState) -> bytes:

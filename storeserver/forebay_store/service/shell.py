@@ -24,7 +24,7 @@ from forebay_store.engine.store import Answer, ApplySegments, Command, PurgeVolu
 from forebay_store.engine.volumes import find_volume, purge_head
 from forebay_store.format.part import PartTable, parse_part
 from forebay_store.format.rows import Table
-from forebay_store.limits import PURGE_ENTRIES_MAX, REPORTS_MAX, REPORTS_PER_MESSAGE_MAX
+from forebay_store.limits import PART_ENTRIES_MAX, PURGE_ENTRIES_MAX, REPORTS_MAX, REPORTS_PER_MESSAGE_MAX
 from forebay_store.service.opening import OpenStore
 from forebay_wire import messages
 from forebay_wire.limits import BODY_SIZE_MAX
@@ -195,9 +195,13 @@ class StoreShell:
 
     async def _parse(self, message: messages.StagePart, payload: memoryview) -> PartTable:
         place = f"part {message.index} of attempt {message.attempt:#x} as received"
+
+        def parse() -> PartTable:
+            return parse_part(payload, place=place, stored=True, entries_max=PART_ENTRIES_MAX)
+
         if payload.nbytes <= INLINE_SIZE_MAX:
-            return parse_part(payload, place=place, stored=True)
-        return await self._loop.run_in_executor(self._readers, lambda: parse_part(payload, place=place, stored=True))
+            return parse()
+        return await self._loop.run_in_executor(self._readers, parse)
 
     async def _change(
         self, message: Change, part: PartTable | None, payload: tuple[Buffer, ...]
