@@ -9,7 +9,7 @@ import pytest
 from store_daemon import DEVICE, frame, plain
 from store_twins import StoreTwin
 
-from forebay_core.errors import CorruptionError, ForebayError, WrongUsageError
+from forebay_core.errors import CorruptionError, ForebayError, InUseError, WrongUsageError
 from forebay_core.extents import Extent, pack
 from forebay_core.frame import CODEC_RAW, encode_frame
 from forebay_core.units import BLOCK_SIZE
@@ -17,7 +17,7 @@ from forebay_store.engine.replay import replay
 from forebay_store.engine.volumes import write_store
 from forebay_store.format.rows import Table
 from forebay_store.service.dir_backend import DirBackend
-from forebay_store.service.folder import make_folder
+from forebay_store.service.folder import make_folder, open_folder
 from forebay_store.service.fsck import FINDINGS_MAX, fsck
 from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_store.service.opening import open_store
@@ -149,6 +149,17 @@ def test_findings_are_bounded(tmp_path: Path) -> None:
         (tmp_path / "s" / "segments" / f"x{at}").touch()
     found = fsck(tmp_path / "s")
     assert len(found) == FINDINGS_MAX + 1 and found[-1].code == "more"
+
+
+def test_a_folder_without_a_lock_file_is_locked_all_the_same(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    (tmp_path / "s" / "lock").unlink()
+    folder = open_folder(tmp_path / "s")
+    for other in (fsck, rebuild_index, lambda path: open_store(path, now_ns=1)):
+        with pytest.raises(InUseError):
+            other(tmp_path / "s")
+    folder.close()
+    assert fsck(tmp_path / "s") == []
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:

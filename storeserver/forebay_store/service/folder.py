@@ -33,9 +33,9 @@ IDENTITY_SIZE_MAX: Final = 4 * KIB
 class StoreFolder:
     """A locked data folder; close it to let others in."""
 
-    def __init__(self, path: Path, lock: int | None, store: bytes | None) -> None:
+    def __init__(self, path: Path, lock: int, store: bytes | None) -> None:
         self.path = path
-        self._lock = lock
+        self._lock: int | None = lock
         self._store = store
 
     @property
@@ -89,9 +89,10 @@ def make_folder(path: Path) -> StoreFolder:
     """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_foreign(path)
-    folder = StoreFolder(path, _lock(path, create=True), None)
+    lock = _lock(path)
+    folder = StoreFolder(path, lock, None)
     try:
-        folder = StoreFolder(path, folder._lock, _read_identity(path))
+        folder = StoreFolder(path, lock, _read_identity(path))
         if not folder.has_identity:
             if folder.segments.is_dir() and any(folder.segments.iterdir()):
                 raise ForebayError(f"{path / IDENTITY_NAME} is missing; run: forebay store rebuild-index --data {path}")
@@ -106,21 +107,23 @@ def make_folder(path: Path) -> StoreFolder:
 
 
 def open_folder(path: Path) -> StoreFolder:
-    """Open the folder of a stopped store, to check or to repair it; nothing is made.
+    """Open the folder of a stopped store, to check or to repair it; nothing is made but a lock file that is missing.
+
+    A folder from a backup may have none: without it a store that starts meanwhile would not be kept out.
 
     Raises:
         WrongUsageError: there is no store in it.
         InUseError: another process works in it.
         CorruptionError: its identity file is damaged.
+        ForebayError: it can't be locked.
     """
     if not (path / SEGMENTS_NAME).is_dir():
         raise WrongUsageError(f"{path} holds no store (no folder {SEGMENTS_NAME}); give the folder of a store")
-    lock = _lock(path, create=False)
+    lock = _lock(path)
     try:
         return StoreFolder(path, lock, _read_identity(path))
     except BaseException:
-        if lock is not None:
-            os.close(lock)
+        os.close(lock)
         raise
 
 
@@ -156,11 +159,11 @@ def _check_foreign(path: Path) -> None:
         )
 
 
-def _lock(path: Path, *, create: bool) -> int | None:
+def _lock(path: Path) -> int:
     try:
-        fd = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
-    except FileNotFoundError:
-        return None  # No store ever ran here, and none can start meanwhile without making the file.
+        fd = os.open(path / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ForebayError(f"can't open {path / LOCK_NAME} to lock the store: {error.strerror}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
