@@ -1,7 +1,10 @@
 """fsck finds each kind of damage that is planted, by its code and place, and changes nothing."""
 
 import hashlib
+import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from forebay_store.engine.volumes import write_store
 from forebay_store.format.rows import Table
 from forebay_store.service.dir_backend import DirBackend
 from forebay_store.service.folder import make_folder, open_folder
-from forebay_store.service.fsck import FINDINGS_MAX, fsck
+from forebay_store.service.fsck import FINDINGS_MAX, CheckError, fsck
 from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_store.service.opening import open_store
 from forebay_store.service.rebuild import rebuild_index
@@ -149,6 +152,26 @@ def test_findings_are_bounded(tmp_path: Path) -> None:
         (tmp_path / "s" / "segments" / f"x{at}").touch()
     found = fsck(tmp_path / "s")
     assert len(found) == FINDINGS_MAX + 1 and found[-1].code == "more"
+
+
+def test_a_full_scratch_folder_fails_the_check_and_accuses_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "s")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(small))
+        with pytest.raises(CheckError, match="TMPDIR"):
+            fsck(tmp_path / "s")
+    finally:
+        subprocess.run(["umount", small], check=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(CheckError, match="TMPDIR"):
+        fsck(tmp_path / "s")
+    assert not os.listdir(small)
 
 
 def test_a_folder_without_a_lock_file_is_locked_all_the_same(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ what replay of the segments gives. Codes of findings are stable:
     more                there is more of the same than is listed
 """
 
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from forebay_core.errors import CorruptionError, ForebayError, InUseError, WrongUsageError
+from forebay_core.errors import CorruptionError, ForebayError, InUseError, NoSpaceError, WrongUsageError
 from forebay_core.frame import FrameHeader, check_stored, decode_header, open_frame
 from forebay_store.engine.ports import IndexReader, SegmentMissingError
 from forebay_store.engine.replay import LoadedSegment, check_previous, load_segment, replay, segment_names
@@ -50,6 +49,10 @@ from forebay_store.service.lmdb_index import LmdbIndex
 FINDINGS_MAX: Final = 1000
 INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb"))
 _COMPARED: Final = (Table.META, Table.VOLUMES, Table.NAMES, Table.HEAD, Table.ATTEMPTS, Table.STAGED)
+
+
+class CheckError(ForebayError):
+    """The check itself could not be done: no word about the store."""
 
 
 class Finding(NamedTuple):
@@ -78,6 +81,8 @@ class Findings:
         """Note what the checks inside raise, and go on behind them."""
         try:
             yield
+        except CheckError:
+            raise
         except SegmentMissingError as error:
             self.add("segment-missing", error.place, str(error))
         except CorruptionError as error:
@@ -92,6 +97,7 @@ def fsck(data: Path) -> list[Finding]:
     Raises:
         InUseError: a store runs in it.
         WrongUsageError: there is no store in it.
+        CheckError: the check could not be done.
     """
     findings = Findings()
     try:
@@ -206,20 +212,35 @@ def _compare_with_replay(index: LmdbIndex, backend: DirBackend, store: bytes, fi
     if applied != NO_SEGMENT and applied not in segment_names(backend):
         findings.add("segment-missing", f"segment {applied.text}", "the newest that the index shows is not there")
         return
-    scratch = Path(tempfile.mkdtemp(prefix="forebay-fsck-"))
-    try:
-        expected = LmdbIndex(scratch, lasting=False)
+    with _scratch_index() as expected:
         try:
             expected.update(lambda writer: write_store(writer, store))
             replay(backend, expected, store=store, until=applied)
-            with index.view() as is_there, expected.view() as should_be:
-                _compare(is_there, should_be, findings)
         except CorruptionError as error:
             findings.add("index-unchecked", error.place, str(error))
-        finally:
-            expected.close()
-    finally:
-        shutil.rmtree(scratch)
+            return
+        with index.view() as is_there, expected.view() as should_be:
+            _compare(is_there, should_be, findings)
+
+
+@contextmanager
+def _scratch_index() -> Iterator[LmdbIndex]:
+    """Lend an empty index in a temporary folder; want of room there says nothing of the store.
+
+    Raises:
+        CheckError: there is no such folder, or no room in it.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="forebay-fsck-") as scratch:
+            index = LmdbIndex(Path(scratch), lasting=False)
+            try:
+                yield index
+            finally:
+                index.close()
+    except (OSError, NoSpaceError) as error:
+        raise CheckError(
+            f"no room for the index that the check compares with: {error}; make room, or set TMPDIR"
+        ) from error
 
 
 def _compare(found: IndexReader, expected: IndexReader, findings: Findings) -> None:
