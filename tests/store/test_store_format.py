@@ -13,6 +13,7 @@ from forebay_store.format import part, records, rows, segment
 from forebay_store.format.layout import build_segment, decode_segment, payload_of
 from forebay_store.format.part import parse_part, unpack_entries
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
+from forebay_store.service import lmdb_file
 from layout_tables import assert_matches
 
 VOLUME = bytes(range(16))
@@ -70,6 +71,7 @@ def read_all(whole: bytes) -> list[object]:
         (rows, "Staged part", rows.STAGED_PART),
         (rows, "Store mark", rows.STORE_MARK),
         (rows, "Applied mark", rows.APPLIED_MARK),
+        (lmdb_file, "Meta page", lmdb_file.META_PAGE),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -22,6 +22,7 @@ from forebay_store.format.rows import Table
 from forebay_store.service.dir_backend import DirBackend
 from forebay_store.service.folder import make_folder, open_folder
 from forebay_store.service.fsck import FINDINGS_MAX, CheckError, fsck
+from forebay_store.service.lmdb_file import META_PAGE
 from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_store.service.opening import open_store
 from forebay_store.service.rebuild import rebuild_index
@@ -152,6 +153,35 @@ def test_findings_are_bounded(tmp_path: Path) -> None:
         (tmp_path / "s" / "segments" / f"x{at}").touch()
     found = fsck(tmp_path / "s")
     assert len(found) == FINDINGS_MAX + 1 and found[-1].code == "more"
+
+
+def cut_index(path: Path, size: int) -> None:
+    os.truncate(path / "index" / "data.mdb", size)
+
+
+def test_an_index_that_was_cut_short_is_found_wherever_it_was(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    whole = (tmp_path / "s" / "index" / "data.mdb").stat().st_size
+    for size in (whole // 2, whole // 4, 3 * 4096, 2 * 4096, 4096, 100):
+        cut_index(tmp_path / "s", size)
+        assert {one.code for one in fsck(tmp_path / "s")} == {"index-bad"}, size
+        with pytest.raises(CorruptionError, match="rebuild-index"):
+            open_store(tmp_path / "s", now_ns=1)
+    rebuild_index(tmp_path / "s")
+    assert fsck(tmp_path / "s") == []
+
+
+def test_an_index_whose_last_pages_were_never_written_is_whole(tmp_path: Path) -> None:
+    fill(tmp_path / "s")
+    file = tmp_path / "s" / "index" / "data.mdb"
+    packed = bytearray(file.read_bytes())
+    for at in (0, 4096):
+        fields = list(META_PAGE.unpack_from(packed, at))
+        fields[6] += 3
+        META_PAGE.pack_into(packed, at, *fields)
+    file.write_bytes(packed)
+    assert fsck(tmp_path / "s") == []
+    open_store(tmp_path / "s", now_ns=1).close()
 
 
 def test_a_full_scratch_folder_fails_the_check_and_accuses_nobody(

@@ -19,6 +19,7 @@ from forebay_core.units import MIB
 from forebay_store.engine.ports import BackendError, IndexReader, IndexWriter
 from forebay_store.format.rows import Table
 from forebay_store.limits import INDEX_SIZE_START
+from forebay_store.service.lmdb_file import check_length
 
 Result = TypeVar("Result")
 READERS_MAX: Final = 256
@@ -89,12 +90,13 @@ class LmdbIndex:
         """Open the index of a folder; an empty folder gets a new one. One that is not `lasting` is never synced.
 
         Raises:
-            CorruptionError: the folder holds something else.
+            CorruptionError: the folder holds something else, or a file that was cut short.
             NoSpaceError: the disk is full.
         """
         self.place = str(folder)
         self._gate = threading.Condition()
         self._views = 0
+        check_length(folder)
         with _translated(str(folder)):
             self._environment = lmdb.open(
                 str(folder),
