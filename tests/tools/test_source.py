@@ -120,6 +120,21 @@ def test_a_file_that_is_written_meanwhile_is_refused(tmp_path: Path) -> None:
     source.close()
 
 
+def test_a_file_that_is_written_meanwhile_is_refused_even_if_its_time_is_put_back(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(random.Random(1).randbytes(20 * MIB))
+    source = RawSource(path)
+    before = path.stat()
+    parts = source.parts()
+    next(parts)
+    with path.open("r+b") as file:
+        file.write(b"new")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ForebayError, match="was written while being imported"):
+        list(parts)
+    source.close()
+
+
 def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image"
     path.write_bytes(random.Random(1).randbytes(20 * MIB))

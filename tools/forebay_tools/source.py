@@ -101,7 +101,7 @@ class RawSource:
                     frames, blocks = [], 0
         if frames:
             yield Part(frames, blocks, done)
-        self._check_unchanged()
+        check_unchanged(self.path, self.descriptor, self._status)
 
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Return start and end of what may hold data, widened to whole groups and the end of the last block."""
@@ -138,12 +138,6 @@ class RawSource:
             )
         if filled < piece.nbytes:
             piece[filled:] = bytes(piece.nbytes - filled)
-
-    def _check_unchanged(self) -> None:
-        now = os.fstat(self.descriptor)
-        before = self._status
-        if stat.S_ISREG(now.st_mode) and (now.st_mtime_ns, now.st_size) != (before.st_mtime_ns, before.st_size):
-            raise ForebayError(f"{self.path}: was written while being imported; stop who writes it and import again")
 
 
 def build_frames(builder: FrameBuilder, first_lba: int, window: memoryview, frames: list[bytes]) -> int:
@@ -183,6 +177,22 @@ def detect_format(path: Path) -> str:
                 f"{path}: looks like a {kind}; make it raw or qcow2 first, or say --format raw if it is a raw image"
             )
     return "raw"
+
+
+def check_unchanged(path: Path, descriptor: int, before: os.stat_result) -> None:
+    """Compare an image with what it was; a block device does not tell.
+
+    Raises:
+        ForebayError: it was written meanwhile.
+    """
+    now = os.fstat(descriptor)
+    if stat.S_ISREG(now.st_mode) and _state(now) != _state(before):
+        raise ForebayError(f"{path}: was written while being imported; stop who writes it and import again")
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    # Whoever writes may put the time of writing back, as rsync does; the time of that change nobody can set.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def open_image(path: Path) -> int:
