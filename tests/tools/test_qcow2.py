@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,15 @@ import pytest
 from forebay_core.errors import ForebayError
 from forebay_core.units import MIB
 from forebay_tools import qcow2
-from forebay_tools.qcow2 import QCOW2_HEADER, QCOW2_MAGIC, check_qcow2, converted, parse_header
+from forebay_tools.qcow2 import (
+    QCOW2_HEADER,
+    QCOW2_MAGIC,
+    Qcow2Header,
+    Qcow2Image,
+    converted,
+    open_qcow2,
+    parse_header,
+)
 
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
 
@@ -44,12 +53,19 @@ def extension(kind: int, text: bytes) -> bytes:
     return struct.pack(">II", kind, len(text)) + text.ljust(-(-len(text) // 8) * 8, b"\0")
 
 
-def convert(path: Path) -> bytes:
-    async def run() -> bytes:
-        async with converted(path, lambda share: None) as raw:
+def check_qcow2(path: Path) -> Qcow2Header:
+    with open_qcow2(path) as image:
+        return image.header
+
+
+def convert(path: Path, meanwhile: Callable[[], None] = lambda: None) -> bytes:
+    async def run(image: Qcow2Image) -> bytes:
+        async with converted(image, lambda share: None) as raw:
             return raw.read_bytes()
 
-    return asyncio.run(run())
+    with open_qcow2(path) as image:
+        meanwhile()
+        return asyncio.run(run(image))
 
 
 def test_the_header_table_matches_the_struct() -> None:
@@ -139,7 +155,57 @@ def test_a_data_file_is_refused(tmp_path: Path) -> None:
 def test_even_past_the_check_a_backing_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret" * 1000)
     qemu_img("create", "-f", "qcow2", "-b", tmp_path / "secret", "-F", "raw", tmp_path / "image", "64k")
-    assert convert(tmp_path / "image") == bytes(64 * 1024)
+    descriptor = os.open(tmp_path / "image", os.O_RDONLY)
+    unchecked = Qcow2Image(tmp_path / "image", descriptor, Qcow2Header(3, 64 * 1024), os.fstat(descriptor))
+    asyncio.run(qcow2._convert(shutil.which("qemu-img") or "", unchecked, tmp_path / "raw", lambda share: None))
+    os.close(descriptor)
+    assert (tmp_path / "raw").read_bytes() == bytes(64 * 1024)
+
+
+def image_of_a_secret(folder: Path) -> Path:
+    """Make an image whose external data file is the secret: what qemu-img makes of it is the secret."""
+    (folder / "secret").write_bytes(b"secret".ljust(64 * 1024, b"."))
+    qemu_img("create", "-f", "qcow2", "-o", f"data_file={folder}/other.,data_file_raw=on", folder / "evil", "64k")
+    packed = (folder / "evil").read_bytes()
+    (folder / "evil").write_bytes(packed.replace(f"{folder}/other.".encode(), f"{folder}/secret".encode()))
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", folder / "evil", folder / "seen")
+    assert (folder / "seen").read_bytes() == (folder / "secret").read_bytes()
+    return folder / "evil"
+
+
+@needs_qemu_img
+def test_another_image_under_the_name_of_the_checked_one_is_not_opened(tmp_path: Path) -> None:
+    for folder in ("good", "bad"):
+        (tmp_path / folder).mkdir()
+    qemu_img("create", "-f", "qcow2", tmp_path / "good" / "image", "64k")
+    image_of_a_secret(tmp_path / "bad").rename(tmp_path / "bad" / "image")
+    (tmp_path / "now").symlink_to("good")
+
+    def swap() -> None:
+        (tmp_path / "now").unlink()
+        (tmp_path / "now").symlink_to("bad")
+
+    assert convert(tmp_path / "now" / "image", swap) == bytes(64 * 1024)
+
+
+@needs_qemu_img
+def test_an_image_that_turns_harmful_in_place_is_refused(tmp_path: Path) -> None:
+    evil = image_of_a_secret(tmp_path)
+    qemu_img("create", "-f", "qcow2", tmp_path / "image", "64k")
+    harmless = (tmp_path / "image").read_bytes()
+
+    def turn() -> None:
+        (tmp_path / "image").write_bytes(evil.read_bytes())
+
+    def turn_and_back() -> None:
+        turn()
+        (tmp_path / "image").write_bytes(harmless)
+
+    with pytest.raises(ForebayError, match="names an external data file"):
+        convert(tmp_path / "image", turn)
+    (tmp_path / "image").write_bytes(harmless)
+    with pytest.raises(ForebayError, match="was written while being imported"):
+        convert(tmp_path / "image", turn_and_back)
 
 
 @needs_qemu_img
@@ -167,5 +233,6 @@ def test_a_damaged_image_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypa
 
 def test_without_qemu_img_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "image").write_bytes(header())
     with pytest.raises(ForebayError, match="install qemu-utils, or give a raw image"):
         convert(tmp_path / "image")

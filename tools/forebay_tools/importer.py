@@ -21,7 +21,7 @@ from forebay_core.memory import keep_freed_memory
 from forebay_core.units import BLOCK_SIZE, GIB, ID_SIZE, format_size, sequence_of
 from forebay_tools.in_flight import InFlight
 from forebay_tools.progress import Progress
-from forebay_tools.qcow2 import check_qcow2, converted
+from forebay_tools.qcow2 import converted, open_qcow2
 from forebay_tools.source import Part, RawSource, detect_format
 from forebay_wire.client import WireClient
 from forebay_wire.messages import (
@@ -69,15 +69,16 @@ async def _open_source(path: Path, image_format: str | None) -> AsyncIterator[Ra
         with contextlib.closing(RawSource(path)) as source:
             yield source
         return
-    header = check_qcow2(path)
-    progress = Progress("converting", header.size, sys.stderr)
-    try:
-        async with converted(path, lambda share: progress.reach(int(share * header.size))) as raw:
+    with open_qcow2(path) as image:
+        size = image.header.size
+        progress = Progress("converting", size, sys.stderr)
+        try:
+            async with converted(image, lambda share: progress.reach(int(share * size))) as raw:
+                progress.close()
+                with contextlib.closing(RawSource(raw)) as source:
+                    yield source
+        finally:
             progress.close()
-            with contextlib.closing(RawSource(raw)) as source:
-                yield source
-    finally:
-        progress.close()
 
 
 async def _import(client: WireClient, name: str, source: RawSource, progress: Progress) -> int:

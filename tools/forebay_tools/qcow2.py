@@ -3,6 +3,8 @@
 An image is untrusted: its header may name a backing file or an external data file, such as /etc/shadow, and a naive
 conversion would copy that into the volume. So the header is read here before qemu-img sees the image, and qemu-img is
 told format, protocol and "no backing file" explicitly, so that nothing inside the image decides what is opened.
+qemu-img gets the descriptor that was checked: under the name there may be another image by now. Whoever may write the
+image can change it in place as well, so it is checked again before anybody sees what became of it.
 
 Header, big-endian, the fields that are looked at:
 
@@ -27,15 +29,16 @@ import json
 import os
 import re
 import shutil
+import stat
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 from forebay_core.errors import ForebayError
 from forebay_core.units import VOLUME_SIZE_MAX, format_size
-from forebay_tools.source import open_image
+from forebay_tools.source import check_unchanged, open_image
 
 QCOW2_MAGIC: Final = 0x514649FB
 QCOW2_HEADER: Final = struct.Struct(">IIQIIQI36sQ20sI")
@@ -65,21 +68,36 @@ class Qcow2Header(NamedTuple):
     size: int
 
 
-def check_qcow2(path: Path) -> Qcow2Header:
-    """Return the header of an image that is self-contained.
+class Qcow2Image(NamedTuple):
+    """An open image that was found harmless, and its state when it was."""
+
+    path: Path
+    descriptor: int
+    header: Qcow2Header
+    status: os.stat_result
+
+
+@contextlib.contextmanager
+def open_qcow2(path: Path) -> Iterator[Qcow2Image]:
+    """Open an image that is self-contained.
 
     Raises:
         ForebayError: it is damaged, encrypted, or names another file.
     """
     descriptor = open_image(path)
     try:
-        return parse_header(os.pread(descriptor, 1 << 16, 0), str(path))
+        status = os.fstat(descriptor)
+        yield Qcow2Image(path, descriptor, _read_header(path, descriptor), status)
     finally:
         os.close(descriptor)
 
 
+def _read_header(path: Path, descriptor: int) -> Qcow2Header:
+    return parse_header(os.pread(descriptor, 1 << 16, 0), str(path))
+
+
 def parse_header(first: bytes, place: str) -> Qcow2Header:
-    """Return the header in the first 64 KiB of an image; raises as `check_qcow2`."""
+    """Return the header in the first 64 KiB of an image; raises as `open_qcow2`."""
     fields = QCOW2_HEADER.unpack(first[: QCOW2_HEADER.size].ljust(QCOW2_HEADER.size, b"\0"))
     magic, version, backing_offset, backing_size, cluster_bits, size, crypt, _, incompatible, _, header_size = fields
     if len(first) < _SIZE_V2 or magic != QCOW2_MAGIC or version not in (2, 3) or not 9 <= cluster_bits <= 21:
@@ -106,11 +124,11 @@ def parse_header(first: bytes, place: str) -> Qcow2Header:
 
 
 @contextlib.asynccontextmanager
-async def converted(path: Path, report: ReportShare) -> AsyncIterator[Path]:
+async def converted(image: Qcow2Image, report: ReportShare) -> AsyncIterator[Path]:
     """Make a sparse raw file of a checked image in $TMPDIR (else /var/tmp), deleted at the end.
 
     Raises:
-        ForebayError: qemu-img is missing or fails.
+        ForebayError: qemu-img is missing or fails, or the image changed meanwhile.
     """
     tool = shutil.which("qemu-img")
     if tool is None:
@@ -118,18 +136,23 @@ async def converted(path: Path, report: ReportShare) -> AsyncIterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="forebay-", dir=os.environ.get("TMPDIR", "/var/tmp")))
     try:
         target = folder / "image.raw"
-        await _convert(tool, path, target, report)
+        await _convert(tool, image, target, report)
+        _read_header(image.path, image.descriptor)
+        check_unchanged(image.path, image.descriptor, image.status)
         yield target
     finally:
         shutil.rmtree(folder)
 
 
-async def _convert(tool: str, path: Path, target: Path, report: ReportShare) -> None:
-    protocol = "host_device" if path.is_block_device() else "file"
-    options = {"driver": "qcow2", "backing": None, "file": {"driver": protocol, "filename": str(path.resolve())}}
+async def _convert(tool: str, image: Qcow2Image, target: Path, report: ReportShare) -> None:
+    protocol = "host_device" if stat.S_ISBLK(image.status.st_mode) else "file"
+    name = f"/proc/self/fd/{image.descriptor}"
+    options = {"driver": "qcow2", "backing": None, "file": {"driver": protocol, "filename": name}}
     words = [tool, "convert", "-p", "-O", "raw", "json:" + json.dumps(options), str(target)]
     pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(*words, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    child = await asyncio.create_subprocess_exec(
+        *words, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe, pass_fds=[image.descriptor]
+    )
     assert child.stdout is not None and child.stderr is not None
     try:
         complaint, _ = await asyncio.gather(_last_words(child.stderr), _follow(child.stdout, report))
@@ -139,7 +162,7 @@ async def _convert(tool: str, path: Path, target: Path, report: ReportShare) -> 
             child.kill()
             await child.wait()
     if code != 0:
-        raise ForebayError(f"{path}: qemu-img can't convert it: {complaint or f'exit code {code}'}")
+        raise ForebayError(f"{image.path}: qemu-img can't convert it: {complaint or f'exit code {code}'}")
 
 
 async def _follow(stream: asyncio.StreamReader, report: ReportShare) -> None:
