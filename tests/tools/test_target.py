@@ -1,5 +1,6 @@
 """Where an export goes: whole and durable under its name, or not at all."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -42,6 +43,45 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
         (tmp_path / "out").write_bytes(b"precious")
     assert (tmp_path / "out").read_bytes() == b"precious"
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_at_the_last_moment_is_kept(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, sync = os.link, os.fsync
+
+    def no_link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def sync_and_meddle(descriptor: int) -> None:
+        sync(descriptor)
+        monkeypatch.setattr(os, "link", lambda part, path: (Path(path).write_bytes(b"precious"), taken(part, path)))
+
+    taken = link if links else no_link
+    monkeypatch.setattr(os, "fsync", sync_and_meddle)
+    with pytest.raises(ForebayError, match="somebody else"), open_target(tmp_path / "out", MIB, force=False):
+        pass
+    assert (tmp_path / "out").read_bytes() == b"precious"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_system_without_links_gets_its_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_link)
+    with open_target(tmp_path / "out", MIB, force=False):
+        pass
+    assert (tmp_path / "out").stat().st_size == MIB
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["\u00fc" * 120 + "x", "\u732b" * 80, "a" * 255, "\udcff" * 200])
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path: Path, name: str) -> None:
+    with open_target(tmp_path / name, BLOCK_SIZE, force=False):
+        pass
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_failure_leaves_nothing_and_the_old_file_as_it_was(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, format_size
 
+_PART_NAME_SIZE: Final = 200
 _BLKZEROOUT: Final = 0x127F
 _ZERO_RANGE: Final = struct.Struct("=QQ")
 
@@ -71,21 +72,49 @@ def open_target(path: Path, size: int, *, force: bool) -> Iterator[Target]:
 @contextlib.contextmanager
 def _open_file(path: Path, size: int, *, force: bool) -> Iterator[Target]:
     path = path.resolve()
-    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    part = path.with_name(_part_name(path.name))
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.ftruncate(descriptor, size)
         yield Target(descriptor, zero_holes=False)
         os.fsync(descriptor)
-        if not force and path.exists():
-            raise ForebayError(f"{path}: was made by somebody else meanwhile; give another name, or --force")
-        part.rename(path)
+        if force:
+            part.rename(path)
+        else:
+            _rename_to_new(part, path)
         _sync_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     finally:
         os.close(descriptor)
+
+
+def _part_name(name: str) -> str:
+    """Return a name of at most 255 bytes, which is what most file systems take; letters may have several."""
+    begin = os.fsencode(name)[:_PART_NAME_SIZE].decode(errors="ignore")
+    return f".{begin}.{secrets.token_hex(4)}.part"
+
+
+def _rename_to_new(part: Path, path: Path) -> None:
+    """Rename a file, but never over another one.
+
+    Raises:
+        ForebayError: somebody took the name meanwhile.
+    """
+    try:
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # A file system without links: an empty file holds the name for a moment.
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            part.rename(path)
+        else:
+            part.unlink()
+    except FileExistsError as error:
+        raise ForebayError(f"{path}: was made by somebody else meanwhile; give another name, or --force") from error
 
 
 @contextlib.contextmanager
