@@ -15,17 +15,19 @@ from typing import TypeVar, cast
 import pytest
 from store_rig import MAIN, Forebay, StoreProcess
 
-from forebay_core.errors import ForebayError
+from forebay_core.errors import ForebayError, StoreUnreachableError
 from forebay_core.extents import Extent
 from forebay_core.frame import FrameBuilder
 from forebay_core.units import BLOCK_SIZE, MIB, Buffer
 from forebay_tools.exporter import export_volume
+from forebay_tools.importer import import_image
 from forebay_wire.address import parse_address
 from forebay_wire.client import WireClient
 from forebay_wire.messages import (
     AnyMessage,
     CommitCut,
     Committed,
+    CreateVolume,
     Done,
     GetVolume,
     Opened,
@@ -141,8 +143,6 @@ def test_volumes_are_made_listed_grown_and_deleted(store: StoreProcess, forebay:
 
 def test_more_volumes_than_a_page_are_all_listed(store: StoreProcess, forebay: Forebay) -> None:
     async def make() -> None:
-        from forebay_wire.messages import CreateVolume
-
         client = await WireClient.connect(parse_address(store.address), key=None, node=DEVICE, timeout_s=10)
         await asyncio.gather(*(client.ask(CreateVolume(f"v{n:03}", BLOCK_SIZE), Volume) for n in range(300)))
         await client.close()
@@ -206,6 +206,71 @@ def test_an_import_that_loses_its_store_says_what_is_left(
     assert info(forebay, "v")["writer"] is not None
     assert forebay("volume", "delete", "v").code == 1, "its writer might live"
     assert forebay("volume", "delete", "v", "--take-over").code == 0
+    assert names(forebay) == []
+
+
+class Forgetful:
+    """A client of an import that creates the volume, but whose connection breaks before the answer comes."""
+
+    def __init__(self, client: WireClient) -> None:
+        self._client = client
+
+    async def ask(self, message: AnyMessage, expect: type[T], payload: Sequence[Buffer] = ()) -> tuple[T, memoryview]:
+        answer = await self._client.ask(message, expect, payload)
+        if isinstance(message, CreateVolume):
+            raise StoreUnreachableError("the connection broke")
+        return answer
+
+
+class Slow:
+    """A client of an import that is interrupted between the volume's creation and the answer."""
+
+    def __init__(self, client: WireClient) -> None:
+        self._client = client
+        self.importing: asyncio.Task[str] | None = None
+
+    async def ask(self, message: AnyMessage, expect: type[T], payload: Sequence[Buffer] = ()) -> tuple[T, memoryview]:
+        answer = await self._client.ask(message, expect, payload)
+        if isinstance(message, CreateVolume):
+            assert self.importing is not None
+            self.importing.cancel()
+            await asyncio.sleep(0)
+        return answer
+
+
+def test_an_import_whose_volume_may_have_been_made_says_so(
+    tmp_path: Path, store: StoreProcess, forebay: Forebay
+) -> None:
+    mixed_image(tmp_path / "image", MIB)
+
+    async def run() -> None:
+        client = await WireClient.connect(parse_address(store.address), key=None, node=DEVICE, timeout_s=10)
+        try:
+            with pytest.raises(ForebayError, match=r"nobody knows whether the volume v was made.*volume delete v"):
+                await import_image(cast(WireClient, Forgetful(client)), "v", tmp_path / "image", None)
+        finally:
+            await client.close()
+
+    asyncio.run(run())
+    assert forebay("volume", "delete", "v").code == 0
+
+
+def test_an_import_interrupted_while_it_creates_leaves_no_volume(
+    tmp_path: Path, store: StoreProcess, forebay: Forebay
+) -> None:
+    mixed_image(tmp_path / "image", MIB)
+
+    async def run() -> None:
+        client = await WireClient.connect(parse_address(store.address), key=None, node=DEVICE, timeout_s=10)
+        slow = Slow(client)
+        slow.importing = asyncio.create_task(import_image(cast(WireClient, slow), "v", tmp_path / "image", None))
+        try:
+            with pytest.raises(asyncio.CancelledError):
+                await slow.importing
+        finally:
+            await client.close()
+
+    asyncio.run(run())
     assert names(forebay) == []
 
 

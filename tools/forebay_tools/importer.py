@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from forebay_core.errors import ForebayError
+from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.memory import keep_freed_memory
 from forebay_core.units import BLOCK_SIZE, GIB, ID_SIZE, format_size, sequence_of
 from forebay_tools.in_flight import InFlight
@@ -82,7 +82,7 @@ async def _open_source(path: Path, image_format: str | None) -> AsyncIterator[Ra
 
 
 async def _import(client: WireClient, name: str, source: RawSource, progress: Progress) -> int:
-    await client.ask(CreateVolume(name, source.size), Volume)
+    await _create(client, name, source.size)
     held: Opened | None = None
     try:
         opened, _ = await client.ask(OpenVolume(name, os.urandom(ID_SIZE)), Opened)
@@ -93,6 +93,40 @@ async def _import(client: WireClient, name: str, source: RawSource, progress: Pr
         await _undo(client, name, held, error)
         raise
     return blocks
+
+
+async def _create(client: WireClient, name: str, size: int) -> None:
+    """Create the volume; an interruption waits for the answer, since only that tells whether there is one now."""
+    creating = asyncio.create_task(client.ask(CreateVolume(name, size), Volume))
+    try:
+        await asyncio.shield(creating)
+    except RefusedError:
+        raise
+    except ForebayError as error:
+        raise _unknown(name, error) from error
+    except asyncio.CancelledError as cause:
+        await _undo_creation(client, name, creating, cause)
+        raise
+
+
+async def _undo_creation(
+    client: WireClient, name: str, creating: "asyncio.Task[tuple[Volume, memoryview]]", cause: BaseException
+) -> None:
+    try:
+        async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
+            await creating
+    except RefusedError:
+        return
+    except (ForebayError, TimeoutError) as error:
+        raise _unknown(name, error) from cause
+    await _undo(client, name, None, cause)
+
+
+def _unknown(name: str, error: Exception) -> ForebayError:
+    return ForebayError(
+        f"{error or 'no answer'}; nobody knows whether the volume {name} was made: if forebay volume info {name} shows "
+        f"an empty one, delete it: forebay volume delete {name}"
+    )
 
 
 async def _send_all(client: WireClient, opened: Opened, source: RawSource, progress: Progress) -> int:
