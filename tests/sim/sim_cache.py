@@ -118,6 +118,7 @@ class CacheHost:
             on_refused=lambda volume, code, text: self.shell.on_refused(volume, code, text),
             ping_interval_s=1.0,
             ping_timeout_s=4.0,
+            held=lambda store: self.shell.held(store, self.world.now_ns + self.wall_skew_ns),
             connect=self._connect,
         )
         self.upstream = StoreUpstream(self.session)

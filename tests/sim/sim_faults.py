@@ -24,10 +24,12 @@ from forebay_cache.engine.front import IoError
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
+from forebay_cache.service.store_session import StoreSession
 from forebay_core.units import sequence_of
 from forebay_store.engine import apply as store_apply
-from forebay_store.engine import changes
+from forebay_store.engine import changes, reading
 from forebay_store.engine.store import StoreEngine
+from forebay_store.service.shell import StoreShell
 from forebay_wire import messages
 
 
@@ -165,6 +167,17 @@ def old_epoch_accepted() -> None:
 
     changes.take = same_epoch
     StoreEngine._expect_writer = lambda self, reader, message: changes.expect_volume(reader, message.volume)
+
+
+def lost_volume_served_on() -> None:
+    """The store does not ask for the epoch of reads, and the cache does not look at the versions that came."""
+    reading.expect_epoch = lambda row, epoch: None
+    StoreShell._check_session = lambda self, message: None
+    fetches.Unit.used = lambda self, pieces: []
+
+
+def loss_not_told() -> None:
+    StoreSession._note_lost = lambda self, reports, reported: None
 
 
 def zone_freed_before_its_blocks_are_written_elsewhere() -> None:
@@ -311,6 +324,8 @@ PLANTED = (
     Planted(trim_not_logged, "all"),
     Planted(trim_not_replayed, "all"),
     Planted(old_epoch_accepted, "fencing", 40),
+    Planted(lost_volume_served_on, "fencing", 60),
+    Planted(loss_not_told, "fencing"),
     Planted(moved_blocks_dropped, "full"),
     Planted(checkpoint_counts_before_its_header, Directed("a write", "loss")),
     Planted(checkpoint_before_data, Directed("a write", "checkpoint", "away")),

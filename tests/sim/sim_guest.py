@@ -123,12 +123,6 @@ class Guest:
     # --- requests ---------------------------------------------------------------------------------------------
 
     @property
-    def fenced(self) -> bool:
-        """Whether another host holds the volume now, known to ours or not."""
-        assert self.host is not None and self.volume is not None
-        return self.host.officials[self.id].epoch > self.volume.epoch
-
-    @property
     def idle(self) -> bool:
         """Whether nothing is under way."""
         return not self.busy
@@ -242,8 +236,8 @@ class Guest:
 
     def _compare(self, one: Request, found: bytes) -> None:
         expected = self.model[one.offset : one.offset + one.length]
-        # A host that lost the volume and was not told yet reads what the new one wrote: its guest is as good as dead.
-        if found != expected and not self.fenced:
+        # A host that lost the volume and was not told yet serves what it held, and nothing of what the new one wrote.
+        if found != expected:
             wrong = [at for at in range(0, one.length, SECTOR) if found[at : at + SECTOR] != expected[at : at + SECTOR]]
             raise Violation(f"{self.branch.name}: a read at {one.offset} brought wrong bytes at +{wrong[:8]}")
         self.world.note(f"{self.name} has read", found)
@@ -269,3 +263,45 @@ class Guest:
 
     def _block(self, lba: int) -> bytes:
         return bytes(self.model[lba * BLOCK_SIZE : (lba + 1) * BLOCK_SIZE])
+
+
+class LeftBehind(Guest):
+    """A machine that only reads, or does nothing, at a host from which its volume is being taken over.
+
+    Until the host refuses, each read must bring what the host held when the machine came.
+    """
+
+    def __init__(self, guest: Guest, *, idle: bool) -> None:
+        super().__init__(guest.world, f"{guest.name} left behind", guest.id, guest.size, depth=8, pause_ns=20_000_000)
+        self.volume_name = guest.name
+        self.kinds = {"read": 1}
+        self.writing = not idle
+        assert guest.host is not None and guest.volume is not None
+        self.loop = guest.host.loop
+        self.plug(guest.host, guest.volume)
+
+    @property
+    def gone(self) -> bool:
+        """Whether its host has died, or has opened the volume anew."""
+        return self.host is None or self.host.loop is not self.loop
+
+    @property
+    def lost(self) -> bool:
+        """Whether another host holds the volume now."""
+        assert self.host is not None and self.volume is not None
+        return self.host.officials[self.id].epoch > self.volume.epoch
+
+    @property
+    def told(self) -> bool:
+        """Whether its host refuses it by now, or it is gone."""
+        return self.gone or bool(self.broken or self.volume is None or self.volume.error)
+
+    def _pick(self) -> tuple[int, int]:
+        """Anywhere, and little at a time: most of what is not cached is where guests seldom are."""
+        return self.random.randrange(self.size // BLOCK_SIZE) * BLOCK_SIZE, BLOCK_SIZE
+
+    def _turn(self) -> None:
+        if self.gone:
+            self.unplug()
+        else:
+            super()._turn()

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import sim_books
 from sim_cache import CacheHost
-from sim_guest import Guest
+from sim_guest import Guest, LeftBehind
 from sim_judges import Branch, Official, StoreJudge, check_rebuilt
 from sim_net import Network
 from sim_store import STORE, SimIndex, StoreHost
@@ -62,7 +62,9 @@ BASE = {
 PROFILES = {
     "all": Profile(BASE),
     "power": Profile({"power_cache": 6, "power_store": 2, "cut_network": 1, "drain": 1}),
-    "fencing": Profile({"take_over": 5, "move": 2, "cut_network": 2, "crash_cache": 1, "partition": 1}),
+    "fencing": Profile(
+        {"leave_behind": 5, "take_over": 3, "move": 2, "cut_network": 2, "crash_cache": 1, "partition": 1}
+    ),
     "full": Profile({**BASE, "take_over": 0}, device_size=8 << 20, blocks=230),
     "full_power": Profile({"power_cache": 1}, rounds=8, device_size=8 << 20, blocks=230),
     "ssd": Profile({"lose_ssd": 2, "power_cache": 2, "drain": 1, "take_over": 1, "crash_store": 1}),
@@ -95,6 +97,7 @@ class Scenario:
             host.recovered = lambda volume, branch, power, host=host: self._recovered(host, volume, branch, power)  # type: ignore[misc]
             host.closing = self._closing
         self.guests: dict[str, Guest] = {}
+        self.left_behind: list[LeftBehind] = []
         self.healed = False
         self.crashes = 0
 
@@ -174,6 +177,7 @@ class Scenario:
         self.heal()
         if self.store.refused:
             return
+        self._tell_all()
         self.world.run(self._all_decided, limit_s=60)
         for host in self.caches:
             if host.refused:
@@ -264,6 +268,9 @@ class Scenario:
     def _attach(self, guest: Guest, host: CacheHost) -> bool:
         if not host.running:
             return False
+        for left in self.left_behind:
+            if (left.volume_name, left.host) == (guest.name, host):
+                left.unplug()  # from here on the host may have the volume anew
         if guest.left is host.loop:
             host.kill()  # what the guest left behind there would change the volume under it
             return False
@@ -355,6 +362,24 @@ class Scenario:
         guest = self.random.choice(list(self.guests.values()))
         host = self._host()
         self.place(guest, self.caches[1 - self.caches.index(guest.host or host)])
+
+    def leave_behind(self) -> None:
+        """Take over while a machine reads on, or is idle, where the volume was, cached or not."""
+        guest = self.random.choice(list(self.guests.values()))
+        guest.writing = False
+        self.world.run(lambda: guest.idle or bool(guest.broken), limit_s=200)
+        guest.writing = True
+        host = guest.host
+        if host is None or not host.running or guest.broken or guest.volume is None or guest.volume.error:
+            return
+        self.left_behind.append(LeftBehind(guest, idle=self.random.random() < 0.5))
+        self.place(guest, self.caches[1 - self.caches.index(host)])
+        if self.random.random() < 0.5:
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        """Who was left behind is refused in the end, whatever it does."""
+        self.world.run(lambda: all(left.told or not left.lost for left in self.left_behind), limit_s=60)
 
     def move(self) -> None:
         """Detach cleanly, perhaps grow, attach elsewhere."""
