@@ -324,3 +324,30 @@ def test_who_waits_for_a_checkpoint_is_told_when_the_device_fails(failed_before:
     rig.engine.stop(settled.append)
     settle(rig)
     assert settled == [False]
+
+
+def test_state_records_leave_moves_the_zones_that_are_promised_to_them() -> None:
+    rig = Rig(1, size=12 << 20, blocks=1500, cut_blocks_max=10**9, cut_age_ns_max=10**15)
+    engine = rig.engine
+    rig.store.away = True
+    answers: list[IoError] = []
+    asked = 0
+    while engine.reclaim.promised_zones == 0:
+        if len(answers) == asked:
+            rig.volume.write(rig.rng.randrange(700) * BLOCK_SIZE, OLD, False, answers.append)
+            rig.volume.kick()
+            asked += 1
+        if not rig.step():
+            rig.tick()
+    noted: list[bool] = []
+    for peak in range(8 << 20, 1000 + (8 << 20)):  # more than all free zones take, while the moved blocks are read
+        engine.set_limit(rig.volume, noted.append, average=4 << 20, peak=peak)
+        while rig.device.writes:
+            rig.device.writes.pop(0)()
+    assert engine.free_zones >= 0
+    rig.run_until(lambda: engine.reclaim.promised_zones == 0)
+    rig.store.away = False
+    rig.engine.destage.relieve()
+    rig.run_until(lambda: len(noted) == 1000)
+    assert all(noted)
+    check_books(engine)

@@ -108,6 +108,7 @@ class CacheEngine:
             life=life,
             apply=Apply(self),
             on_failure=self.fail,
+            promised_zones=lambda: self.reclaim.promised_zones,
         )
         self.reads = Reads(self)
         self.writes = Writes(self)

@@ -69,6 +69,10 @@ RUN_BLOCKS_MIN: Final = 16
 ZONES_RESERVED: Final = 3
 """Free zones that guests and fills may not take: moves, seals and state records need them."""
 
+ZONES_FOR_MOVES: Final = 2
+"""Free zones that state records may not open either: with one of them whole a victim can be moved, as its last blocks
+may need the other. Without them nothing would ever free a zone again."""
+
 ZONES_SPARE_MIN: Final = 5
 ZONES_SPARE_MAX: Final = 64
 ZONES_PER_SPARE: Final = 16
@@ -124,6 +128,7 @@ CHECKPOINT_RECORDS_MAX: Final = 32768
 VOLUMES_MAX: Final = 1000
 """Volumes that one device knows, attached or cached; the one that was closed longest ago is forgotten for a new one."""
 
+assert ZONES_FOR_MOVES < ZONES_RESERVED
 assert ZONES_RESERVED < ZONES_SPARE_MIN <= ZONES_SPARE_MAX
 assert HOLES_PER_PART + PART_BLOCKS <= HOLES_PER_PART_MAX
 assert READY_BLOCKS_MAX >= 2 * PART_BLOCKS

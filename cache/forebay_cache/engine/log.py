@@ -10,6 +10,7 @@ Invariants:
     `durable` <= `applied` <= `position`; a sync covers what was applied when it began.
     Data entries stand before others in a record; a data entry that comes behind another one begins a new record.
     The last block of a zone is kept for its SEAL.
+    Entries without data wait in `_held`, in order, rather than take the room of moves, which free zones.
 Crash: what was written as an unbroken chain of records is found again; the rest was never acknowledged.
 """
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from forebay_cache.engine.front import IoError, Reply
-from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX
+from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX, ZONES_FOR_MOVES
 from forebay_cache.engine.ports import Device
 from forebay_cache.engine.zones import ZoneTable
 from forebay_cache.format import record
@@ -133,6 +134,7 @@ class Log:
     """Appends to the zones of one device.
 
     `apply` is told of each written record, in order; `on_failure` of a failed write or sync, and must call `fail`.
+    `promised_zones` tells how many free zones moves under way may need: nobody else opens those.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class Log:
         life: int,
         apply: Callable[[Batch], None],
         on_failure: Callable[[str], None],
+        promised_zones: Callable[[], int],
     ) -> None:
         self._device = device
         self._zones = zones
@@ -151,6 +154,7 @@ class Log:
         self._life = life
         self._apply = apply
         self._on_failure = on_failure
+        self._promised_zones = promised_zones
         self._next = LogPoint(0, 0, 0, 0)  # where the next sealed record goes
         self._batch: Batch | None = None
         self._held: deque[_Event] = deque()  # entries without data that wait for a free zone
@@ -282,8 +286,12 @@ class Log:
         self._seal()
 
     def _has_place(self) -> bool:
-        """Whether one more record has somewhere to go; guests leave zones free for it, a restart may find none."""
-        return bool(self._zones.free) or self.room_in_zone > 1
+        """Whether one more record has somewhere to go and leaves moves enough to free zones with, and what is promised
+        to them: free zones, or the rest of those that they have begun. Guests leave zones free for it, a restart may
+        find none."""
+        gathered = 0 if self._batch is None else 1 + self._batch.data_count
+        left = len(self._zones.free) - self._promised_zones()
+        return left > ZONES_FOR_MOVES or (left >= 0 and self.room_in_zone - gathered > 1)
 
     def _append_held(self) -> None:
         while self._held and self._has_place():
@@ -306,6 +314,7 @@ class Log:
         """
         if (
             self.room_in_zone > 1
+            and self._has_place()
             and self.idle
             and self.durable == self.applied.position > self._noted_durable
             and not self.failed
