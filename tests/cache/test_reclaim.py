@@ -267,3 +267,23 @@ def test_a_partial_write_starts_over_when_its_block_changes() -> None:
     rig.store.away = False
     rig.run_until(lambda: bool(got))
     assert rig.read(98, 8) == b"NNpartNN"
+
+
+def test_a_zone_without_anything_to_keep_is_found_behind_old_ones_that_have_nowhere_to_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(5, size=24 << 20, blocks=6000, cut_age_ns_max=10**15, cut_blocks_max=10**9)
+    rig.store.away = True
+    for turn in range(8):
+        assert rig.write(turn * 100 * BLOCK_SIZE, OLD * 100) == IoError.OK  # the oldest zones
+    for lba in range(0, 800, 25):
+        assert rig.write(lba * BLOCK_SIZE, NEW * 12) == IoError.OK  # half of what they hold is dirty
+    for _ in range(10):
+        assert rig.write(2000 * BLOCK_SIZE, NEW * 100) == IoError.OK  # behind them: written over
+    checkpointed(rig)
+    checkpointed(rig)
+    settle(rig, 200)
+    monkeypatch.setattr(reclaim.Reclaim, "_room", lambda self: 0)
+    victim = rig.engine.reclaim._choose()
+    assert victim is not None
+    assert victim.keep.size == 0

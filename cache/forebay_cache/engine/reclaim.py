@@ -130,15 +130,17 @@ class Reclaim:
     # --- choosing ---------------------------------------------------------------------------------------------
 
     def _choose(self) -> _Victim | None:
-        """Return the zone with the fewest blocks to keep among the oldest ones, widening the search if all are bad.
+        """Return the zone with the fewest blocks to keep among the oldest ones, widening the search if all are bad, or
+        if what they keep has nowhere to go.
 
         When zones are really short, clean blocks are kept nowhere: only what is dirty must not be lost.
         """
         zones = self._engine.zones
+        good = min(zones.zone_blocks * 3 // 4, self._room() - self._moving)
         strict = len(zones.free) > ZONES_RESERVED
         oldest = [zone for zone in islice(zones.full, VICTIM_CANDIDATES) if self._is_victim(zone)]
         best = self._best(oldest, worthy=strict)
-        if best is None or best.keep.size > zones.zone_blocks * 3 // 4:
+        if best is None or best.keep.size > max(good, 0):
             end = 16 * VICTIM_CANDIDATES if self._engine.loading.active else None
             rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, end) if self._is_victim(zone))
             better = self._best(list(islice(rest, 8 * VICTIM_CANDIDATES)), worthy=False)
