@@ -52,6 +52,7 @@ class SimDisk:
         self.fail_write = False  # the next write meets EIO
         self.fail_sync = False  # the next sync does
         self.sync_failed = False
+        self.unreadable: set[int] = set()  # offsets of blocks that a running daemon can't read
         self.slow = False
         self.outcome = (
             ""  # of the next power cut, unless chance decides: "loss" of all unsynced, or of all but the "newest"
@@ -81,6 +82,11 @@ class SimDisk:
     def read(self, offset: int, size: int) -> bytes:
         """Return what a program sees."""
         return self.bytes[offset : offset + size]
+
+    def is_unreadable(self, offset: int, size: int) -> bool:
+        """Tell whether a read meets a block that can't be read."""
+        first = offset - offset % BLOCK_SIZE
+        return bool(self.unreadable) and any(at in self.unreadable for at in range(first, offset + size, BLOCK_SIZE))
 
     def write(self, offset: int, content: bytes) -> None:
         """Put bytes into the page cache."""
@@ -209,12 +215,13 @@ class SimDevice:
 
     def read_now(self, offset: int, size: int) -> Buffer | None:
         """See Device."""
-        return None if self.failed or self._random.random() < 0.4 else self._disk.read(offset, size)
+        absent = self.failed or self._random.random() < 0.4 or self._disk.is_unreadable(offset, size)
+        return None if absent else self._disk.read(offset, size)
 
     def read_into_now(self, offset: int, view: memoryview) -> bool:
         """See Device."""
         view[:] = self._disk.read(offset, view.nbytes)
-        return not self.failed and self._random.random() < 0.6
+        return not (self.failed or self._random.random() >= 0.6 or self._disk.is_unreadable(offset, view.nbytes))
 
     def read(self, offset: int, size: int, done: Callable[[Buffer | None], None]) -> None:
         """See Device: the bytes are those of some moment between now and then."""
@@ -223,7 +230,7 @@ class SimDevice:
 
         def answer() -> None:
             content = self._disk.read(offset, size) if early is None else early
-            done(None if self.failed else content)
+            done(None if self.failed or self._disk.is_unreadable(offset, size) else content)
 
         self._loop.after(self._delay(), answer)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import sim_books
+import sim_offline
 from sim_cache import CacheHost
 from sim_guest import Guest, LeftBehind
 from sim_judges import Branch, Official, StoreJudge, check_rebuilt
@@ -27,7 +28,7 @@ from sim_world import SimLoop, Violation, World
 from forebay_cache.engine.cache import EngineSettings
 from forebay_cache.engine.volume import CacheVolume
 from forebay_core.errors import ForebayError
-from forebay_core.units import BLOCK_SIZE
+from forebay_core.units import BLOCK_SIZE, RATE_MIN
 from forebay_wire import messages
 
 MS = 1_000_000
@@ -69,9 +70,14 @@ PROFILES = {
     "full_power": Profile({"power_cache": 1}, rounds=8, device_size=8 << 20, blocks=230),
     "ssd": Profile({"lose_ssd": 2, "power_cache": 2, "drain": 1, "take_over": 1, "crash_store": 1}),
     "media": Profile({"damage_cache": 4, "power_cache": 2, "crash_cache": 2, "drain": 1}),
+    "limits": Profile({**BASE, "limit": 8}),
+    "unreadable": Profile({"unreadable": 3, "crash_cache": 2, "power_cache": 1, "drain": 1, "limit": 1}),
     "store_media": Profile({"damage_store": 3, "crash_store": 2, "crash_cache": 1, "drain": 1}, rounds=4),
 }
-TURNS = ("all", "power", "all", "fencing", "all", "full", "power", "ssd", "all", "media", "full", "store_media")
+TURNS = (
+    *("all", "power", "limits", "fencing", "all", "full", "power", "ssd", "all", "media", "full", "store_media"),
+    *("unreadable", "all"),
+)
 
 
 class Scenario:
@@ -112,6 +118,8 @@ class Scenario:
 
     def _restart(self, host: CacheHost | StoreHost) -> None:
         if host.loop is None and not host.refused:
+            if isinstance(host, CacheHost) and not self.world.excuses:
+                sim_offline.check_offline(host)
             host.start()
 
     def _recovered(self, host: CacheHost, volume: CacheVolume, branch: Branch, power: bool) -> None:
@@ -429,6 +437,24 @@ class Scenario:
         text = disk.rot() if kind == 0 else disk.lose_write(misdirect=kind == 2)
         if text:
             self._damaged(f"{disk.name}: {text}")
+
+    def unreadable(self) -> None:
+        """Some blocks of an SSD can't be read any more."""
+        disk = self._host().disk
+        for _ in range(self.random.choice((1, 3, 20))):
+            blocks = (disk.size - disk.zones_offset) // BLOCK_SIZE
+            disk.unreadable.add(disk.zones_offset + self.random.randrange(blocks) * BLOCK_SIZE)
+        self._damaged(f"{disk.name}: {len(disk.unreadable)} blocks can't be read")
+
+    def limit(self) -> None:
+        """Limit how fast a volume, or all, is destaged; or lift it."""
+        host = self._host()
+        if not host.running:
+            return
+        name = self.random.choice((*NAMES, ""))
+        average = RATE_MIN * self.random.choice((0, 1, 1, 2, 8))
+        peak = average * self.random.choice((1, 2, 5))
+        host.command(lambda: host.shell.limit(name, average=average, peak=peak, reset=average == 0))
 
     def damage_store(self) -> None:
         text = self.store.folder.rot()
