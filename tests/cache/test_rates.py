@@ -270,6 +270,18 @@ def test_only_who_holds_most_is_slowed() -> None:
     assert innocent.between(end_ns - 10 * NS, end_ns) >= 10 * 20 - 1, "one write at every tick"
 
 
+@pytest.mark.parametrize("average", [1 * MIB, 2 * MIB])
+def test_a_writer_is_slowed_and_not_stopped_until_a_cut_is_committed(average: int) -> None:
+    """The buffer is small beside what one cut of it takes to be sent: room comes back a few times a minute."""
+    rig = backlog(9, size=60 << 20, blocks=12_000, zone_blocks=64, dirty_share_max=0.5)
+    rig.limit(average, 2 * average)
+    writer = Writer(rig, rig.volume, blocks=12_000, every=40)
+    rig.pass_time(40, writer.step)
+    gaps = [later - earlier for earlier, later in pairwise(writer.at_ns)]
+    assert rig.engine.buffer_fill > 0.7
+    assert max(gaps) < 0.5 * NS, sorted(gaps)[-5:]
+
+
 def test_a_full_buffer_waits_and_never_fails() -> None:
     rig = backlog(10, size=30 << 20, blocks=6000, zone_blocks=64, dirty_share_max=0.5)
     rig.store.away = True

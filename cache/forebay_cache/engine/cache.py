@@ -35,7 +35,16 @@ from forebay_cache.engine.loading import Loading
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import AgedFrequency, Policy
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream, UpstreamRefusal
-from forebay_cache.engine.rates import NEVER, NO_LIMIT, NOT_SET, SLOWING_FILL, Limit, changed_limit, is_settable
+from forebay_cache.engine.rates import (
+    NEVER,
+    NO_LIMIT,
+    NOT_SET,
+    SLOWING_FILL,
+    STOPPING_FILL,
+    Limit,
+    changed_limit,
+    is_settable,
+)
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
@@ -298,6 +307,11 @@ class CacheEngine:
     def buffer_fill(self) -> float:
         """Dirty blocks as a share of what may be dirty."""
         return self.dirty_blocks / self._dirty_max
+
+    @property
+    def stopping_room(self) -> int:
+        """Blocks that those who hold most of the buffer may still add before they wait."""
+        return max(0, int(self._dirty_max * STOPPING_FILL) - self.dirty_blocks)
 
     @property
     def free_zones(self) -> int:

@@ -36,7 +36,7 @@ from forebay_cache.engine.limits import (
     SLICES_IN_FLIGHT_MAX,
 )
 from forebay_cache.engine.ports import BuildRequest, BuiltPart, CutIdentity, U64Array, UpstreamRefusal
-from forebay_cache.engine.rates import NEVER, Shaper, urgency
+from forebay_cache.engine.rates import NEVER, NS, Shaper, urgency
 from forebay_cache.format import record
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, LBA_BITS, Sequence, Version, sequence_of
@@ -108,6 +108,15 @@ class Destage:
             self._drains.append((volume, volume.version, drained))
             if volume.has_changes and not volume.cuts and self._may_send(volume):
                 self._close(volume)
+
+    def until_commit_ns(self, volume: "CacheVolume") -> int:
+        """Estimate when the cut of a limited volume that is on its way is upstream; 0 if there is no saying."""
+        if not (volume.cuts and self._is_limited(volume) and self._may_send(volume)):
+            return 0
+        cut = volume.cuts[0]
+        stored = self.stored_bytes / self.plain_bytes if self.plain_bytes else 1.0
+        left = (cut.block_count - cut.next_block) * BLOCK_SIZE * stored + sum(piece.size for piece in cut.ready)
+        return int(left * NS / min(volume.shaper.allowed, self.total.allowed))
 
     def stop_volume(self, volume: "CacheVolume", reason: str) -> None:
         """Give up on a volume: its dirty blocks stay, its I/O fails, whoever drains is told."""

@@ -48,10 +48,13 @@ STOPPING_FILL: Final = 0.95
 
 DELAY_SCALE_NS: Final = 200_000
 """Delay per block halfway: 20 MiB per second. At 512 KiB per second of destaging it comes to rest at a fill of 0.945,
-at 500 MiB per second at 0.758."""
+at 500 MiB per second at 0.758, if room comes back in pieces that are small beside the buffer."""
+
+LASTING_FILL: Final = 0.8
+"""From here on the room that is left has to last until a commit gives some back, below in part."""
 
 assert RATE_MIN // PEAK_SLICES_MIN >= BLOCK_SIZE + 128  # a frame of one block
-assert CALM_FILL < URGENT_FILL <= SLOWING_FILL < STOPPING_FILL < 1
+assert CALM_FILL < URGENT_FILL <= SLOWING_FILL < LASTING_FILL < STOPPING_FILL < 1
 assert SLICE_SIZE_MAX >= FRAME_SIZE_MAX
 
 
@@ -163,6 +166,11 @@ def write_delay_ns(fill: float) -> int:
     if x <= 0:
         return 0
     return -1 if x >= 1 else max(1, int(DELAY_SCALE_NS * x / (1 - x)))
+
+
+def lasting_delay_ns(fill: float, room_blocks: int, wait_ns: int) -> int:
+    """Return the delay per block with which so many blocks last until room comes back in `wait_ns`."""
+    return int(wait_ns / max(1, room_blocks) * _ramp(fill, SLOWING_FILL, LASTING_FILL))
 
 
 def _ramp(value: float, low: float, high: float) -> float:
