@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from forebay_cache.service.blank_search import find_foreign
 from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
 from forebay_core.units import BLOCK_SIZE, format_size
 
@@ -24,12 +25,16 @@ _LOCKS_SIZE_MAX: Final = 1 << 20
 
 
 class DeviceFile(NamedTuple):
-    """An open, locked device. `size` in bytes, whole blocks; `blank`: both superblocks are zeros."""
+    """An open, locked device. `size` in bytes, whole blocks; `blank`: it may be formatted unasked.
+
+    `foreign_offset`: where something else's bytes are, if only the superblocks are zeros.
+    """
 
     fd: int
     path: Path
     size: int
     blank: bool
+    foreign_offset: int | None = None
 
 
 def open_device(path: Path, size: int | None) -> DeviceFile:
@@ -112,11 +117,13 @@ def _measure(fd: int, path: Path, wanted: int | None) -> DeviceFile:
         raise WrongUsageError(f"{path}: is neither a regular file nor a block device")
     size = os.lseek(fd, 0, os.SEEK_END)
     blank = not any(os.pread(fd, SUPERBLOCKS_SIZE, 0))
+    foreign_offset = find_foreign(fd, size) if blank else None
+    blank = blank and foreign_offset is None
     if stat.S_ISREG(mode) and blank:
         size = _allocate(fd, path, max(size, wanted or 0))
     if wanted is not None and size != wanted:
         raise WrongUsageError(f"{path}: has {size} bytes, --size says {wanted}; leave --size out to use it as it is")
-    return DeviceFile(fd, path, size - size % BLOCK_SIZE, blank)
+    return DeviceFile(fd, path, size - size % BLOCK_SIZE, blank, foreign_offset)
 
 
 def _allocate(fd: int, path: Path, size: int) -> int:

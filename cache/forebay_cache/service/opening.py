@@ -6,7 +6,8 @@ Invariants:
     Only a blank device is formatted unasked. With --format a device of ours is too, unless it holds changes that are
     not in the store, and so is one whose superblock is foreign or damaged.
     The device is synced before it is read: recovery sees what a power cut would leave.
-Crash while formatting: the superblocks are written last, so the device is still what it was, or blank.
+Crash while formatting: the superblocks are written last, so the device is still what it was, or blank; or it has
+neither superblocks nor is blank, where --format was asked for, and must be asked for again.
 """
 
 import logging
@@ -72,9 +73,15 @@ def _choose(file: DeviceFile) -> Superblock | None:
     try:
         return choose(blocks[:BLOCK_SIZE], blocks[BLOCK_SIZE:], place=str(file.path))
     except DeviceRefusedError as error:
-        if error.refusal is Refusal.BLANK:
-            return None
-        raise
+        if error.refusal is not Refusal.BLANK:
+            raise
+    if file.foreign_offset is not None:
+        raise DeviceRefusedError(
+            Refusal.FOREIGN,
+            f"{file.path}: holds something else (expected zeros as in its first blocks, found other bytes at offset "
+            f"{file.foreign_offset})",
+        )
+    return None
 
 
 def _refuse_loss(file: DeviceFile, superblock: Superblock) -> None:
