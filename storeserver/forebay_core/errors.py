@@ -36,6 +36,14 @@ class CorruptionError(ForebayError):
         self.found = found
 
 
+class UnreadableError(CorruptionError):
+    """Bytes that a disk doesn't give back: damage to just those."""
+
+    def __init__(self, *, place: str, reason: str) -> None:
+        super().__init__(place=place, what="bytes", expected="to be read", found=reason)
+        self.args = (f"{place}: can't be read ({reason})",)
+
+
 class InUseError(ForebayError):
     """Another process holds the device or data folder."""
 

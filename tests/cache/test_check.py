@@ -15,6 +15,7 @@ from forebay_cache.engine.front import IoError
 from forebay_cache.engine.holes import Hole
 from forebay_cache.format import checkpoint, record, superblock
 from forebay_core.checksums import checksum
+from forebay_core.errors import UnreadableError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, make_version
 
@@ -474,7 +475,7 @@ def test_a_device_that_cannot_be_read_is_told_block_by_block() -> None:
 
     def read(at: int, size: int) -> bytes:
         if at <= bad < at + size:
-            raise OSError(5, "Input/output error")
+            raise UnreadableError(place=f"offset {at}", reason="Input/output error")
         return image[at : at + size]
 
     found = check_device(read, len(image))

@@ -17,7 +17,7 @@ import numpy as np
 from forebay_cache.engine.salvage import CopyArray, Salvage, SalvageVolume
 from forebay_cache.service.stopped_device import StoppedDevice
 from forebay_core.checksums import checksum
-from forebay_core.errors import ForebayError
+from forebay_core.errors import ForebayError, UnreadableError
 from forebay_core.extents import Extent, from_blocks, overlapping, subtract
 from forebay_core.units import BLOCK_SIZE, epoch_of, format_size, sequence_of
 from forebay_tools.printing import Json
@@ -203,7 +203,7 @@ class _Copier:
     def _read(self, offset: int) -> bytearray | None:
         try:
             return self._device.read(offset, BLOCK_SIZE)
-        except OSError:
+        except UnreadableError:
             return None
 
 

@@ -7,10 +7,11 @@ it; a damaged record that was durable is one. Codes are in `findings.CODES`.
 from forebay_cache.engine.check_areas import ChosenCheckpoint, check_checkpoints, check_superblocks
 from forebay_cache.engine.check_volumes import check_volumes
 from forebay_cache.engine.check_zones import Reached, ZoneCheck
+from forebay_cache.engine.device_reads import ReadDevice
 from forebay_cache.engine.findings import Finding, Findings
-from forebay_cache.engine.recovery import ReadDevice, Recovered, recover
+from forebay_cache.engine.recovery import Recovered, recover
 from forebay_cache.format.superblock import Superblock
-from forebay_core.errors import CorruptionError
+from forebay_core.errors import CorruptionError, UnreadableError
 
 
 def check_device(
@@ -18,7 +19,7 @@ def check_device(
 ) -> list[Finding]:
     """Return what is wrong with a device of so many bytes; an empty list if nothing is.
 
-    `read(offset, size)` may raise OSError. Without `with_blocks` the bytes of cached blocks are not looked at.
+    `read(offset, size)` may raise UnreadableError. Without `with_blocks` the bytes of cached blocks are not looked at.
     """
     findings = Findings()
     superblock = check_superblocks(read, device_size, findings)
@@ -40,10 +41,10 @@ def _recover(
     if checkpoints:
         try:
             return recover(read, superblock, whole=True)
+        except UnreadableError as error:
+            findings.add("read-error", error.place, str(error))
         except CorruptionError as error:
             findings.add("log-damaged", error.place, str(error))
-        except OSError as error:
-            findings.add("read-error", "log", f"expected its bytes, found {error}")
     text = "expected a checkpoint and a log that can be replayed, found damage; forebay cache salvage saves the rest"
     findings.add("state-unchecked", "device", text)
     return None

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from forebay_cache.engine.device_reads import ReadDevice
 from forebay_cache.engine.findings import Findings
-from forebay_cache.engine.recovery import ReadDevice
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import checkpoint
 from forebay_cache.format.checkpoint import CheckpointHeader, Chunk, U64Array, VolumeState

@@ -7,6 +7,7 @@ again. That is no finding, so such a zone is passed over if a header of a later 
 near its front and is more than one flipped bit.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple
@@ -14,13 +15,14 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from forebay_cache.engine.check_areas import ChosenCheckpoint
+from forebay_cache.engine.device_reads import ReadDevice, read_around
 from forebay_cache.engine.findings import Findings
-from forebay_cache.engine.recovery import ReadDevice, Recovered, device_tag
+from forebay_cache.engine.recovery import Recovered, device_tag
 from forebay_cache.engine.zone_scan import Opening, ScannedRecord, ZoneScan, scan_zone
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import record
 from forebay_core.checksums import checksum
-from forebay_core.errors import CorruptionError
+from forebay_core.errors import CorruptionError, UnreadableError
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX
 
 Reached = Callable[[int, int], None]
@@ -250,11 +252,11 @@ class ZoneCheck:
         """Return the bytes of a zone, with zeros where they can't be read or need not be."""
         first = self._zones.place_at(zone, 0)
         size = self._zones.zone_blocks << BLOCK_SHIFT
-        try:
+        with contextlib.suppress(UnreadableError):  # told below
             view = None if self._with_blocks else self._headers(first, size)
-            return view or memoryview(self._read(self._zones.offset_of(first), size))
-        except OSError:
-            return self._readable(first, size)
+            if view is not None:
+                return view
+        return self._readable(first, size)
 
     def _headers(self, first: int, size: int) -> memoryview | None:
         """Read the headers only, going from one to the next; None where one does not tell where the next is."""
@@ -278,14 +280,12 @@ class ZoneCheck:
 
     def _readable(self, first: int, size: int) -> memoryview:
         """Read block by block around those that can't be read."""
-        view = memoryview(bytearray(size))
-        for at in range(0, size, BLOCK_SIZE):
-            place = first + (at >> BLOCK_SHIFT)
-            try:
-                view[at : at + BLOCK_SIZE] = self._read(self._zones.offset_of(place), BLOCK_SIZE)
-            except OSError as error:
-                self._unreadable.add(place)
-                self._findings.add("read-error", self._offset(place), f"expected {BLOCK_SIZE} bytes, found {error}")
+        start = self._zones.offset_of(first)
+        view, unreadable = read_around(self._read, start, size)
+        for offset, error in unreadable.items():
+            place = first + (offset - start >> BLOCK_SHIFT)
+            self._unreadable.add(place)
+            self._findings.add("read-error", self._offset(place), str(error))
         return view
 
     # --- words ------------------------------------------------------------------------------------------------

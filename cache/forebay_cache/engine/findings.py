@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from forebay_core.errors import CorruptionError
+from forebay_core.errors import CorruptionError, UnreadableError
 
 FINDINGS_MAX: Final = 1000
 
@@ -70,7 +70,7 @@ class Findings:
         """Note what the checks inside raise, and go on behind them."""
         try:
             yield
+        except UnreadableError as error:
+            self.add("read-error", place, str(error))
         except CorruptionError as error:
             self.add(code, error.place, str(error))
-        except OSError as error:
-            self.add("read-error", place, str(error))

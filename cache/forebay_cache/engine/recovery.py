@@ -3,7 +3,8 @@
 Before it the caller syncs the device, so that what is read now is what a power cut would leave. Records behind the
 highest known durable position count only as long as they chain and their data match their checksums: what survives
 of unflushed writes is a prefix. Below that position a mismatch is bit rot or a lost write: the device is refused, never
-shortened.
+shortened. What can't be read counts as damaged, but for data blocks: the record stands, and whoever reads such a block
+later fetches it again, or is told of an error if it is not in the store.
 
 Invariants:
     Of several places for one block the highest version wins; of equal versions the later record.
@@ -14,7 +15,7 @@ Invariants:
 Source: write-ahead logging with fuzzy checkpoints, as in Mohan et al., ARIES, 1992 (redo only).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from forebay_cache.engine.blockmap import BlockMap, choose_bucket_count
 from forebay_cache.engine.checkpoints import Kept
+from forebay_cache.engine.device_reads import ReadDevice, read_around
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.log import LogPoint
 from forebay_cache.engine.log_end import LogEnd
@@ -32,13 +34,10 @@ from forebay_cache.format import superblock as superblock_format
 from forebay_cache.format.record import EntryArray, RecordHeader
 from forebay_cache.format.superblock import Superblock
 from forebay_cache.format.volume_note import VolumeNote
-from forebay_core.checksums import checksum
-from forebay_core.errors import CorruptionError
+from forebay_core.checksums import ZERO_BLOCK, checksum
+from forebay_core.errors import CorruptionError, UnreadableError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
-
-ReadDevice = Callable[[int, int], Buffer]
-"""Read `size` bytes at a byte offset of the device, waiting for them."""
 
 FIRST_POSITION: Final = 1
 
@@ -114,16 +113,10 @@ def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0, w
     Raises:
         CorruptionError: no checkpoint is whole, or a record that was durable is damaged.
     """
-    geometry = superblock.geometry
-    offsets = geometry.checkpoint_offsets
+    offsets = superblock.checkpoint_offsets
     names = tuple(f"checkpoint area {area} at offset {offset}" for area, offset in enumerate(offsets))
-    candidates = checkpoint.choose_checkpoints(
-        [read(offset, BLOCK_SIZE) for offset in offsets],
-        device=superblock.device,
-        size_max=geometry.checkpoint_size,
-        places=names,
-    )
     findings: list[str] = []
+    candidates = _candidates(read, superblock, names, findings)
     for index, (area, header) in enumerate(candidates):
         try:
             replay = _load(read, superblock, area, header, place=names[area], bucket_seed=bucket_seed, whole=whole)
@@ -136,6 +129,29 @@ def recover(read: ReadDevice, superblock: Superblock, *, bucket_seed: int = 0, w
         kept = [Kept(h.sequence, a, h.log_position, h.replay_zone) for a, h in candidates[index:]]
         return replay.run(kept, findings)
     raise AssertionError("unreachable")
+
+
+def _candidates(
+    read: ReadDevice, superblock: Superblock, names: tuple[str, ...], findings: list[str]
+) -> list[tuple[int, checkpoint.CheckpointHeader]]:
+    """Return the checkpoints whose headers are whole, newest first."""
+    blocks: list[Buffer] = []
+    unreadable: list[UnreadableError] = []
+    for offset, name in zip(superblock.checkpoint_offsets, names, strict=True):
+        try:
+            blocks.append(read(offset, BLOCK_SIZE))
+        except UnreadableError as error:
+            blocks.append(ZERO_BLOCK)
+            unreadable.append(error)
+            findings.append(f"{name}: {error}; the other checkpoint is used")
+    try:
+        return checkpoint.choose_checkpoints(
+            blocks, device=superblock.device, size_max=superblock.checkpoint_size, places=names
+        )
+    except CorruptionError:
+        if unreadable:
+            raise unreadable[0] from None
+        raise
 
 
 class _Replay:
@@ -160,10 +176,12 @@ class _Replay:
         self.durable = 0  # what checkpoints prove to be so
         self.limit = (0, 0)
         self.unloaded = Unloaded(geometry.zone_count, geometry.zone_blocks, chunk_places)
+        self.unreadable: dict[int, UnreadableError] = {}  # by the offset of the block
 
     def run(self, kept: list[Kept], findings: list[str]) -> Recovered:
         """Apply the log and settle the zones."""
         records, end = self._collect()
+        findings += self._unreadable_findings(end)
         for one in records:
             self._apply(one)
         self._settle(end, kept)
@@ -199,7 +217,9 @@ class _Replay:
         durable = max([self.durable, behind.find_durable(), *(one.header.durable_position for one in records)])
         if durable > end.position:
             expected = f"log position {end.position}, because everything before {durable} was durable"
-            raise CorruptionError(place=place, what="log record", expected=expected, found="a damaged or lost record")
+            error = self.unreadable.get(self._offset(end.zone, end.block))
+            found = "a damaged or lost record" if error is None else str(error)
+            raise CorruptionError(place=place, what="log record", expected=expected, found=found)
         for index, one in enumerate(records):
             if one.header.log_position >= durable and not self._matches(one):
                 return records[:index], self._end_of(records[:index])
@@ -230,7 +250,7 @@ class _Replay:
         while point.block < self.zones.zone_blocks and point.zone < self.zones.zone_count:
             if point.zone != loaded:
                 loaded = point.zone
-                blocks = memoryview(self._read_blocks(loaded, 0, self.zones.zone_blocks))
+                blocks = self._read_blocks(loaded, 0, self.zones.zone_blocks)
             one = self._decode(blocks, point)
             if one is None:
                 return
@@ -256,19 +276,46 @@ class _Replay:
         return _Record(point.zone, point.block, header, entries, note)
 
     def _matches(self, one: _Record) -> bool:
-        """Compare the data blocks of a record, which may have been torn, with their checksums."""
+        """Compare the data blocks of a record, which may have been torn, with their checksums.
+
+        What can't be read tells nothing: ending the log there would lose all that was acknowledged behind it.
+        """
         count = one.header.block_count
-        if count == 0:
-            return True
-        view = memoryview(self._read_blocks(one.zone, one.block + 1, count))
+        first = self._offset(one.zone, one.block + 1)
+        view = self._read_blocks(one.zone, one.block + 1, count)
         sums = one.entries["checksum"][:count].tolist()
         return all(
-            checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]) == expected for i, expected in enumerate(sums)
+            checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]) == expected
+            for i, expected in enumerate(sums)
+            if first + i * BLOCK_SIZE not in self.unreadable
         )
 
-    def _read_blocks(self, zone: int, block: int, count: int) -> Buffer:
-        offset = self.zones.offset_of(self.zones.place_at(zone, block))
-        return self.read(offset, count << BLOCK_SHIFT) if count else b""
+    def _read_blocks(self, zone: int, block: int, count: int) -> memoryview:
+        """Read blocks of a zone; those that can't be read are zeros, and noted."""
+        if count == 0:
+            return memoryview(b"")
+        view, unreadable = read_around(self.read, self._offset(zone, block), count << BLOCK_SHIFT)
+        self.unreadable |= unreadable
+        return view
+
+    def _offset(self, zone: int, block: int) -> int:
+        return self.zones.zones_offset + (zone * self.zones.zone_blocks + block) * BLOCK_SIZE
+
+    def _unreadable_findings(self, end: LogPoint) -> list[str]:
+        """Return a line for each zone with blocks that can't be read, and one if the log ends at such a block."""
+        by_zone: dict[int, list[int]] = {}
+        for offset in sorted(self.unreadable):
+            zone = (offset - self.zones.zones_offset) // (self.zones.zone_blocks * BLOCK_SIZE)
+            by_zone.setdefault(zone, []).append(offset)
+        findings = [
+            f"zone {zone}: {len(offsets)} blocks can't be read, the first at offset {offsets[0]}; if they are in use, "
+            "clean ones are fetched again, and reading changes that are not in the store is an error"
+            for zone, offsets in by_zone.items()
+        ]
+        error = self.unreadable.get(self._offset(end.zone, end.block))
+        if error is not None:
+            findings.append(f"zone {end.zone} block {end.block}: {error}; the log ends there, nothing shows it went on")
+        return findings
 
     # --- applying ---------------------------------------------------------------------------------------------
 

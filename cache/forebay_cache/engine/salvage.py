@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.check_areas import ChosenCheckpoint, check_checkpoints, check_superblocks
+from forebay_cache.engine.device_reads import ReadDevice, read_around
 from forebay_cache.engine.findings import Findings
 from forebay_cache.engine.holes import HoleMap
-from forebay_cache.engine.recovery import ReadDevice, Recovered, RecoveredVolume, device_tag, recover
+from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag, recover
 from forebay_cache.engine.zone_scan import ScannedRecord, later_records
 from forebay_cache.format import checkpoint, record
 from forebay_cache.format.superblock import Superblock
@@ -74,8 +75,6 @@ def search_device(read: ReadDevice, device_size: int) -> Salvage:
         return _exact(recover(read, superblock, whole=True))
     except CorruptionError as error:
         doubt = str(error)
-    except OSError as error:
-        doubt = f"the log can't be read: {error}"
     return _search(read, superblock, doubt)
 
 
@@ -225,18 +224,9 @@ def _records(read: ReadDevice, superblock: Superblock, doubts: list[str]) -> Ite
     size = geometry.zone_blocks << BLOCK_SHIFT
     for zone in range(geometry.zone_count):
         offset = geometry.zones_offset + zone * size
-        view = memoryview(bytearray(size))
-        unreadable = 0
-        try:
-            view = memoryview(read(offset, size))
-        except OSError:
-            for at in range(0, size, BLOCK_SIZE):
-                try:
-                    view[at : at + BLOCK_SIZE] = read(offset + at, BLOCK_SIZE)
-                except OSError:
-                    unreadable += 1
+        view, unreadable = read_around(read, offset, size)
         if unreadable:
-            doubts.append(f"{unreadable} blocks of zone {zone} can't be read")
+            doubts.append(f"{len(unreadable)} blocks of zone {zone} can't be read")
         found = list(later_records(view, zone, 0, tag))
         newest = max((one.header.incarnation for one in found), default=0)
         yield from (one for one in found if one.header.incarnation == newest)
@@ -271,12 +261,15 @@ def _is_dead(one: ScannedRecord, starts: dict[int, int]) -> bool:
 
 
 def _has_whole_data(read: ReadDevice, superblock: Superblock, one: ScannedRecord) -> bool:
+    """Compare its data blocks with their checksums; those that can't be read tell nothing, as in recovery."""
+    count = one.header.block_count
     first = _offset(superblock, one) + BLOCK_SIZE
-    sums = one.entries["checksum"][: one.header.block_count].tolist()
-    try:
-        return all(checksum(read(first + i * BLOCK_SIZE, BLOCK_SIZE)) == expected for i, expected in enumerate(sums))
-    except OSError:
-        return False
+    view, unreadable = read_around(read, first, count << BLOCK_SHIFT) if count else (memoryview(b""), {})
+    return all(
+        checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]) == expected
+        for i, expected in enumerate(one.entries["checksum"][:count].tolist())
+        if first + i * BLOCK_SIZE not in unreadable
+    )
 
 
 def _missing(records: list[ScannedRecord], since: int | None) -> int:

@@ -191,8 +191,8 @@ def decode_superblock(block: Buffer, *, place: str) -> Superblock:
     return superblock
 
 
-def choose(block_a: Buffer, block_b: Buffer, *, place: str = "cache device") -> Superblock:
-    """Return the newer of two copies.
+def choose(block_a: Buffer | None, block_b: Buffer | None, *, place: str = "cache device") -> Superblock:
+    """Return the newer of two copies; None is one that can't be read.
 
     Raises:
         DeviceRefusedError: neither is valid. Of two reasons the one that says most about a device of ours is given.
@@ -201,13 +201,19 @@ def choose(block_a: Buffer, block_b: Buffer, *, place: str = "cache device") -> 
     refusals: list[DeviceRefusedError] = []
     for index, block in enumerate((block_a, block_b)):
         try:
-            found.append(decode_superblock(block, place=f"{place} superblock {'AB'[index]}"))
+            found.append(_decode_copy(block, place=f"{place} superblock {'AB'[index]}"))
         except DeviceRefusedError as error:
             refusals.append(error)
     if found:
         return max(found, key=lambda superblock: superblock.generation)
     order = (Refusal.OTHER_VERSION, Refusal.DAMAGED, Refusal.FOREIGN, Refusal.BLANK)
     raise min(refusals, key=lambda error: order.index(error.refusal))
+
+
+def _decode_copy(block: Buffer | None, *, place: str) -> Superblock:
+    if block is None:
+        raise DeviceRefusedError(Refusal.DAMAGED, f"{place}: can't be read")
+    return decode_superblock(block, place=place)
 
 
 def check_fits(superblock: Superblock, device_size: int, *, place: str) -> None:

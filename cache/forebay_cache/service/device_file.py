@@ -116,7 +116,7 @@ def _measure(fd: int, path: Path, wanted: int | None) -> DeviceFile:
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise WrongUsageError(f"{path}: is neither a regular file nor a block device")
     size = os.lseek(fd, 0, os.SEEK_END)
-    blank = not any(os.pread(fd, SUPERBLOCKS_SIZE, 0))
+    blank = _has_blank_superblocks(fd)
     foreign_offset = find_foreign(fd, size) if blank else None
     blank = blank and foreign_offset is None
     if stat.S_ISREG(mode) and blank:
@@ -124,6 +124,15 @@ def _measure(fd: int, path: Path, wanted: int | None) -> DeviceFile:
     if wanted is not None and size != wanted:
         raise WrongUsageError(f"{path}: has {size} bytes, --size says {wanted}; leave --size out to use it as it is")
     return DeviceFile(fd, path, size - size % BLOCK_SIZE, blank, foreign_offset)
+
+
+def _has_blank_superblocks(fd: int) -> bool:
+    try:
+        return not any(os.pread(fd, SUPERBLOCKS_SIZE, 0))
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return False  # whether the other copy tells what this device is, is seen when it is opened
 
 
 def _allocate(fd: int, path: Path, size: int) -> int:

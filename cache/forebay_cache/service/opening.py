@@ -27,7 +27,7 @@ from forebay_cache.format.superblock import (
     plan_geometry,
 )
 from forebay_cache.service.device_file import DeviceFile
-from forebay_core.errors import CorruptionError, ForebayError
+from forebay_core.errors import CorruptionError, ForebayError, UnreadableError
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, ID_SIZE, Buffer
 
 _READ_SIZE_MAX: Final = 1 << 30
@@ -69,9 +69,9 @@ def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool) -> Re
 
 def _choose(file: DeviceFile) -> Superblock | None:
     """Return the superblock, or None for a blank device."""
-    blocks = memoryview(_read(file, 0, SUPERBLOCK_COUNT * BLOCK_SIZE))
+    blocks = [_read_copy(file, index) for index in range(SUPERBLOCK_COUNT)]
     try:
-        return choose(blocks[:BLOCK_SIZE], blocks[BLOCK_SIZE:], place=str(file.path))
+        return choose(blocks[0], blocks[1], place=str(file.path))
     except DeviceRefusedError as error:
         if error.refusal is not Refusal.BLANK:
             raise
@@ -82,6 +82,15 @@ def _choose(file: DeviceFile) -> Superblock | None:
             f"{file.foreign_offset})",
         )
     return None
+
+
+def _read_copy(file: DeviceFile, index: int) -> Buffer | None:
+    """Return one copy of the superblock, or None if it can't be read."""
+    try:
+        return _read(file, index * BLOCK_SIZE, BLOCK_SIZE)
+    except UnreadableError as error:
+        _LOG.error("%s superblock %s: %s", file.path, "AB"[index], error)
+        return None
 
 
 def _refuse_loss(file: DeviceFile, superblock: Superblock) -> None:
@@ -146,7 +155,10 @@ def _read(file: DeviceFile, offset: int, size: int) -> Buffer:
     view = memoryview(buffer)
     at = 0
     while at < size:
-        count = os.preadv(file.fd, (view[at:],), offset + at)
+        try:
+            count = os.preadv(file.fd, (view[at:],), offset + at)
+        except OSError as error:
+            raise UnreadableError(place=f"{size} bytes at offset {offset}", reason=str(error.strerror)) from error
         if count == 0:
             raise ForebayError(f"{file.path}: ends at offset {offset + at}, expected at least {offset + size} bytes")
         at += count

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from forebay_cache.service.device_file import lock_device
-from forebay_core.errors import ForebayError, InUseError, WrongUsageError
+from forebay_core.errors import ForebayError, InUseError, UnreadableError, WrongUsageError
 from forebay_core.units import BLOCK_SIZE
 
 
@@ -27,15 +27,18 @@ class StoppedDevice(NamedTuple):
         """Return the bytes.
 
         Raises:
-            OSError: they can't be read, or the device ends before them.
+            UnreadableError: they can't be read, or the device ends before them.
         """
         buffer = bytearray(size)
         view = memoryview(buffer)
         at = 0
         while at < size:
-            count = os.preadv(self.fd, (view[at:],), offset + at)
+            try:
+                count = os.preadv(self.fd, (view[at:],), offset + at)
+            except OSError as error:
+                raise UnreadableError(place=f"{size} bytes at offset {offset}", reason=str(error.strerror)) from error
             if count == 0:
-                raise OSError(0, f"the device ends at offset {offset + at}")
+                raise UnreadableError(place=f"offset {offset + at}", reason="the device ends there")
             at += count
         return buffer
 
