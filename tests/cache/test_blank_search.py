@@ -13,6 +13,7 @@ from forebay_cache.engine.recovery import blank_device
 from forebay_cache.format.superblock import SUPERBLOCK_COUNT, Superblock, plan_geometry
 from forebay_cache.service import blank_search
 from forebay_cache.service.device_file import DeviceFile, open_device
+from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.opening import recover_device
 from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE, MIB
@@ -52,12 +53,12 @@ def test_something_elses_bytes_behind_zeros_are_refused_and_left_alone(name: str
         image.write(content)
     before = path.read_bytes()
     with opened(path) as file, pytest.raises(ForebayError, match=f"other bytes at offset {offset & ~4095}.*--format"):
-        recover_device(file, zone_size=ZONE_SIZE, format_anew=False)
+        recover_device(file, zone_size=ZONE_SIZE, format_anew=False, mark=FailureMark(path.parent, file.fd))
     assert path.read_bytes() == before
     with opened(path) as file:
-        recover_device(file, zone_size=ZONE_SIZE, format_anew=True)
+        recover_device(file, zone_size=ZONE_SIZE, format_anew=True, mark=FailureMark(path.parent, file.fd))
     with opened(path) as file:
-        recover_device(file, zone_size=ZONE_SIZE, format_anew=False)
+        recover_device(file, zone_size=ZONE_SIZE, format_anew=False, mark=FailureMark(path.parent, file.fd))
 
 
 def test_zeros_that_were_written_are_blank(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_zeros_that_were_written_are_blank(tmp_path: Path) -> None:
     path.write_bytes(bytes(SIZE))
     with opened(path) as file:
         assert file.blank
-        recover_device(file, zone_size=ZONE_SIZE, format_anew=False)
+        recover_device(file, zone_size=ZONE_SIZE, format_anew=False, mark=FailureMark(path.parent, file.fd))
 
 
 @pytest.mark.parametrize("zone_size", [ZONE_SIZE, MIB])
@@ -82,7 +83,12 @@ def test_what_an_interrupted_formatting_left_is_formatted_anew(zone_size: int, t
                     device.write(block)
         with opened(path) as file:
             assert file.blank, f"{mask:b}"
-            assert recover_device(file, zone_size=zone_size, format_anew=False).point.position == 1
+            assert (
+                recover_device(
+                    file, zone_size=zone_size, format_anew=False, mark=FailureMark(path.parent, file.fd)
+                ).point.position
+                == 1
+            )
 
 
 def test_an_interrupted_formatting_of_a_used_device_must_be_asked_for_again(tmp_path: Path) -> None:
@@ -91,7 +97,7 @@ def test_an_interrupted_formatting_of_a_used_device_must_be_asked_for_again(tmp_
         device.seek(8 * MIB)
         device.write(random.Random(1).randbytes(BLOCK_SIZE))
     with opened(path) as file, pytest.raises(ForebayError, match="--format"):
-        recover_device(file, zone_size=ZONE_SIZE, format_anew=False)
+        recover_device(file, zone_size=ZONE_SIZE, format_anew=False, mark=FailureMark(path.parent, file.fd))
 
 
 @pytest.mark.parametrize("size", [BLOCK_SIZE, 3 * MIB, 9 * MIB, 100 * MIB])

@@ -1,6 +1,8 @@
 """The device port on real files: bytes, order, locks, sizes, and what a failing disk does."""
 
 import asyncio
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import pytest
 
 from forebay_cache.service import device as device_module
 from forebay_cache.service.device import IOV_MAX, FileDevice
-from forebay_cache.service.device_file import DeviceFile, open_device
+from forebay_cache.service.device_file import DeviceFile, drop_pages, open_device
+from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.ring_reads import RING_ENTRIES
 from forebay_cache.service.uring import Ring
 from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
@@ -26,12 +29,16 @@ T = TypeVar("T")
 Make = Callable[[DeviceFile], FileDevice]
 
 
+def mark_of(file: DeviceFile) -> FailureMark:
+    return FailureMark(file.path.parent, file.fd)
+
+
 def threads(file: DeviceFile) -> FileDevice:
-    return FileDevice(file, asyncio.get_running_loop(), ring=False)
+    return FileDevice(file, asyncio.get_running_loop(), mark_of(file), ring=False)
 
 
 def uring(file: DeviceFile) -> FileDevice:
-    return FileDevice(file, asyncio.get_running_loop(), ring=True)
+    return FileDevice(file, asyncio.get_running_loop(), mark_of(file), ring=True)
 
 
 @pytest.fixture(params=[threads, uring])
@@ -72,9 +79,10 @@ async def read(device: FileDevice, offset: int, size: int) -> Buffer | None:
     return await completed(lambda done: device.read(offset, size, done))
 
 
-def failing_device(make: Make, path: str) -> FileDevice:
+def failing_device(make: Make, path: str, folder: Path) -> FileDevice:
+    """Open a device of the kernel as one whose mark is in a folder."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    return make(DeviceFile(fd, Path(path), SIZE, True))
+    return make(DeviceFile(fd, folder / "device", SIZE, True))
 
 
 def test_written_blocks_are_read_back(make: Make, tmp_path: Path) -> None:
@@ -146,9 +154,11 @@ def test_closing_completes_what_was_given(make: Make, tmp_path: Path) -> None:
     assert outcomes == [True] * 50
 
 
-def test_after_a_failed_write_everything_is_refused(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_a_failed_write_everything_is_refused(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> None:
-        device = failing_device(make, "/dev/full")
+        device = failing_device(make, "/dev/full", tmp_path)
         try:
             assert await read(device, 0, BLOCK_SIZE) == bytes(BLOCK_SIZE)
             reasons: list[str] = []
@@ -167,18 +177,63 @@ def test_after_a_failed_write_everything_is_refused(make: Make, caplog: pytest.L
     assert "No space left" in caplog.text
 
 
-def test_after_a_failed_sync_writes_are_refused(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_a_failed_sync_writes_are_refused_and_a_mark_is_left_before_that_is_told(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def run() -> None:
-        device = failing_device(make, "/dev/zero")  # takes writes, can't sync
+        device = failing_device(make, "/dev/zero", tmp_path)  # takes writes, can't sync
         try:
             assert await write(device, 0, b"x" * BLOCK_SIZE)
-            assert not await completed(device.sync)
+            assert list(tmp_path.iterdir()) == []
+            assert await completed(lambda done: device.sync(lambda ok: done((ok, len(list(tmp_path.iterdir())))))) == (
+                False,
+                1,
+            )
             assert not await write(device, 0, b"x" * BLOCK_SIZE)
         finally:
             device.close()
 
     asyncio.run(run())
     assert "the device is stopped" in caplog.text
+
+
+class SlowMark(FailureMark):
+    """A mark that takes until it is told to end."""
+
+    def __init__(self, folder: Path, fd: int) -> None:
+        super().__init__(folder, fd)
+        self.begun = threading.Event()
+        self.end = threading.Event()
+
+    def set(self) -> None:
+        self.begun.set()
+        assert self.end.wait(30)
+        super().set()
+
+
+def test_nothing_is_refused_before_the_mark_is_left_and_the_reason_told(tmp_path: Path) -> None:
+    told: list[object] = []
+
+    async def run() -> None:
+        fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
+        mark = SlowMark(tmp_path, fd)
+        device = FileDevice(DeviceFile(fd, tmp_path / "device", SIZE, True), asyncio.get_running_loop(), mark)
+        device.on_failure = told.append
+        try:
+            device.sync(told.append)
+            await asyncio.to_thread(mark.begun.wait, 30)
+            assert await write(device, 0, b"x" * BLOCK_SIZE)
+            assert told == []
+            mark.end.set()
+            while len(told) < 2:
+                await asyncio.sleep(0)
+            assert not await write(device, 0, b"x" * BLOCK_SIZE)
+        finally:
+            mark.end.set()
+            device.close()
+
+    asyncio.run(run())
+    assert told == ["sync failed: Invalid argument", False]
 
 
 def test_more_commands_than_a_ring_has_entries_are_all_completed(make: Make, tmp_path: Path) -> None:
@@ -269,6 +324,27 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(NoSpaceError, match="no space for a cache"):
         open_device(tmp_path / "device", too_much)
     assert not (tmp_path / "device").exists()
+
+
+def test_pages_that_were_dropped_are_read_from_the_disk(tmp_path: Path) -> None:
+    file_system = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, check=True).stdout
+    if file_system.strip() == b"tmpfs":
+        pytest.skip("a tmpfs is nothing but pages")
+    path = tmp_path / "device"
+    path.write_bytes(os.urandom(SIZE))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), SIZE) as mapped:
+        assert resident(mapped) == SIZE // BLOCK_SIZE
+        drop_pages(file.fileno())
+        assert resident(mapped) == 0
+
+
+def resident(mapped: mmap.mmap) -> int:
+    """Return how many pages are in memory."""
+    flags = (ctypes.c_ubyte * (SIZE // BLOCK_SIZE))()
+    first = ctypes.c_char.from_buffer(mapped)
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(SIZE), flags) == 0
+    del first
+    return sum(flag & 1 for flag in flags)
 
 
 def test_a_folder_or_a_character_device_is_refused(tmp_path: Path) -> None:

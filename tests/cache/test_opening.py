@@ -9,6 +9,7 @@ import pytest
 
 from forebay_cache.engine.recovery import Recovered
 from forebay_cache.service.device_file import open_device
+from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.opening import recover_device
 from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE, MIB
@@ -17,7 +18,7 @@ from forebay_core.units import BLOCK_SIZE, MIB
 def opened(path: Path, size: int | None = None) -> Recovered:
     file = open_device(path, size)
     try:
-        return recover_device(file, zone_size=256 * 1024, format_anew=False)
+        return recover_device(file, zone_size=256 * 1024, format_anew=False, mark=FailureMark(path.parent, file.fd))
     finally:
         os.close(file.fd)
 
@@ -69,3 +70,68 @@ def test_an_unreadable_checkpoint_without_another_is_refused_with_its_place(
     wear_out(monkeypatch, 2 * BLOCK_SIZE)
     with pytest.raises(ForebayError, match=rf"offset {2 * BLOCK_SIZE}: can't be read.*forebay cache salvage"):
         opened(device)
+
+
+def test_a_device_that_failed_is_read_from_the_disk_and_not_from_memory(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def noting(name: str) -> None:
+        real = getattr(os, name)
+
+        def noted(*arguments: object) -> object:
+            calls.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, noted)
+
+    for name in ("fdatasync", "posix_fadvise", "preadv"):
+        noting(name)
+    mark_of(device).set()
+    opened(device)
+    assert calls[:3] == ["fdatasync", "posix_fadvise", "preadv"]
+    assert not mark_of(device).is_set
+    calls.clear()
+    opened(device)
+    assert "posix_fadvise" not in calls
+
+
+def test_the_mark_of_a_device_that_failed_stays_until_it_was_recovered(
+    device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark_of(device).set()
+    with monkeypatch.context() as patched:
+        wear_out(patched, 2 * BLOCK_SIZE)
+        with pytest.raises(ForebayError):
+            opened(device)
+    assert mark_of(device).is_set
+    opened(device)
+    assert not mark_of(device).is_set
+
+
+def test_a_sync_that_fails_at_the_start_leaves_the_mark(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed daemon had written may fail only then, and the start after it must not believe a second sync."""
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", fail)
+        with pytest.raises(ForebayError, match="can't be read or written"):
+            opened(device)
+    assert mark_of(device).is_set
+
+
+def test_a_mark_is_of_one_device(device: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    mark_of(device).set()
+    assert not mark_of(other).is_set
+    device.rename(tmp_path / "renamed")
+    assert mark_of(tmp_path / "renamed").is_set
+
+
+def mark_of(path: Path) -> FailureMark:
+    with path.open("rb") as file:
+        return FailureMark(path.parent, file.fileno())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from forebay_cache.service.device_file import open_device
+from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.opening import recover_device
 from forebay_core.units import MIB
 
@@ -16,7 +17,7 @@ FOREBAY = (sys.executable, "-m", "forebay_tools.main")
 
 def make(path: Path) -> Path:
     file = open_device(path, 8 * MIB)
-    recover_device(file, zone_size=256 * 1024, format_anew=False)
+    recover_device(file, zone_size=256 * 1024, format_anew=False, mark=FailureMark(path.parent, file.fd))
     os.close(file.fd)
     return path
 

@@ -27,6 +27,7 @@ from forebay_cache.service.control import ControlServer
 from forebay_cache.service.device import FileDevice
 from forebay_cache.service.device_file import DeviceFile, open_device
 from forebay_cache.service.exports import AttachedExports
+from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.nbd_server import NbdServer
 from forebay_cache.service.notify import notify
 from forebay_cache.service.opening import recover_device
@@ -77,21 +78,27 @@ def run(settings: CacheSettings) -> int:
     try:
         file = open_device(settings.device, settings.size)
         try:
-            recovered = recover_device(file, zone_size=settings.zone_size, format_anew=settings.format)
+            mark = FailureMark(folder.path, file.fd)
+            recovered = recover_device(file, zone_size=settings.zone_size, format_anew=settings.format, mark=mark)
         except BaseException:
             os.close(file.fd)
             raise
-        return asyncio.run(_serve(settings, key, folder, file, recovered))
+        return asyncio.run(_serve(settings, key, folder, file, mark, recovered))
     finally:
         folder.close()
 
 
 async def _serve(
-    settings: CacheSettings, key: bytes | None, folder: RunFolder, file: DeviceFile, recovered: Recovered
+    settings: CacheSettings,
+    key: bytes | None,
+    folder: RunFolder,
+    file: DeviceFile,
+    mark: FailureMark,
+    recovered: Recovered,
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_crash)
-    device = FileDevice(file, loop)
+    device = FileDevice(file, loop, mark)
     try:
         daemon = _Daemon(settings, key, folder, device, recovered)
         try:

@@ -6,7 +6,8 @@ while `fdatasync` runs.
 
 Invariants:
     Every accepted command is completed once, on the loop's thread, never inside the call.
-    After a failed write or sync every later command fails: a second sync would prove nothing about the first.
+    After a failed write or sync every later command fails: a second sync would prove nothing about the first. A mark
+    is left before that is told, so the next start does not believe what is in memory.
 Crash: what was written is in the page cache and survives the daemon; what a finished sync covers survives the host.
 """
 
@@ -21,6 +22,7 @@ from typing import Final, NamedTuple, Protocol
 
 from forebay_cache.service.completions import Completions
 from forebay_cache.service.device_file import DeviceFile
+from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.ring_reads import RING_ENTRIES, RingReads
 from forebay_cache.service.thread_reads import ThreadReads
 from forebay_cache.service.uring import Ring
@@ -58,7 +60,9 @@ class _Write(NamedTuple):
 class FileDevice:
     """Implements the engine's `Device` port; takes the descriptor over and closes it."""
 
-    def __init__(self, file: DeviceFile, loop: asyncio.AbstractEventLoop, *, ring: bool = True) -> None:
+    def __init__(
+        self, file: DeviceFile, loop: asyncio.AbstractEventLoop, mark: FailureMark, *, ring: bool = True
+    ) -> None:
         """`ring` False: read by threads even where there is an io_uring.
 
         `on_failure`, when set, is told why before the first failed command is completed.
@@ -66,6 +70,7 @@ class FileDevice:
         self._file = file
         self._fd = file.fd
         self._failed = False
+        self._mark = mark
         self.on_failure: Callable[[str], None] | None = None
         self._completions = Completions(loop)
         self._reads = self._make_reads(file, loop) if ring else ThreadReads(file, self._completions)
@@ -180,9 +185,13 @@ class FileDevice:
             self._completions.post(partial(done, not self._failed))
 
     def _fail(self, what: str, offset: int, error: OSError) -> None:
-        self._failed = True
         _LOG.critical("%s: %s at offset %d failed, the device is stopped: %s", self.path, what, offset, error)
+        try:
+            self._mark.set()
+        except OSError as mark_error:
+            _LOG.critical("%s: no mark of that can be left (%s); restart the host before it", self.path, mark_error)
         self._completions.post(partial(self._tell, f"{what} failed: {error.strerror}"))
+        self._failed = True  # last: whatever is refused for it, on whichever thread, is completed behind the reason
 
     def _tell(self, reason: str) -> None:
         if self.on_failure is not None:

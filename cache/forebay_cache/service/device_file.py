@@ -95,6 +95,18 @@ def lock_device(fd: int, path: Path) -> None:
         raise InUseError(f"{path}: is in use by {holder}; stop it first or use another device") from None
 
 
+def drop_pages(fd: int) -> None:
+    """Sync a device and forget what is in memory of it, so that it is read from the disk.
+
+    Raises:
+        OSError: it can't be synced; what is in memory was forgotten nevertheless.
+    """
+    try:
+        os.fdatasync(fd)  # pages that are still to be written are not dropped
+    finally:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _lock_holder(fd: int) -> int | None:
     """Return the process that holds the flock, if the kernel's table tells."""
     status = os.fstat(fd)

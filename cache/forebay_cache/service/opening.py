@@ -5,7 +5,8 @@ Everything here blocks; the event loop does not run yet.
 Invariants:
     Only a blank device is formatted unasked. With --format a device of ours is too, unless it holds changes that are
     not in the store, and so is one whose superblock is foreign or damaged.
-    The device is synced before it is read: recovery sees what a power cut would leave.
+    The device is synced before it is read: recovery sees what a power cut would leave. If a write or sync of it has
+    failed, it is read from the disk, and not from memory.
 Crash while formatting: the superblocks are written last, so the device is still what it was, or blank; or it has
 neither superblocks nor is blank, where --format was asked for, and must be asked for again.
 """
@@ -26,7 +27,8 @@ from forebay_cache.format.superblock import (
     choose,
     plan_geometry,
 )
-from forebay_cache.service.device_file import DeviceFile
+from forebay_cache.service.device_file import DeviceFile, drop_pages
+from forebay_cache.service.failure_mark import FailureMark
 from forebay_core.errors import CorruptionError, ForebayError, UnreadableError
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, ID_SIZE, Buffer
 
@@ -35,8 +37,8 @@ _WRITE_SIZE: Final = 1 << 20
 _LOG = logging.getLogger(__name__)
 
 
-def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool) -> Recovered:
-    """Return all that is on the device, which is formatted first if it is blank or shall be.
+def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool, mark: FailureMark) -> Recovered:
+    """Return all that is on the device, which is formatted first if it is blank or shall be; clears the mark.
 
     Raises:
         DeviceRefusedError: it belongs to something else or is damaged, and `format_anew` was not asked for.
@@ -45,7 +47,23 @@ def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool) -> Re
             formatting would lose.
     """
     try:
-        os.fdatasync(file.fd)
+        recovered = _open(file, zone_size=zone_size, format_anew=format_anew, mark=mark)
+        mark.clear()
+        return recovered
+    except OSError as error:
+        mark.set()
+        raise ForebayError(f"{file.path}: can't be read or written ({error.strerror})") from error
+
+
+def _open(file: DeviceFile, *, zone_size: int, format_anew: bool, mark: FailureMark) -> Recovered:
+    try:
+        if mark.is_set:
+            _LOG.warning(
+                "%s: a write or sync of it failed before; it is read from the disk, not from memory", file.path
+            )
+            drop_pages(file.fd)
+        else:
+            os.fdatasync(file.fd)
         superblock = _choose(file)
         if superblock is not None and format_anew:
             _refuse_loss(file, superblock)
@@ -63,8 +81,6 @@ def recover_device(file: DeviceFile, *, zone_size: int, format_anew: bool) -> Re
         raise ForebayError(
             f"{file.path}: {error}; forebay cache salvage saves the changes that are only here, --format starts anew"
         ) from error
-    except OSError as error:
-        raise ForebayError(f"{file.path}: can't be read or written ({error.strerror})") from error
 
 
 def _choose(file: DeviceFile) -> Superblock | None:
