@@ -1,6 +1,7 @@
 """Opening a device that is not quite whole: what is used, what is told, what is refused."""
 
 import errno
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from forebay_cache.engine.recovery import Recovered
 from forebay_cache.service.device_file import open_device
 from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.opening import recover_device
+from forebay_core.checksums import checksum
 from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE, MIB
 
@@ -130,6 +132,49 @@ def test_a_mark_is_of_one_device(device: Path, tmp_path: Path) -> None:
     assert not mark_of(other).is_set
     device.rename(tmp_path / "renamed")
     assert mark_of(tmp_path / "renamed").is_set
+
+
+@pytest.mark.parametrize(("index", "content"), [(0, b"\xff"), (1, b"\xff"), (0, bytes(BLOCK_SIZE)), (1, b"LABELONE")])
+def test_a_damaged_superblock_is_told_with_both_values_and_written_anew(
+    index: int, content: bytes, device: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = device.read_bytes()[: 2 * BLOCK_SIZE]
+    with device.open("r+b") as file:
+        file.seek(index * BLOCK_SIZE + (0 if len(content) > 1 else 100))
+        file.write(content)
+    opened(device)
+    (told,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+    assert f"{device} superblock {'AB'[index]}: " in told and ("expected" in told or "blank" in told)
+    assert device.read_bytes()[: 2 * BLOCK_SIZE] == before
+    caplog.clear()
+    opened(device)
+    assert [one for one in caplog.records if one.levelno >= logging.WARNING] == []
+
+
+def test_a_superblock_that_cannot_be_written_anew_is_told_and_no_harm(
+    device: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with device.open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff")
+
+    def fail(fd: int, block: bytes, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    opened(device)
+    assert "superblock A: can't be written (Input/output error)" in caplog.text
+
+
+def test_a_superblock_of_another_version_is_not_overwritten(device: Path) -> None:
+    block = bytearray(device.read_bytes()[:BLOCK_SIZE])
+    block[8] += 1
+    block[88:96] = bytes(8)
+    block[88:96] = checksum(block).to_bytes(8, "little")
+    with device.open("r+b") as file:
+        file.write(block)
+    opened(device)
+    assert device.read_bytes()[:BLOCK_SIZE] == block
 
 
 def mark_of(path: Path) -> FailureMark:

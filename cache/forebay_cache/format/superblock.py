@@ -191,23 +191,35 @@ def decode_superblock(block: Buffer, *, place: str) -> Superblock:
     return superblock
 
 
+class Chosen(NamedTuple):
+    """The superblock that counts, and by their index the copies that are not valid."""
+
+    superblock: Superblock
+    refused: dict[int, DeviceRefusedError]
+
+
 def choose(block_a: Buffer | None, block_b: Buffer | None, *, place: str = "cache device") -> Superblock:
+    """Return the newer of two copies, as `choose_copy` does."""
+    return choose_copy(block_a, block_b, place=place).superblock
+
+
+def choose_copy(block_a: Buffer | None, block_b: Buffer | None, *, place: str = "cache device") -> Chosen:
     """Return the newer of two copies; None is one that can't be read.
 
     Raises:
         DeviceRefusedError: neither is valid. Of two reasons the one that says most about a device of ours is given.
     """
     found: list[Superblock] = []
-    refusals: list[DeviceRefusedError] = []
+    refused: dict[int, DeviceRefusedError] = {}
     for index, block in enumerate((block_a, block_b)):
         try:
             found.append(_decode_copy(block, place=f"{place} superblock {'AB'[index]}"))
         except DeviceRefusedError as error:
-            refusals.append(error)
+            refused[index] = error
     if found:
-        return max(found, key=lambda superblock: superblock.generation)
+        return Chosen(max(found, key=lambda superblock: superblock.generation), refused)
     order = (Refusal.OTHER_VERSION, Refusal.DAMAGED, Refusal.FOREIGN, Refusal.BLANK)
-    raise min(refusals, key=lambda error: order.index(error.refusal))
+    raise min(refused.values(), key=lambda error: order.index(error.refusal))
 
 
 def _decode_copy(block: Buffer | None, *, place: str) -> Superblock:

@@ -20,11 +20,13 @@ from typing import Final
 from forebay_cache.engine.recovery import Recovered, blank_device, recover
 from forebay_cache.format.superblock import (
     SUPERBLOCK_COUNT,
+    Chosen,
     DeviceRefusedError,
     Refusal,
     Superblock,
     check_fits,
-    choose,
+    choose_copy,
+    encode_superblock,
     plan_geometry,
 )
 from forebay_cache.service.device_file import DeviceFile, drop_pages
@@ -64,14 +66,16 @@ def _open(file: DeviceFile, *, zone_size: int, format_anew: bool, mark: FailureM
             drop_pages(file.fd)
         else:
             os.fdatasync(file.fd)
-        superblock = _choose(file)
-        if superblock is not None and format_anew:
-            _refuse_loss(file, superblock)
-            superblock = None
-        if superblock is None:
-            superblock = _format(file, zone_size)
-        check_fits(superblock, file.size, place=str(file.path))
-        return _recover(file, superblock)
+        chosen = _choose(file)
+        if chosen is None:
+            return _recover(file, _format(file, zone_size))
+        check_fits(chosen.superblock, file.size, place=str(file.path))
+        if format_anew:
+            _refuse_loss(file, chosen.superblock)
+            return _recover(file, _format(file, zone_size))
+        recovered = _recover(file, chosen.superblock)
+        _repair_copies(file, chosen)
+        return recovered
     except DeviceRefusedError as error:
         if not format_anew:
             raise ForebayError(f"{error}; give another --device, or --format to lose what is on it") from error
@@ -83,11 +87,11 @@ def _open(file: DeviceFile, *, zone_size: int, format_anew: bool, mark: FailureM
         ) from error
 
 
-def _choose(file: DeviceFile) -> Superblock | None:
+def _choose(file: DeviceFile) -> Chosen | None:
     """Return the superblock, or None for a blank device."""
     blocks = [_read_copy(file, index) for index in range(SUPERBLOCK_COUNT)]
     try:
-        return choose(blocks[0], blocks[1], place=str(file.path))
+        return choose_copy(blocks[0], blocks[1], place=str(file.path))
     except DeviceRefusedError as error:
         if error.refusal is not Refusal.BLANK:
             raise
@@ -107,6 +111,24 @@ def _read_copy(file: DeviceFile, index: int) -> Buffer | None:
     except UnreadableError as error:
         _LOG.error("%s superblock %s: %s", file.path, "AB"[index], error)
         return None
+
+
+def _repair_copies(file: DeviceFile, chosen: Chosen) -> None:
+    """Write invalid copies of the superblock anew: the device hangs by the other one.
+
+    A copy that can't be written, because its block is worn out, is told and left: the device works as it did before.
+    """
+    for index, error in chosen.refused.items():
+        _LOG.error("%s; the other copy is used", error)
+        if error.refusal is Refusal.OTHER_VERSION:
+            continue  # whoever knows that version may know better
+        try:
+            _write(file, index * BLOCK_SIZE, encode_superblock(chosen.superblock))
+            os.fdatasync(file.fd)
+        except OSError as failure:
+            _LOG.error("%s superblock %s: can't be written (%s)", file.path, "AB"[index], failure.strerror)
+        else:
+            _LOG.warning("%s superblock %s: written anew from the other copy", file.path, "AB"[index])
 
 
 def _refuse_loss(file: DeviceFile, superblock: Superblock) -> None:
