@@ -290,7 +290,7 @@ def test_only_the_right_key_is_let_in(tmp_path: Path) -> None:
 def test_a_store_for_everyone_needs_a_key(tmp_path: Path) -> None:
     daemon = StoreDaemon(tmp_path / "s", listen="0.0.0.0:0")
     assert daemon.process.wait(30) == 2
-    assert "needs a key file" in daemon.end()
+    assert "it needs a key file" in daemon.end()
     assert not (tmp_path / "s").exists()
 
 

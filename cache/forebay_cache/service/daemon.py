@@ -39,8 +39,8 @@ from forebay_core.config import CacheSettings
 from forebay_core.errors import EXIT_FAILED, WrongUsageError
 from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_core.units import BLOCK_SHIFT, DeviceId
-from forebay_wire.address import is_loopback, parse_address
-from forebay_wire.auth import read_key_file
+from forebay_wire.address import parse_address
+from forebay_wire.reach import check_reach, read_key
 
 TICK_S: Final = 0.05
 SWITCH_INTERVAL_S: Final = 0.0005
@@ -67,11 +67,8 @@ def run(settings: CacheSettings) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    key = None if settings.key_file is None else read_key_file(settings.key_file)
-    if settings.control is not None and key is None and not is_loopback(parse_address(settings.control).host):
-        raise WrongUsageError(
-            f"control on {settings.control} needs a key file: others can reach it; give cache.key_file"
-        )
+    key = read_key(settings.key_file)
+    check_reach(settings, key)  # before anything is made
     raise_file_limit(FILES_MAX)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     folder = RunFolder(settings.run_dir)

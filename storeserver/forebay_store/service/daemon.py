@@ -8,16 +8,15 @@ import time
 from typing import Final
 
 from forebay_core.config import StoreSettings
-from forebay_core.errors import WrongUsageError
 from forebay_core.memory import keep_freed_memory
 from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_core.units import format_store
 from forebay_store.limits import FILES_RESERVED, OPEN_FILES_MAX
 from forebay_store.service.opening import OpenStore, open_store
 from forebay_store.service.shell import StoreShell
-from forebay_wire.address import Address, is_loopback, parse_address
-from forebay_wire.auth import read_key_file
+from forebay_wire.address import Address, parse_address
 from forebay_wire.limits import CONNECTIONS_MAX, HANDSHAKES_MAX
+from forebay_wire.reach import check_reach, read_key
 from forebay_wire.server import ServerLimits, WireServer, limits_within
 
 SWITCH_INTERVAL_S: Final = 0.0005
@@ -39,10 +38,8 @@ def run(settings: StoreSettings) -> int:
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     address = parse_address(settings.listen)
-    key = None if settings.key_file is None else read_key_file(settings.key_file)
-    if key is None and not is_loopback(address.host):
-        # Said before the folder is touched; the server checks it again.
-        raise WrongUsageError(f"listening on {address} needs a key file: others can reach it; give store.key_file")
+    key = read_key(settings.key_file)
+    check_reach(settings, key)  # before the folder is touched
     limits = limits_within(raise_file_limit(FILES_MAX) - OWN_FILES_MAX)
     keep_freed_memory()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
