@@ -236,3 +236,57 @@ def test_without_qemu_img_the_message_says_what_to_do(tmp_path: Path, monkeypatc
     (tmp_path / "image").write_bytes(header())
     with pytest.raises(ForebayError, match="install qemu-utils, or give a raw image"):
         convert(tmp_path / "image")
+
+
+IMAGES = {
+    "plain": ("-o", "cluster_size=4096"),
+    "version 2": ("-o", "compat=0.10"),
+    "compressed": ("-c",),
+    "compressed by zstd": ("-c", "-o", "compression_type=zstd"),
+    "extended L2": ("-o", "extended_l2=on,cluster_size=128k"),
+}
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_that_was_cut_short_is_refused_wherever_it_was_cut(name: str, tmp_path: Path) -> None:
+    raw, image = tmp_path / "raw", tmp_path / "image.qcow2"
+    content = random.Random(1).randbytes(MIB) + bytes(MIB) + random.Random(2).randbytes(MIB + 512)
+    raw.write_bytes(content)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", *IMAGES[name], raw, image)
+    check_qcow2(image)
+    assert convert(image)[: len(content)] == content
+    whole = image.read_bytes()
+    # Of a subcluster nobody can tell whether it was written to its end.
+    least = 128 * 1024 if name == "extended L2" else 512
+    for cut in (len(whole) - least, len(whole) * 9 // 10, len(whole) // 2, len(whole) // 4, 1000):
+        image.write_bytes(whole[:cut])
+        with pytest.raises(ForebayError, match=r"was cut short.*copy it again"):
+            check_qcow2(image)
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("options", ["preallocation=metadata", "preallocation=falloc", "preallocation=off"])
+def test_an_image_without_content_is_long_enough(options: str, tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    qemu_img("create", "-f", "qcow2", "-o", options, image, "8M")
+    check_qcow2(image)
+    subprocess.run(["qemu-io", "-c", "write -P 1 1m 1000", "-c", "write -z 3m 1m", image], check=True, timeout=60)
+    qemu_img("snapshot", "-c", "before", image)
+    subprocess.run(["qemu-io", "-c", "write -P 2 5m 70000", "-c", "discard 1m 64k", image], check=True, timeout=60)
+    check_qcow2(image)
+    qemu_img("resize", image, "64M")
+    check_qcow2(image)
+
+
+def test_a_table_of_no_sane_size_is_refused(tmp_path: Path) -> None:
+    image = tmp_path / "image.qcow2"
+    first = bytearray(header())
+    struct.pack_into(">IQ", first, 36, 1 << 31, 1 << 62)
+    image.write_bytes(first)
+    with pytest.raises(ForebayError, match="L1 table has 2147483648 entries"):
+        check_qcow2(image)
+    struct.pack_into(">IQ", first, 36, 8, (1 << 64) - 8)
+    image.write_bytes(first)
+    with pytest.raises(ForebayError, match="was cut short"):
+        check_qcow2(image)

@@ -38,6 +38,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from forebay_core.errors import ForebayError
 from forebay_core.units import VOLUME_SIZE_MAX, format_size
+from forebay_tools.qcow2_tables import check_length
 from forebay_tools.source import check_unchanged, open_image
 
 QCOW2_MAGIC: Final = 0x514649FB
@@ -82,12 +83,14 @@ def open_qcow2(path: Path) -> Iterator[Qcow2Image]:
     """Open an image that is self-contained.
 
     Raises:
-        ForebayError: it is damaged, encrypted, or names another file.
+        ForebayError: it is damaged, cut short, encrypted, or names another file.
     """
     descriptor = open_image(path)
     try:
         status = os.fstat(descriptor)
-        yield Qcow2Image(path, descriptor, _read_header(path, descriptor), status)
+        header = _read_header(path, descriptor)
+        check_length(descriptor, str(path))
+        yield Qcow2Image(path, descriptor, header, status)
     finally:
         os.close(descriptor)
 
