@@ -74,6 +74,7 @@ def test_an_image_comes_back_as_it_was(tmp_path: Path, store: StoreProcess, fore
     image = mixed_image(tmp_path / "image", size)
     done = forebay("volume", "import", "v", tmp_path / "image")
     assert (done.code, done.err) == (0, "")
+    assert (f"filled up with {-size % BLOCK_SIZE} bytes of zeros" in done.out) == (size % BLOCK_SIZE > 0)
     assert forebay("volume", "export", "v", tmp_path / "out").code == 0
     content = (tmp_path / "out").read_bytes()
     assert len(content) == -(-size // BLOCK_SIZE) * BLOCK_SIZE

@@ -57,9 +57,10 @@ async def import_image(client: WireClient, name: str, path: Path, image_format: 
             progress.close()
     elapsed_s = max(progress.elapsed_s, 1e-3)
     rate = format_size(int(source.data_size / elapsed_s))
+    padded = f"; its last block was filled up with {source.padding_size} bytes of zeros" if source.padding_size else ""
     return (
         f"{format_size(source.size)}, {format_size(blocks * BLOCK_SIZE)} of it data, "
-        f"imported in {elapsed_s:.1f} s ({rate}/s)"
+        f"imported in {elapsed_s:.1f} s ({rate}/s){padded}"
     )
 
 

@@ -54,7 +54,10 @@ class Part(NamedTuple):
 
 
 class RawSource:
-    """A raw file or block device, open for reading. `size` is a whole number of blocks, zeros fill the last one."""
+    """A raw file or block device, open for reading. `size` is a whole number of blocks, zeros fill the last one.
+
+    `padding_size`: bytes of those zeros.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,6 +72,7 @@ class RawSource:
             os.close(self.descriptor)
             raise
         self.size = -(-self._file_size // BLOCK_SIZE) * BLOCK_SIZE
+        self.padding_size = self.size - self._file_size
         self.data_size = sum(end - start for start, end in self._runs())
 
     def close(self) -> None:
