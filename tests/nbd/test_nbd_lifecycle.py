@@ -5,6 +5,7 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,15 +119,56 @@ def test_inherited_sockets_are_served(tmp_path: Path) -> None:
 
 
 def test_listen_variables_for_another_process_are_ignored_and_bad_ones_refused() -> None:
-    assert inherited_listeners({}, 1) == []
-    assert inherited_listeners({"LISTEN_FDS": "1", "LISTEN_PID": "2"}, 1) == []
+    assert inherited_listeners({}, 1, allow_remote=False) == []
+    assert inherited_listeners({"LISTEN_FDS": "1", "LISTEN_PID": "2"}, 1, allow_remote=False) == []
     for count in ("0", "-1", "x", "", "65", "99999999999"):
         with pytest.raises(WrongUsageError):
-            inherited_listeners({"LISTEN_FDS": count, "LISTEN_PID": "1"}, 1)
+            inherited_listeners({"LISTEN_FDS": count, "LISTEN_PID": "1"}, 1, allow_remote=False)
     environment = {"LISTEN_FDS": "x", "LISTEN_PID": "1", "LISTEN_FDNAMES": "a", "OTHER": "stays"}
     with pytest.raises(WrongUsageError):
-        inherited_listeners(environment, 1)
+        inherited_listeners(environment, 1, allow_remote=False)
     assert environment == {"OTHER": "stays"}
+
+
+def tcp(host: str) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.bind((host, 0))
+    listener.listen()
+    return listener
+
+
+def udp() -> socket.socket:
+    listener = socket.socket(type=socket.SOCK_DGRAM)
+    listener.bind(("127.0.0.1", 0))
+    return listener
+
+
+INHERITED: dict[str, tuple[Callable[[], socket.socket], bool, str]] = {
+    "TCP on loopback": (lambda: tcp("127.0.0.1"), False, "1"),
+    "TCP on loopback of IPv6": (lambda: tcp("::1"), False, "1"),
+    "TCP beyond loopback": (lambda: tcp("0.0.0.0"), False, "descriptor 3 listens on 0.0.0.0 port"),
+    "TCP beyond loopback of IPv6": (lambda: tcp("::"), False, "descriptor 3 listens on :: port"),
+    "TCP beyond loopback where that is allowed": (lambda: tcp("0.0.0.0"), True, "1"),
+    "UDP": (udp, True, "descriptor 3 is no Unix or TCP socket that listens"),
+    "a Unix socket that does not listen": (lambda: socket.socket(socket.AF_UNIX), True, "descriptor 3 is no Unix"),
+}
+
+
+@pytest.mark.parametrize("name", INHERITED)
+def test_only_sockets_that_clients_may_connect_to_are_inherited(name: str) -> None:
+    make, allow_remote, expected = INHERITED[name]
+    script = (
+        "import os,sys;from forebay_cache.service.nbd_listeners import inherited_listeners as take\n"
+        "os.dup2(int(sys.argv[1]),3)\n"
+        "try: found=take({'LISTEN_FDS':'1','LISTEN_PID':'1'},1,allow_remote=sys.argv[2]=='True'); print(len(found))\n"
+        "except Exception as error: print(type(error).__name__,error)"
+    )
+    with make() as listener:
+        fd = listener.fileno()
+        words = [sys.executable, "-c", script, str(fd), str(allow_remote)]
+        told = subprocess.run(words, pass_fds=[fd], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert told.count("\n") == 1 and expected in told
+    assert told == "1\n" or told.startswith("WrongUsageError LISTEN_FDS=1: ")
 
 
 def test_stopping_finishes_what_is_in_flight_and_refuses_the_rest(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ class _Daemon:
         settings = self._settings
         places = [f"READY nbd=unix:{self._folder.nbd_socket}"]
         await self._nbd.listen_unix(self._folder.nbd_socket)
-        if inherited := await self._nbd.listen_inherited():
+        if inherited := await self._nbd.listen_inherited(allow_remote=settings.nbd_allow_remote):
             places.append(f"nbd=inherited:{inherited}")
         if settings.nbd is not None:
             address = parse_address(settings.nbd)

@@ -9,7 +9,7 @@ import ipaddress
 import os
 import socket
 import stat
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Final
 
 from forebay_core.errors import ForebayError, InUseError, WrongUsageError
@@ -17,6 +17,7 @@ from forebay_core.errors import ForebayError, InUseError, WrongUsageError
 BACKLOG: Final = 128
 INHERITED_MAX: Final = 64
 _FIRST_INHERITED_FD: Final = 3
+_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
 def unix_listener(path: str, mode: int) -> socket.socket:
@@ -54,7 +55,7 @@ async def tcp_listener(host: str, port: int, *, allow_remote: bool) -> socket.so
     except OSError as error:
         raise ForebayError(f"NBD address {host}:{port}: {error}") from error
     family, kind, protocol, _name, address = found[0]
-    if not allow_remote and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if not allow_remote and not _is_loopback(address):
         raise WrongUsageError(f"NBD address {host}:{port} is not loopback; anyone who reaches it could write volumes")
     listener = socket.socket(family, kind, protocol)
     try:
@@ -68,13 +69,13 @@ async def tcp_listener(host: str, port: int, *, allow_remote: bool) -> socket.so
     return listener
 
 
-def inherited_listeners(environment: MutableMapping[str, str], pid: int) -> list[socket.socket]:
+def inherited_listeners(environment: MutableMapping[str, str], pid: int, *, allow_remote: bool) -> list[socket.socket]:
     """Return the listening sockets that systemd (or a test suite) passed; none if they are not for this process.
 
     The variables are removed, so that children don't take the sockets for theirs.
 
     Raises:
-        WrongUsageError: the variables are malformed.
+        WrongUsageError: the variables are malformed, or a socket is none that NBD clients may connect to.
     """
     count_text = environment.pop("LISTEN_FDS", None)
     pid_text = environment.pop("LISTEN_PID", None)
@@ -86,15 +87,43 @@ def inherited_listeners(environment: MutableMapping[str, str], pid: int) -> list
     listeners: list[socket.socket] = []
     for fd in range(_FIRST_INHERITED_FD, _FIRST_INHERITED_FD + int(count_text)):
         try:
-            os.set_inheritable(fd, False)
-            listener = socket.socket(fileno=fd)
-        except OSError as error:
+            listeners.append(_inherited_listener(fd, allow_remote=allow_remote))
+        except WrongUsageError as error:
             for other in listeners:
                 other.close()
-            raise WrongUsageError(f"LISTEN_FDS={count_text}: descriptor {fd} is no socket: {error}") from error
-        listener.setblocking(False)
-        listeners.append(listener)
+            raise WrongUsageError(f"LISTEN_FDS={count_text}: descriptor {fd} {error}") from error
     return listeners
+
+
+def _inherited_listener(fd: int, *, allow_remote: bool) -> socket.socket:
+    try:
+        os.set_inheritable(fd, False)
+        listener = socket.socket(fileno=fd)
+    except OSError as error:
+        raise WrongUsageError(f"is no socket: {error}") from error
+    try:
+        _check_inherited(listener, allow_remote=allow_remote)
+    except BaseException:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def _check_inherited(listener: socket.socket, *, allow_remote: bool) -> None:
+    stream = listener.type == socket.SOCK_STREAM and listener.family in _FAMILIES
+    if not (stream and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+        raise WrongUsageError("is no Unix or TCP socket that listens; use ListenStream= with Accept=no in the unit")
+    address = listener.getsockname()
+    if listener.family != socket.AF_UNIX and not allow_remote and not _is_loopback(address):
+        raise WrongUsageError(
+            f"listens on {address[0]} port {address[1]}, which is not loopback; anyone who reaches it could write "
+            "volumes; use 127.0.0.1, or give cache.nbd_allow_remote"
+        )
+
+
+def _is_loopback(address: Sequence[object]) -> bool:
+    return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
 
 
 def remove_own_socket(listener: socket.socket, inode: tuple[int, int] | None) -> None:

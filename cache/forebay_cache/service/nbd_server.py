@@ -91,13 +91,13 @@ class NbdServer:
         self._listen(listener, None)
         return int(listener.getsockname()[1])
 
-    async def listen_inherited(self) -> int:
+    async def listen_inherited(self, *, allow_remote: bool = False) -> int:
         """Listen on the sockets that systemd passed (LISTEN_FDS); return how many.
 
         Raises:
-            WrongUsageError: the variables are malformed.
+            WrongUsageError: the variables are malformed, or a socket is none that NBD clients may connect to.
         """
-        listeners = inherited_listeners(os.environ, os.getpid())
+        listeners = inherited_listeners(os.environ, os.getpid(), allow_remote=allow_remote)
         for listener in listeners:
             self._listen(listener, None)
         return len(listeners)
