@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -121,9 +122,11 @@ def test_a_store_that_is_not_there_is_one_line_and_code_1(capsys: pytest.Capture
 
 def test_a_cache_that_is_not_there_is_one_line_and_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "start one with forebay cache serve" in complaint(capsys, ["status", "--run-dir", str(tmp_path)], 1)
-    (tmp_path / "control.sock").touch()
-    complaint(capsys, ["drain", "v", "--run-dir", str(tmp_path)], 1)
-    complaint(capsys, ["limit", "v", "--run-dir", str(tmp_path)], 1)
+    with socket.socket(socket.AF_UNIX) as stale:  # as a killed daemon leaves it
+        stale.bind(str(tmp_path / "control.sock"))
+    for command in (["drain", "v"], ["limit", "v"], ["status"]):
+        told = complaint(capsys, [*command, "--run-dir", str(tmp_path)], 1)
+        assert "if it has ended, start one with forebay cache serve" in told
 
 
 def test_the_environment_stands_in_for_flags(

@@ -52,7 +52,13 @@ async def cache_client(arguments: argparse.Namespace) -> AsyncIterator[WireClien
             f"forebay cache serve --run-dir {path.parent}"
         )
     node = os.urandom(ID_SIZE)
-    client = await WireClient.connect(UnixPath(str(path)), key=None, node=node, timeout_s=CONNECT_TIMEOUT_S)
+    try:
+        client = await WireClient.connect(UnixPath(str(path)), key=None, node=node, timeout_s=CONNECT_TIMEOUT_S)
+    except StoreUnreachableError as error:
+        raise StoreUnreachableError(
+            f"no cache daemon answers in {path.parent} ({error}); if it has ended, start one with "
+            f"forebay cache serve --run-dir {path.parent}"
+        ) from error
     try:
         yield client
     finally:
