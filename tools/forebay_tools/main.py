@@ -1,13 +1,12 @@
 """The command `forebay`.
 
-Exit codes: 0 done, 1 the operation failed, 2 wrong usage, 130 interrupted. What failed is one line on stderr.
+Exit codes: 0 done, 1 the operation failed, 2 wrong usage. What failed is one line on stderr.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final
 
 from forebay_core.errors import EXIT_FAILED, EXIT_USAGE, ForebayError
 from forebay_tools.arguments import Commands, Parser
@@ -33,8 +32,6 @@ from forebay_tools.commands import (
     volume_resize,
 )
 
-EXIT_INTERRUPTED: Final = 130
-
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; `words` are the arguments, by default those of this program."""
@@ -57,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename is not None else ""
         return _fail(command, place + (error.strerror or str(error)), EXIT_FAILED)
     except KeyboardInterrupt:
-        return _fail(command, "interrupted", EXIT_INTERRUPTED)
+        return _fail(command, "interrupted", EXIT_FAILED)
     return code
 
 
