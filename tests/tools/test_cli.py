@@ -150,6 +150,19 @@ def test_config_check_tells_what_can_be_used(tmp_path: Path, capsys: pytest.Capt
     assert str(file) in complaint(capsys, ["config", "check", str(file)], 2)
 
 
+@pytest.mark.parametrize("name", ["absent", "folder", "other.vmdk"])
+def test_a_demonstration_of_an_image_that_is_none_starts_nothing(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other.vmdk").write_bytes(b"KDMV" + bytes(4096))
+    before = sorted(tmp_path.iterdir())
+    environment = {**os.environ, "IMAGE": str(tmp_path / name)}
+    words = [sys.executable, "-m", "forebay_tools.demo"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("forebay demo: ") and done.stderr.count("\n") == 1 and name in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_optimised_python_is_refused() -> None:
     ended = subprocess.run([sys.executable, "-O", *PYTHON_MAIN[1:], "--help"], capture_output=True, text=True)
     assert ended.returncode == 2

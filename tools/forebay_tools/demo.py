@@ -23,6 +23,7 @@ from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE, GIB, MIB, format_size
 from forebay_tools.demo_daemon import DemoDaemon
 from forebay_tools.printing import say
+from forebay_tools.qcow2 import open_qcow2
 from forebay_tools.source import detect_format
 
 FOLDER: Final = Path("demo")
@@ -44,10 +45,10 @@ FOREBAY: Final = (sys.executable, "-m", "forebay_tools.main")
 def main() -> int:
     """Run the demonstration; return the exit code."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    image = os.environ.get("IMAGE")
     try:
+        image = _image()
         _check_tools()
-        with _demo_folder() as folder, Demo(folder, Path(image) if image else None) as demo:
+        with _demo_folder() as folder, Demo(folder, image) as demo:
             demo.run()
             if os.environ.get("KEEP") == "1":
                 demo.stay()
@@ -248,6 +249,21 @@ def _demo_folder() -> Iterator[Path]:
                 path.unlink()
         yield folder
         shutil.rmtree(folder)
+
+
+def _image() -> Path | None:
+    """Return the image that IMAGE names, if it does; one that can't be imported is told before anything is started."""
+    text = os.environ.get("IMAGE")
+    if not text:
+        return None
+    image = Path(text)
+    try:
+        if detect_format(image) == "qcow2":
+            with open_qcow2(image):
+                pass  # it was found harmless and whole
+    except OSError as error:
+        raise ForebayError(f"IMAGE={text}: {error.strerror}; name a raw or qcow2 image") from error
+    return image
 
 
 def _check_tools() -> None:
