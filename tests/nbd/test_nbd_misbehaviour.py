@@ -3,8 +3,10 @@
 These are the classes of past vulnerabilities that the contract names; each is played over a real socket.
 """
 
+import contextlib
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -348,17 +350,94 @@ def test_a_write_may_arrive_in_parts_cut_anywhere(size: int, served: ServerThrea
                 client.write(3 * MIB, bytes(size))
 
 
+def half_write(server: ServerThread, clients: list[Client]) -> None:
+    """Begin a write of 32 MiB and let the server see how large it is, so that it asks for the budget."""
+    before = server.call(lambda: sum(c._received for c in server.server._connections))
+    for client in clients:
+        client.send(client.request(nbd.CMD_WRITE, 0, 32 << 20, payload=bytes(1000)))
+    seen = before + len(clients) * (nbd.REQUEST.size + 1000)
+    server.until(lambda: sum(c._received for c in server.server._connections) == seen)
+    for client in clients:
+        client.send(b"x")
+
+
 def test_clients_that_hog_the_budget_and_stall_are_dropped_for_those_who_wait(tmp_path: Path) -> None:
     settings = NbdSettings(stall_timeout_s=0.2, budget_bytes=CONNECTION_BYTES_MAX + 15 * MIB)
     with ServerThread(str(tmp_path / "s"), RamVolume("vol", SIZE), settings=settings) as server:
         hogs = [server.client().go("vol") for _ in range(3)]
-        for hog in hogs:
-            hog.send(hog.request(nbd.CMD_WRITE, 0, 32 << 20, payload=bytes(1000)))
+        half_write(server, hogs)
         with server.client().go("vol") as small, server.client().go("vol") as large:
             for _ in range(50):  # within its floor nobody waits
                 assert small.write(0, bytes(100_000)) == 0
                 assert len(small.read(0, FLOOR // 2)) == FLOOR // 2
             assert large.write(0, bytes(30 << 20)) == 0
+        for hog in hogs:
+            hog.close()
+
+
+def trickle(clients: list[Client], ended: threading.Event) -> None:
+    """Send a byte of each client's write now and then, as long as the server takes it."""
+    while not ended.wait(0.02):
+        for client in clients:
+            with contextlib.suppress(OSError):
+                client.send(b"x")
+
+
+def test_clients_that_trickle_a_large_write_are_dropped_for_those_who_wait(tmp_path: Path) -> None:
+    settings = NbdSettings(stall_timeout_s=0.3, budget_bytes=CONNECTION_BYTES_MAX + 15 * MIB)
+    with ServerThread(str(tmp_path / "s"), RamVolume("vol", SIZE), settings=settings) as server:
+        hogs = [server.client().go("vol") for _ in range(3)]
+        half_write(server, hogs)
+        server.until(lambda: server.server._budget.contended)
+        ended = threading.Event()
+        thread = threading.Thread(target=trickle, args=(hogs, ended))
+        thread.start()
+        try:
+            with server.client().go("vol") as large:
+                assert large.write(0, bytes(30 << 20)) == 0
+        finally:
+            ended.set()
+            thread.join()
+        for hog in hogs:
+            hog.close()
+
+
+def test_clients_that_trickle_out_large_replies_are_dropped_for_those_who_wait(tmp_path: Path) -> None:
+    settings = NbdSettings(stall_timeout_s=0.3, budget_bytes=CONNECTION_BYTES_MAX + 15 * MIB)
+    volume = RamVolume("vol", SIZE)
+    volume.written[:] = b"\1" * len(volume.written)
+    with (
+        ServerThread(str(tmp_path / "s"), volume, settings=settings) as server,
+        server.client().go("vol") as hog,
+        server.client().go("vol") as large,
+    ):
+        hog.send(hog.request(nbd.CMD_READ, 0, 32 << 20) * 2)
+        hog.take(1000)
+        assert held_most(server) == 64 * MIB
+        half_write(server, [large])
+        server.until(lambda: server.server._budget.contended)
+        while server.server._budget.contended:
+            hog.take(1)
+            time.sleep(0.005)
+        large.send(bytes((32 << 20) - 1001))
+        assert large.answer().error == 0
+        with pytest.raises((EOFError, ConnectionResetError)):
+            hog.take(64 << 20)
+
+
+def held_most(server: ServerThread) -> int:
+    return server.call(lambda: max(c._account.held for c in server.server._connections))
+
+
+def test_half_writers_of_one_volume_do_not_keep_another_volume_waiting(tmp_path: Path) -> None:
+    volumes = RamVolume("vol", SIZE), RamVolume("other", SIZE)
+    with ServerThread(str(tmp_path / "s"), *volumes) as server:  # nobody is dropped within the test's time
+        hogs = [server.client().go("vol") for _ in range(20)]
+        half_write(server, hogs)
+        server.until(lambda: server.server._budget.contended)
+        with server.client().go("other") as other:
+            for _ in range(3):
+                assert other.write(0, bytes(32 << 20)) == 0
         for hog in hogs:
             hog.close()
 

@@ -4,8 +4,14 @@ Each connection may hold FLOOR bytes without asking. What lies above comes from 
 order of asking, so that one connection can't starve another. A connection keeps its grant while it uses it and
 while nobody waits.
 
+The connections of one volume together get more only as long as at least as much stays free: one volume alone gets
+half of the budget, each of two a third. So whatever the clients of one volume do, those of another find room, unless
+very many volumes are that busy. Who is over that share is passed over, not waited for; one connection of a
+volume that holds nothing else may always wait for all that one may have.
+
 Invariants:
     _free + sum of (granted - FLOOR) over all accounts == size
+    _shares has the sum of (granted - FLOOR) of each volume's accounts, where it is not 0
     an account is in _waiting exactly while need > 0
 Crash: nothing of this survives.
 """
@@ -17,11 +23,15 @@ from forebay_cache.engine.nbd_limits import BUDGET_SIZE, CONNECTION_BYTES_MAX, F
 
 
 class Account:
-    """What one connection holds and may hold, in bytes. `ready` is called when a grant it waited for is there."""
+    """What one connection holds and may hold, in bytes. `ready` is called when a grant it waited for is there.
 
-    __slots__ = ("granted", "held", "need", "ready", "reserved")
+    `volume` is set once it is known, and before more than the floor is asked for.
+    """
 
-    def __init__(self, ready: Callable[[], None]) -> None:
+    __slots__ = ("granted", "held", "need", "ready", "reserved", "volume")
+
+    def __init__(self, ready: Callable[[], None], volume: str = "") -> None:
+        self.volume = volume
         self.held = 0
         self.granted = FLOOR
         self.need = 0  # what it waits for
@@ -35,6 +45,7 @@ class Budget:
     def __init__(self, size: int = BUDGET_SIZE) -> None:
         assert size > CONNECTION_BYTES_MAX
         self._free = size
+        self._shares: dict[str, int] = {}
         self._waiting: deque[Account] = deque()
 
     @property
@@ -60,16 +71,19 @@ class Budget:
             return True
         if account.held and account.held + need > CONNECTION_BYTES_MAX:
             return False
-        missing = account.held + need - account.granted
-        if self._waiting or missing > self._free:
-            account.need = need
-            self._waiting.append(account)
+        account.need = need
+        self._waiting.append(account)
+        if self._first_entitled() is not account or _missing(account) > self._free:
             return False
-        self._grant(account, missing)
+        self._waiting.pop()
+        self._grant(account, _missing(account))
+        account.need = 0
         return True
 
     def settle(self, account: Account) -> None:
-        """Take back what `account` no longer holds, if it is idle or others wait."""
+        """Take back what `account` no longer holds, if it is idle or others wait; if it waits itself, it needs less."""
+        if account.need:
+            self._serve()
         excess = account.granted - max(FLOOR, account.held + account.reserved)
         if excess > 0 and not account.need and (self._waiting or account.held + account.reserved <= FLOOR):
             self._grant(account, -excess)
@@ -84,18 +98,39 @@ class Budget:
         self._serve()
 
     def _serve(self) -> None:
-        while self._waiting:
-            account = self._waiting[0]
-            missing = max(0, account.held + account.need - account.granted)
+        while (account := self._first_entitled()) is not None:
+            missing = _missing(account)
             if missing > self._free:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(account)
             account.need, account.reserved = 0, account.need
             self._grant(account, missing)
             account.ready()
 
+    def _first_entitled(self) -> Account | None:
+        """Return who has waited longest of those whose volume may have more; within a volume nobody overtakes."""
+        passed: set[str] = set()
+        for account in self._waiting:
+            if account.volume not in passed:
+                if self._is_entitled(account):
+                    return account
+                passed.add(account.volume)
+        return None
+
+    def _is_entitled(self, account: Account) -> bool:
+        share, missing = self._shares.get(account.volume, 0), _missing(account)
+        return missing == 0 or share == account.granted - FLOOR or share + missing <= self._free - missing
+
     def _grant(self, account: Account, size: int) -> None:
         self._free -= size
         account.granted += size
+        share = self._shares.pop(account.volume, 0) + size
+        if share:
+            self._shares[account.volume] = share
+        assert share >= 0
         assert self._free >= 0
         assert account.granted >= FLOOR
+
+
+def _missing(account: Account) -> int:
+    return max(0, account.held + account.need - account.granted)

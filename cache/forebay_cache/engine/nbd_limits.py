@@ -61,7 +61,13 @@ LINGER_TIMEOUT_S: Final = 10.0
 """How long a client that said goodbye may leave replies unread."""
 
 STALL_TIMEOUT_S: Final = 30.0
-"""How long a client may hold budget that others wait for, sending and reading nothing."""
+"""How long a client may hold budget that others wait for and move too little of what it must send or read."""
+
+PROGRESS_SIZE_MIN: Final = 64 * KIB
+"""Bytes that are the least a client moves in STALL_TIMEOUT_S while others wait for the budget that it holds."""
+
+STALL_PERIODS_MAX: Final = 8
+"""Times STALL_TIMEOUT_S for the whole of what it holds: a write of 32 MiB at 140 KB/s is the slowest that lives."""
 
 CLOSE_GRACE_S: Final = 30.0
 """How long a detach waits for what is in flight before answering it with ESHUTDOWN."""
@@ -69,4 +75,5 @@ CLOSE_GRACE_S: Final = 30.0
 assert STRING_SIZE_MAX < OPTION_SIZE_MAX <= OPTION_SKIP_MAX < NEGOTIATION_SIZE_MAX
 assert OPTION_SIZE_MAX < RECEIVE_SIZE <= FLOOR <= LARGE_RECEIVE_SIZE <= PAYLOAD_SIZE_MAX
 assert 2 * PAYLOAD_SIZE_MAX < CONNECTION_BYTES_MAX < BUDGET_SIZE
+assert PROGRESS_SIZE_MIN * STALL_PERIODS_MAX <= FLOOR
 assert BATCH_MAX <= IN_FLIGHT_MAX

@@ -21,6 +21,7 @@ from forebay_cache.engine.front import Exports
 from forebay_cache.engine.nbd_budget import Account, Budget
 from forebay_cache.engine.nbd_limits import FLOOR, IN_FLIGHT_MAX, LINGER_TIMEOUT_S, OPTION_SIZE_MAX, RECEIVE_SIZE
 from forebay_cache.engine.nbd_negotiation import Negotiation, Session
+from forebay_cache.engine.nbd_progress import Progress
 from forebay_cache.engine.nbd_transmission import ReceiveBuffer, Transmission
 from forebay_cache.format.nbd_options import OPTION
 from forebay_cache.service.nbd_buffers import BufferPool, buffer_size
@@ -82,7 +83,8 @@ class NbdConnection:
         self._at_end = False
         self._stopping = False
         self._linger: asyncio.TimerHandle | None = None
-        self._progress_s = self._loop.time()
+        self._received = 0
+        self._progress = Progress(self._loop.time())
         self.closed = False
         self.drained: asyncio.Future[None] = self._loop.create_future()
 
@@ -111,11 +113,16 @@ class NbdConnection:
             self._guarded(self._flush)
         self.abort()
 
-    def stalled(self, *, before_s: float) -> bool:
-        """Tell whether the client alone keeps budget in use and did nothing for it since `before_s` (loop time)."""
-        partly_received = self._buffer is not None and self._buffer.charge > 0 and self._start < self._end
-        waits_for_client = bool(self._outbox) or (partly_received and not self._starved)
-        return waits_for_client and self._account.held > 0 and self._progress_s < before_s
+    def stalled(self, *, now_s: float, period_s: float) -> bool:
+        """Tell whether the client alone keeps budget in use and does too little for it; ask several times per period.
+
+        What is not used is given back here: else it would stay with a client that brings no event.
+        """
+        self._shared.budget.settle(self._account)
+        partly_received = self._in_large_write() and self._start < self._end
+        waits_for_client = bool(self._outbox) or (partly_received and self._reading)
+        keeps = self._account.granted - FLOOR if waits_for_client else 0
+        return self._progress.stalled(self._received + self._outbox.sent, keeps=keeps, now_s=now_s, period_s=period_s)
 
     def abort(self) -> None:
         """Close the socket at once; what the volume still answers is dropped."""
@@ -200,6 +207,7 @@ class NbdConnection:
             self._close_if_finished()
             return
         self._end += count
+        self._received += count
         if count == len(room) or not self._in_large_write():
             self._advance()
 
@@ -249,6 +257,7 @@ class NbdConnection:
             self.abort()
             return
         self._session = session
+        self._account.volume = session.volume.name
         self._transmission = Transmission(session, self._account, wake=self._woken, reuse=self._reuse)
         session.volume.connected()
         self._shared.owner.connection_opened(self)
@@ -279,11 +288,8 @@ class NbdConnection:
         assert transmission is not None
         if outbox:
             account.held -= outbox.send()
-            self._progress_s = self._loop.time()
         while transmission.out and not outbox:
             account.held -= outbox.put(*transmission.take_out())
-            if outbox:
-                self._progress_s = self._loop.time()
 
     def _request(self, size: int) -> bool:
         if self._shared.budget.request(self._account, size):
@@ -301,7 +307,6 @@ class NbdConnection:
         want = self._wanted()
         size = len(buffer.view)
         if buffer.charge and want + self._start <= size:
-            self._progress_s = self._loop.time()
             return buffer.view[self._end : self._start + want]
         roomy = size - self._end >= _ROOM_MIN or self._start == 0  # moved to the front already: this is all there is
         if roomy and want + self._start <= size and not buffer.charge:

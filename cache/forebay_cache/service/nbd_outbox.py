@@ -46,6 +46,7 @@ class Outbox:
     """What is not sent yet; true while there is something."""
 
     def __init__(self, client: socket.socket) -> None:
+        self.sent = 0  # bytes that the socket took, ever
         self._client = client
         self._batches: deque[_Batch] = deque()
 
@@ -66,6 +67,7 @@ class Outbox:
                 sent = self._client.sendmsg(buffers)
             except (BlockingIOError, InterruptedError):
                 sent = 0
+            self.sent += sent
             if sent == size:
                 return held
         batch = _Batch(buffers, size, held)
@@ -86,6 +88,7 @@ class Outbox:
                 sent = self._client.sendmsg(batch.rest())
             except (BlockingIOError, InterruptedError):
                 break
+            self.sent += sent
             if sent == batch.left:
                 released += batch.held
                 self._batches.popleft()

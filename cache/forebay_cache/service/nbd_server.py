@@ -192,15 +192,16 @@ class NbdServer:
             oldest.abort()
 
     def _watch_stalls(self) -> None:
-        """From time to time, if somebody waits for budget, drop who holds it and does nothing for it."""
-        interval_s = self._settings.stall_timeout_s / 4
-        if self._budget.contended:
-            before_s = self._loop.time() - self._settings.stall_timeout_s
-            for connection in [c for c in self._connections if not c.closed and c.stalled(before_s=before_s)]:
-                connection.abort()
+        """From time to time, if somebody waits for budget, drop who holds it and does too little for it."""
+        now_s, period_s = self._loop.time(), self._settings.stall_timeout_s
+        waited_for = self._budget.contended
+        # All are judged each time, or one that fell silent long before would begin a new period when others come.
+        stalled = [c for c in self._connections if not c.closed and c.stalled(now_s=now_s, period_s=period_s)]
+        for connection in stalled if waited_for else ():
+            connection.abort()
         self._stall_timer = None
         if self._serving:
-            self._stall_timer = self._loop.call_later(interval_s, self._watch_stalls)
+            self._stall_timer = self._loop.call_later(period_s / 4, self._watch_stalls)
 
 
 async def _close_all(connections: list[NbdConnection], grace_s: float) -> None:
