@@ -69,9 +69,17 @@ REPORTS_PER_MESSAGE_MAX: Final = 1024
 REPORTS_MAX: Final = 65536
 """Volumes of which the last report is kept, 200 bytes each; the one heard of longest ago is forgotten."""
 
+REPORTS_PAUSE_S: Final = 5.0
+"""How long the file of the reports is left alone after it was written, though there is news."""
+
+REPORTS_REFRESH_S: Final = 60.0
+"""And when caches only say again what they said before: a time on the disk that is this old does no harm."""
+
 assert PAYLOAD_SIZE_MAX + HOLES_PER_PART_MAX * 12 + MIB <= SEGMENT_SIZE_MAX
 assert 2 * SEGMENT_SIZE_MAX <= PENDING_BYTES_MAX
 assert SEGMENT_RECORDS_MAX <= PENDING_RECORDS_MAX
 assert SEGMENT_SIZE_MAX < 1 << 32
 assert HOLES_PER_PART_MAX + PART_ENTRIES_MAX <= CUT_ENTRIES_MAX
+assert REPORTS_PER_MESSAGE_MAX <= REPORTS_MAX
+assert REPORTS_PAUSE_S < REPORTS_REFRESH_S
 assert BLOCK_SIZE * FRAME_BLOCKS_MAX < PAYLOAD_SIZE_MAX

@@ -263,8 +263,8 @@ class HeldReport(Message, frozen=True, array_like=True):
 class ReportHeld(Message, frozen=True, array_like=True, tag=43):
     """From a cache now and then: what it holds of the volumes whose writer it is; answered by Reported.
 
-    The store keeps the last report of each volume in memory. Reports of a volume that the sender does not hold, or of
-    another epoch, are not kept.
+    The store keeps the last report of each volume, also over a restart. Reports of a volume that the sender does not
+    hold, or of another epoch, are not kept.
     """
 
     reports: tuple[HeldReport, ...]
@@ -286,7 +286,7 @@ class GetHeld(Message, frozen=True, array_like=True, tag=44):
 
 
 class Held(Message, frozen=True, array_like=True, tag=45):
-    """The last reports about a volume since the store started, `reported_ns` 0 if there was none.
+    """The last reports about a volume that the store knows of, `reported_ns` 0 if there was none.
 
     `report` is of its holder, or of the one that released it; `lost` of the one from which it was taken over, when the
     store stood at `lost_from`.

@@ -16,6 +16,7 @@ from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError
 from forebay_core.units import Buffer
 from forebay_store.engine.ports import BackendError, IndexWriter, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.replay import replay
+from forebay_store.format.reports import Reports, decode_reports, encode_reports
 from forebay_store.format.segment import parse_name
 from forebay_store.service.opening import claim
 from forebay_store.service.shell import StoreShell
@@ -200,12 +201,33 @@ class SimIndex(DictIndex):
         self.tables = self.before
 
 
+class SimReportFile:
+    """Stands for service/report_file.py: a write is there as a whole or not, and a power cut may take it back."""
+
+    def __init__(self) -> None:
+        self.content = self.before = encode_reports(STORE, Reports((), ()))
+
+    def read(self) -> Reports:
+        """See File."""
+        return decode_reports(self.content, store=STORE, place="reports")
+
+    def write(self, kept: Reports) -> None:
+        """See File."""
+        self.before = self.content
+        self.content = encode_reports(STORE, kept)
+
+    def cut_power(self) -> None:
+        """The newest rename is not durable."""
+        self.content = self.before
+
+
 class _Opened:
     """What StoreShell needs of service/opening.py's OpenStore."""
 
-    def __init__(self, backend: SimBackend, index: SimIndex) -> None:
+    def __init__(self, backend: SimBackend, index: SimIndex, reports: SimReportFile) -> None:
         self.backend = backend
         self.index = index
+        self.reports = reports
         self.folder = self
         self.store = STORE
         self.newest = claim(backend, index, store=STORE, now_ns=1)  # type: ignore[arg-type]
@@ -220,6 +242,7 @@ class StoreHost:
         self.random = world.rng("store host")
         self.folder = SimFolder(world)
         self.index = SimIndex()
+        self.reports = SimReportFile()
         self.shown = shown
         self.wall_skew_ns = 0
         self.refused = ""
@@ -249,7 +272,7 @@ class StoreHost:
         self.index.point = self.backend._point
         try:
             replay(self.backend, self.index, store=STORE)
-            opened = _Opened(self.backend, self.index)
+            opened = _Opened(self.backend, self.index, self.reports)
         except NoSpaceError:
             raise Died from None  # the daemon ends with an error, and is started again later
         except BackendError:
@@ -288,6 +311,7 @@ class StoreHost:
             self.power_goes = False
             surely = bool(self.folder.outcome)
             self.folder.cut_power()
+            self.reports.cut_power()
             if surely or self.random.random() < 0.5:
                 self.index.cut_power()
         self.loop = self.shell = None

@@ -9,7 +9,7 @@ from store_daemon import frame
 
 from forebay_core.errors import CorruptionError
 from forebay_core.extents import Extent, pack
-from forebay_store.format import part, records, rows, segment
+from forebay_store.format import part, records, reports, rows, segment
 from forebay_store.format.layout import build_segment, decode_segment, payload_of
 from forebay_store.format.part import parse_part, unpack_entries
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
@@ -71,6 +71,9 @@ def read_all(whole: bytes) -> list[object]:
         (rows, "Staged part", rows.STAGED_PART),
         (rows, "Store mark", rows.STORE_MARK),
         (rows, "Applied mark", rows.APPLIED_MARK),
+        (reports, "Reports file", reports.REPORTS_HEADER),
+        (reports, "Held report", reports.HELD_REPORT),
+        (reports, "Loss", reports.LOSS),
         (lmdb_file, "Meta page", lmdb_file.META_PAGE),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

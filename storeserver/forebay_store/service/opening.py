@@ -16,6 +16,7 @@ from forebay_store.service.dir_backend import DirBackend
 from forebay_store.service.folder import StoreFolder, make_folder
 from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_store.service.rebuild import make_index
+from forebay_store.service.report_file import ReportFile
 
 
 class OpenStore:
@@ -25,6 +26,7 @@ class OpenStore:
         self.folder = folder
         self.backend = backend
         self.index = index
+        self.reports = ReportFile(folder.path, folder.store)
         self.newest = NO_SEGMENT
 
     def close(self) -> None:

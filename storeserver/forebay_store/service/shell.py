@@ -21,10 +21,11 @@ from forebay_store.engine.ports import BackendError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import ReadPlan, check_frames, plan_read
 from forebay_store.engine.store import Answer, ApplySegments, Command, PurgeVolume, StoreEngine, WriteSegment
-from forebay_store.engine.volumes import find_volume, purge_head
+from forebay_store.engine.volumes import purge_head
 from forebay_store.format.part import PartTable, parse_part
 from forebay_store.format.rows import Table
-from forebay_store.limits import PART_ENTRIES_MAX, PURGE_ENTRIES_MAX, REPORTS_MAX, REPORTS_PER_MESSAGE_MAX
+from forebay_store.limits import PART_ENTRIES_MAX, PURGE_ENTRIES_MAX
+from forebay_store.service.kept_reports import KeptReports
 from forebay_store.service.opening import OpenStore
 from forebay_wire import messages
 from forebay_wire.limits import BODY_SIZE_MAX
@@ -62,8 +63,7 @@ class StoreShell:
         self._waiting: dict[int, asyncio.Future[messages.AnyMessage]] = {}
         self._ticket = 0
         self._reads = 0
-        self._reports: dict[bytes, messages.HeldReport] = {}
-        self._lost: dict[bytes, tuple[messages.HeldReport, int]] = {}
+        self._reports = KeptReports(store.reports, store.index.view, self._readers)
         self._idle = asyncio.Event()
         self._reported = ""
         names = store.backend.list()
@@ -87,9 +87,9 @@ class StoreShell:
                 self._check_session(message)
                 return mapped, ()
             case messages.ReportHeld():
-                return self._keep_reports(peer, message), ()
+                return messages.Reported(tuple(self._reports.receive(peer.node, message.reports))), ()
             case messages.GetHeld():
-                return self._held(message), ()
+                return self._told(message), ()
             case messages.GetStoreStatus():
                 return await self._status(), ()
             case messages.StagePart():
@@ -97,7 +97,7 @@ class StoreShell:
             case messages.OpenVolume():
                 opened = await self._change(message, None, ())
                 if isinstance(opened, messages.Opened):
-                    self._note_loss(opened)
+                    self._reports.note_opened(opened)
                 return opened, ()
             case (
                 messages.CreateVolume()
@@ -115,45 +115,17 @@ class StoreShell:
         self._engine.stop()
         self._pump()
         await self._idle.wait()
+        await self._reports.stop()
         self._writer.shutdown()
         self._indexer.shutdown()
         self._readers.shutdown()
 
     # Requests.
 
-    def _keep_reports(self, peer: Peer, message: messages.ReportHeld) -> messages.Reported:
-        """Keep what a holder says. In memory: each durable one would be a segment, and a store that starts again hears
-        from every living cache within seconds. Only if cache and store are lost at once nobody knows any more."""
-        lost: list[bytes] = []
-        with self._store.index.view() as reader:
-            for report in message.reports[:REPORTS_PER_MESSAGE_MAX]:
-                row = find_volume(reader, report.volume) if len(report.volume) == ID_SIZE else None
-                if row is not None and (row.writer, row.epoch) == (peer.node, report.epoch):
-                    self._reports.pop(row.id, None)
-                    self._reports[row.id] = report
-                else:
-                    lost.append(report.volume)
-        for kept in (self._reports, self._lost):
-            while len(kept) > REPORTS_MAX:
-                kept.pop(next(iter(kept)))
-        return messages.Reported(tuple(lost))
-
-    def _held(self, message: messages.GetHeld) -> messages.Held:
+    def _told(self, message: messages.GetHeld) -> messages.Held:
         with self._store.index.view() as reader:
             row = expect_name(reader, message.name)
-        none = messages.HeldReport(row.id, 0, 0, 0, 0)
-        lost, lost_from = self._lost.get(row.id, (none, 0))
-        return messages.Held(self._reports.get(row.id, none), lost, lost_from)
-
-    def _note_loss(self, opened: messages.Opened) -> None:
-        """A new epoch begins: what the holder of the one before said is the last that is known of it."""
-        row = opened.row
-        report = self._reports.get(row.id)
-        if report is not None and report.epoch < opened.epoch:
-            del self._reports[row.id]
-            self._lost.pop(row.id, None)
-            if report.version > row.version:
-                self._lost[row.id] = (report, row.version)
+        return self._reports.told(row)
 
     def _query(self, message: Query) -> messages.AnyMessage:
         with self._store.index.view() as reader:
