@@ -9,6 +9,7 @@ engine reads 1024 blocks; the names say the others.
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -31,6 +32,11 @@ from forebay_core.checksums import block_checksums
 from forebay_core.extents import Extent
 from forebay_core.frame import FrameBuilder
 from forebay_core.units import BLOCK_SIZE, MIB, Buffer, Epoch, StoreId, Version, VolumeId
+from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
+from forebay_store.format.part import PART_ENTRY
+from forebay_store.format.records import CutCommitted, CutPart, VolumeCreated, WriterTaken
+from forebay_store.format.segment import SegmentName
+from forebay_store.service.lmdb_index import LmdbIndex
 
 COUNT = 1000
 PLACES = 1 << 18
@@ -267,3 +273,34 @@ def test_engine_reads_what_is_cached(benchmark: BenchmarkFixture, small_engine: 
 
     benchmark(read)
     assert errors and not any(errors)
+
+
+@pytest.mark.parametrize("kind", ["into_a_gap", "over_others"])
+def test_store_commits_16384_scattered_blocks(benchmark: BenchmarkFixture, tmp_path: Path, kind: str) -> None:
+    """Each an extent of its own, 16 in a frame, as a cache sends random writes of one block."""
+    index = LmdbIndex(tmp_path, lasting=False)
+    created = [VolumeCreated(b"v" * 16, 1 << 40, 1, "v"), WriterTaken(b"v" * 16, 1, b"d" * 16)]
+    _apply(index, 1, [LogRecord(record, 0, 0, b"") for record in created])
+    turn = 0
+
+    def stage() -> tuple[tuple[LmdbIndex, int, list[LogRecord]], dict[str, object]]:
+        nonlocal turn
+        turn += 1
+        region = turn << 20 if kind == "into_a_gap" else 0
+        lbas = [region + lba for lba in sorted(random.Random(turn).sample(range(1 << 17), 16384))]
+        parts = [_part(at, lbas[1024 * at : 1024 * (at + 1)]) for at in range(16)]
+        _apply(index, 2 * turn, parts)
+        commit = CutCommitted(b"v" * 16, 1, 7, len(parts), turn, turn, 1, 0)
+        return (index, 2 * turn + 1, [LogRecord(commit, 0, 0, b"")]), {}
+
+    benchmark.pedantic(_apply, setup=stage, rounds=10, warmup_rounds=2)
+    index.close()
+
+
+def _part(index: int, lbas: Sequence[int]) -> LogRecord:
+    entries = b"".join(PART_ENTRY.pack(lba, 1, at // 16 * 40000, 40000, at % 16, 16, 0) for at, lba in enumerate(lbas))
+    return LogRecord(CutPart(b"v" * 16, 1, 7, index, b""), 64, 40000 * len(lbas) // 16, entries)
+
+
+def _apply(index: LmdbIndex, number: int, records: list[LogRecord]) -> None:
+    index.update(lambda writer: apply_segments(writer, [LogSegment(SegmentName(1, number), records)]))

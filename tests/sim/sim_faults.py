@@ -29,6 +29,7 @@ from forebay_core.units import sequence_of
 from forebay_store.engine import apply as store_apply
 from forebay_store.engine import changes, reading
 from forebay_store.engine.store import StoreEngine
+from forebay_store.format.part import PART_ENTRY
 from forebay_store.service.shell import StoreShell
 from forebay_wire import messages
 
@@ -83,18 +84,20 @@ def cut_applied_out_of_order() -> None:
 
 
 def cut_half_applied() -> None:
-    entries = store_apply._entries_of
+    apply_part = store_apply._apply_part
 
-    def half(part, version):
-        holes, data = entries(part, version)
-        return holes, data[: len(data) // 2]
+    def half(writer, volume, part, version):
+        kept = part.entries[: len(part.entries) // PART_ENTRY.size // 2 * PART_ENTRY.size]
+        return apply_part(writer, volume, part._replace(entries=kept), version)
 
-    store_apply._entries_of = half
+    store_apply._apply_part = half
 
 
 def holes_of_a_cut_forgotten() -> None:
-    entries = store_apply._entries_of
-    store_apply._entries_of = lambda part, version: ([], entries(part, version)[1])
+    apply_part = store_apply._apply_part
+    store_apply._apply_part = lambda writer, volume, part, version: apply_part(
+        writer, volume, part._replace(holes=b""), version
+    )
 
 
 def checksum_not_checked() -> None:

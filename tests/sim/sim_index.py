@@ -1,6 +1,6 @@
 """The store's index in memory: one transaction at a time, all of it or nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -11,6 +11,28 @@ from forebay_store.engine.ports import IndexReader, IndexWriter
 from forebay_store.format.rows import Table
 
 Result = TypeVar("Result")
+
+
+class DictCursor:
+    """A place in a sorted dictionary."""
+
+    def __init__(self, rows: SortedDict) -> None:
+        self._rows = rows
+        self._at = -1
+
+    def seek(self, key: bytes) -> tuple[bytes, bytes] | None:
+        self._at = self._rows.bisect_left(key)
+        return self._row(self._at)
+
+    def step(self) -> tuple[bytes, bytes] | None:
+        self._at += 1
+        return self._row(self._at)
+
+    def before(self) -> tuple[bytes, bytes] | None:
+        return self._row(self._at - 1)
+
+    def _row(self, at: int) -> tuple[bytes, bytes] | None:
+        return self._rows.peekitem(at) if 0 <= at < len(self._rows) else None
 
 
 class DictView:
@@ -32,6 +54,13 @@ class DictView:
         rows = self.tables[table]
         found = rows.bisect_left(key)
         return rows.peekitem(found - 1) if found else None
+
+    def cursor(self, table: Table) -> DictCursor:
+        return DictCursor(self.tables[table])
+
+    def put_many(self, table: Table, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        assert list(rows) == sorted(rows)
+        self.tables[table].update(rows)
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         self.tables[table][key] = value

@@ -11,7 +11,8 @@ from typing import NamedTuple, assert_never
 from forebay_core.errors import CorruptionError
 from forebay_core.extents import unpack
 from forebay_core.units import make_version, sequence_of
-from forebay_store.engine.head import make_hole, replace
+from forebay_store.engine.head import Delta, make_hole, replace
+from forebay_store.engine.head_batch import replace_rows
 from forebay_store.engine.ports import IndexWriter
 from forebay_store.engine.volumes import (
     attempts_of,
@@ -25,6 +26,7 @@ from forebay_store.engine.volumes import (
     staged_parts,
     write_applied,
 )
+from forebay_store.format.head_rows import pack_rows
 from forebay_store.format.part import unpack_entries
 from forebay_store.format.records import (
     AttemptForgotten,
@@ -146,10 +148,9 @@ def _commit(writer: IndexWriter, segment: SegmentName, record: CutCommitted) -> 
         if part_index != part_count or part_count == record.part_count:
             break
         part_count += 1
-        for entries in _entries_of(part, version):
-            delta = replace(writer, record.volume, entries)
-            stored_size += delta.stored_size
-            data_blocks += delta.data_blocks
+        delta = _apply_part(writer, record.volume, part, version)
+        stored_size += delta.stored_size
+        data_blocks += delta.data_blocks
     if part_count != record.part_count:
         raise _wrong(segment, "parts of a committed cut", record.part_count, part_count)
     _forget_until(writer, record)
@@ -165,11 +166,21 @@ def _commit(writer: IndexWriter, segment: SegmentName, record: CutCommitted) -> 
     )
 
 
-def _entries_of(part: StagedPart, version: int) -> tuple[list[HeadEntry], list[HeadEntry]]:
+def _apply_part(writer: IndexWriter, volume: bytes, part: StagedPart, version: int) -> Delta:
     holes = [
         make_hole(extent.start, extent.count, version) for extent in unpack(part.holes, count_max=HOLES_PER_PART_MAX)
     ]
-    data = [
+    emptied = replace(writer, volume, holes)
+    rows = pack_rows(volume, part, version)
+    if rows is not None:
+        filled = replace_rows(writer, volume, rows)
+    else:
+        filled = replace(writer, volume, _entries_of(part, version))
+    return Delta(emptied.stored_size + filled.stored_size, emptied.data_blocks + filled.data_blocks)
+
+
+def _entries_of(part: StagedPart, version: int) -> list[HeadEntry]:
+    return [
         HeadEntry(
             entry.start,
             entry.length,
@@ -183,7 +194,6 @@ def _entries_of(part: StagedPart, version: int) -> tuple[list[HeadEntry], list[H
         )
         for entry in unpack_entries(part.entries)
     ]
-    return holes, data
 
 
 def _forget_until(writer: IndexWriter, record: CutCommitted) -> None:

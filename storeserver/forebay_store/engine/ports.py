@@ -30,6 +30,19 @@ class NothingKeptError(ForebayError):
     """The system had no file or memory to begin with: nothing was made, the request may be repeated."""
 
 
+class IndexCursor(Protocol):
+    """A place in one table, which must not change meanwhile."""
+
+    def seek(self, key: bytes) -> tuple[bytes, bytes] | None:
+        """Go to the first key at or after `key`; return it and its value."""
+
+    def step(self) -> tuple[bytes, bytes] | None:
+        """Go on to the next key; return it and its value."""
+
+    def before(self) -> tuple[bytes, bytes] | None:
+        """Return the last key before the place, or of the table if `seek` found none, and its value."""
+
+
 class IndexReader(Protocol):
     """One consistent view of the index: tables of keys and values in the order of the keys' bytes."""
 
@@ -42,12 +55,18 @@ class IndexReader(Protocol):
     def before(self, table: Table, key: bytes) -> tuple[bytes, bytes] | None:
         """Return the last key before `key` and its value."""
 
+    def cursor(self, table: Table) -> IndexCursor:
+        """Return a cursor that is nowhere yet."""
+
 
 class IndexWriter(IndexReader, Protocol):
     """A transaction; it sees its own changes."""
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Set the value of a key."""
+
+    def put_many(self, table: Table, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Set the values of keys that are given in their order."""
 
     def delete(self, table: Table, key: bytes) -> None:
         """Remove a key if it is there."""

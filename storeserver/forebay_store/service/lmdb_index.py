@@ -7,7 +7,7 @@ which may leave a damaged file. The map is grown only while no view is open, as 
 import errno
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final, TypeVar, cast
@@ -24,6 +24,35 @@ from forebay_store.service.lmdb_file import check_length
 Result = TypeVar("Result")
 READERS_MAX: Final = 256
 PROBE_SIZE: Final = MIB
+
+
+class LmdbCursor:
+    """A place in a table."""
+
+    def __init__(self, cursor: lmdb.Cursor) -> None:
+        self._cursor = cursor
+        self._found = False
+
+    def seek(self, key: bytes) -> tuple[bytes, bytes] | None:
+        """Go to the first key at or after `key`."""
+        self._found = self._cursor.set_range(key)
+        return cast("tuple[bytes, bytes]", self._cursor.item()) if self._found else None
+
+    def step(self) -> tuple[bytes, bytes] | None:
+        """Go on to the next key."""
+        self._found = self._cursor.next()
+        return cast("tuple[bytes, bytes]", self._cursor.item()) if self._found else None
+
+    def before(self) -> tuple[bytes, bytes] | None:
+        """Return the row before the place, or the table's last."""
+        if not self._found:
+            return cast("tuple[bytes, bytes]", self._cursor.item()) if self._cursor.last() else None
+        if not self._cursor.prev():
+            self._cursor.first()
+            return None
+        row = cast("tuple[bytes, bytes]", self._cursor.item())
+        self._cursor.next()
+        return row
 
 
 class LmdbView:
@@ -50,9 +79,17 @@ class LmdbView:
         found = cursor.prev() if cursor.set_range(key) else cursor.last()
         return cast("tuple[bytes, bytes]", cursor.item()) if found else None
 
+    def cursor(self, table: Table) -> LmdbCursor:
+        """Return a cursor."""
+        return LmdbCursor(self._transaction.cursor(db=self._tables[table]))
+
     def put(self, table: Table, key: bytes, value: bytes) -> None:
         """Set the value of a key."""
         self._transaction.put(key, value, db=self._tables[table])
+
+    def put_many(self, table: Table, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Set the values of keys; one cursor finds sorted ones faster."""
+        self._transaction.cursor(db=self._tables[table]).putmulti(rows)
 
     def delete(self, table: Table, key: bytes) -> None:
         """Remove a key if it is there."""
