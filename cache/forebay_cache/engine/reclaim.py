@@ -166,6 +166,8 @@ class Reclaim:
             keep = self._to_keep(zone, worthy=worthy)
             if best is None or keep.size < best.keep.size:
                 best = _Victim(zone, keep)
+            if keep.size == 0:
+                break  # none is better
         return best
 
     def _to_keep(self, zone: int, *, worthy: bool) -> PlaceArray:
