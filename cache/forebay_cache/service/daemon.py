@@ -33,6 +33,7 @@ from forebay_cache.service.notify import notify
 from forebay_cache.service.opening import recover_device
 from forebay_cache.service.run_folder import RunFolder
 from forebay_cache.service.shell import Shell
+from forebay_cache.service.spinning import SpinningSelector
 from forebay_cache.service.store_session import StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.config import CacheSettings
@@ -80,7 +81,8 @@ def run(settings: CacheSettings) -> int:
         except BaseException:
             os.close(file.fd)
             raise
-        return asyncio.run(_serve(settings, key, folder, file, mark, recovered))
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(SpinningSelector())) as runner:
+            return runner.run(_serve(settings, key, folder, file, mark, recovered))
     finally:
         folder.close()
 

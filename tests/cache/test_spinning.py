@@ -1,0 +1,75 @@
+"""When the selector waits awake, by a clock that moves with each look."""
+
+import asyncio
+import os
+import selectors
+
+from forebay_cache.service.spinning import SPIN_NS, Events, SpinningSelector
+
+EVENT: Events = [(selectors.SelectorKey(0, 0, 1, None), 1)]
+LOOK_NS = 1000
+
+
+class Scripted(SpinningSelector):
+    """Events come at given times; each look takes LOOK_NS, one that may sleep as long as it must."""
+
+    def __init__(self, *events_at_ns: int) -> None:
+        self.now_ns = 0
+        self.events_at_ns = list(events_at_ns)
+        self.slept = 0
+        super().__init__(lambda: self.now_ns)
+
+    def look(self, timeout: float | None) -> Events:
+        self.now_ns += LOOK_NS
+        if timeout != 0:
+            self.slept += 1
+            end_ns = self.events_at_ns[0] if timeout is None else self.now_ns + int(timeout * 1e9)
+            self.now_ns = max(self.now_ns, min(end_ns, *self.events_at_ns[:1] or [end_ns]))
+        if self.events_at_ns and self.events_at_ns[0] <= self.now_ns:
+            self.events_at_ns.pop(0)
+            return EVENT
+        return []
+
+
+def test_it_sleeps_until_events_follow_one_another_closely_then_waits_awake() -> None:
+    selector = Scripted(1_000_000, 1_020_000, 1_040_000, 1_060_000)
+    for _ in range(4):
+        assert selector.select() == EVENT
+    assert selector.slept == 2, "the first wait was long, the second could not know that it would be short"
+
+
+def test_it_does_not_wait_awake_for_long_nor_twice_in_vain() -> None:
+    selector = Scripted(10_000, 30_000, 30_000_000, 60_000_000)
+    looks_ns = []
+    for _ in range(4):
+        assert selector.select() == EVENT
+        looks_ns.append(selector.now_ns)
+    assert selector.slept == 3  # only the second event was met awake
+    assert selector.now_ns - 60_000_000 < SPIN_NS
+
+
+def test_a_timeout_is_kept() -> None:
+    selector = Scripted()
+    assert selector.select(0) == []
+    assert selector.slept == 0
+    assert selector.select(0.001) == []
+    assert selector.slept == 1
+    assert selector.now_ns < 1_100_000
+
+
+def test_an_event_loop_runs_on_it() -> None:
+    async def main() -> bytes:
+        loop = asyncio.get_running_loop()
+        ours, theirs = os.pipe()
+        arrived: asyncio.Future[bytes] = loop.create_future()
+        loop.add_reader(ours, lambda: arrived.set_result(os.read(ours, 10)))
+        loop.call_later(0.01, os.write, theirs, b"x")
+        try:
+            return await arrived
+        finally:
+            loop.remove_reader(ours)
+            os.close(ours)
+            os.close(theirs)
+
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(SpinningSelector())) as runner:
+        assert runner.run(main()) == b"x"
