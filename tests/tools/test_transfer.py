@@ -175,7 +175,13 @@ def large_image(path: Path) -> None:
 def start_import(path: Path, store: StoreProcess) -> subprocess.Popen[str]:
     """Return an import that has brought a little: looking into the folder takes no time in which it could end."""
     segments = len(list(store.data.rglob("*")))
-    child = subprocess.Popen([*MAIN, "volume", "import", "v", str(path)], stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [*MAIN, "volume", "import", "v", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests themselves run in the background of a script, SIGINT is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 30
     while len(list(store.data.rglob("*"))) < segments + 3 and time.monotonic() < deadline:
         time.sleep(0.005)
