@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from forebay_cache.engine.limits import ZONES_SPARE_MAX
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import checkpoint
 from forebay_cache.format.superblock import Superblock, encode_superblock, plan_geometry
@@ -45,7 +46,9 @@ def make_full_device(path: Path, size: int, *, dirty_size: int = 0) -> FullDevic
     """Make the sparse file of `size` bytes anew, with about `dirty_size` bytes of blocks that are not upstream."""
     geometry = plan_geometry(size)
     superblock = Superblock(_DEVICE, 1, *geometry, 0)
-    made = FullDevice(geometry.place_count - geometry.zone_blocks, 0, dirty_size // BLOCK_SIZE)
+    free_count = min(ZONES_SPARE_MAX, geometry.zone_count // 2) + 1  # as many as reclaim would make free at once
+    first_place = free_count * geometry.zone_blocks
+    made = FullDevice(geometry.place_count - first_place, 0, dirty_size // BLOCK_SIZE)
     made = made._replace(volume_size=made.block_count * BLOCK_SIZE)
     header = checkpoint.CheckpointHeader(
         device=_DEVICE,
@@ -72,11 +75,11 @@ def make_full_device(path: Path, size: int, *, dirty_size: int = 0) -> FullDevic
             if chunk in layout.volume_chunks:
                 block = volumes[chunk.first : chunk.first + chunk.count].ljust(chunk.padded_size, b"\0")
             elif chunk in layout.zone_chunks:
-                block = _zone_chunk(chunk)
+                block = _zone_chunk(chunk, free_count)
             else:
                 first_dirty = geometry.place_count - made.dirty_count
                 dirty.append(chunk.first + chunk.count > first_dirty)
-                block = _place_chunk(chunk, made, first_place=geometry.zone_blocks, first_dirty=first_dirty)
+                block = _place_chunk(chunk, made, first_place=first_place, first_dirty=first_dirty)
             sums.append(checksum(block))
             os.pwrite(file.fileno(), block, area + chunk.offset)
         table = checkpoint.encode_table(sums, bytes(dirty))
@@ -96,12 +99,14 @@ def _volume_table(made: FullDevice) -> bytes:
     return checkpoint.encode_volumes([checkpoint.VolumeState(note, newest, _CLEAN, holes)])
 
 
-def _zone_chunk(chunk: checkpoint.Chunk) -> bytes:
-    """Return rows as if the zones had been filled one after the other, the first one never."""
+def _zone_chunk(chunk: checkpoint.Chunk, free_count: int) -> bytes:
+    """Return rows as if the zones had been filled one after the other, the first ones never."""
     rows = np.zeros(chunk.count, checkpoint.ZONE_DTYPE)
-    rows["first_position"] = np.arange(chunk.first, chunk.first + chunk.count)
-    rows["incarnation"] = rows["first_position"] > 0
-    rows["state"] = np.where(rows["first_position"] > 0, ZoneState.FULL, ZoneState.FREE)
+    zones = np.arange(chunk.first, chunk.first + chunk.count)
+    filled = zones >= free_count
+    rows["first_position"] = np.where(filled, zones, 0)
+    rows["incarnation"] = filled
+    rows["state"] = np.where(filled, ZoneState.FULL, ZoneState.FREE)
     return checkpoint.encode_zones(rows)
 
 
