@@ -8,8 +8,10 @@ from test_engine_review import attach_second, settle
 
 from forebay_cache.engine import destage, reclaim
 from forebay_cache.engine.front import IoError
+from forebay_cache.engine.log import Log
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.zones import ZoneState
+from forebay_cache.format import record
 from forebay_core.units import BLOCK_SIZE, LBA_BITS
 
 OLD, NEW = b"O" * BLOCK_SIZE, b"N" * BLOCK_SIZE
@@ -287,3 +289,50 @@ def test_a_zone_without_anything_to_keep_is_found_behind_old_ones_that_have_nowh
     victim = rig.engine.reclaim._choose()
     assert victim is not None
     assert victim.keep.size == 0
+
+
+def test_what_is_clean_in_memory_only_is_not_dropped_before_the_log_says_so() -> None:
+    """After a power cut without that record it would be dirty, and its bytes gone."""
+    rig = Rig(3, size=24 << 20, blocks=6000, cut_age_ns_max=10**15, cut_blocks_max=10**9)
+    rig.device.now_share = 1.0
+    volume, engine = rig.volume, rig.engine
+    assert rig.write(0, OLD * 60) == IoError.OK
+    for turn in range(30):
+        assert rig.write(5000 * BLOCK_SIZE, bytes([turn + 1]) * BLOCK_SIZE * 20) == IoError.OK
+    assert rig.flush() == IoError.OK
+    checkpointed(rig)
+    checkpointed(rig)
+    settle(rig, 300)
+    zone = engine.map.find(volume.key << LBA_BITS) // engine.zones.zone_blocks
+    engine.destage.drain(volume, lambda _: None)
+    while not (volume.cuts and volume.cuts[0].is_staged):
+        if not rig.device.step():
+            rig.store.step()
+    while rig.device.step():
+        pass
+    engine.reclaim.spare = engine.zones.zone_count
+    while rig.store.queue:
+        rig.store.step()
+    assert volume.acknowledged > volume.noted, "the record waits for the device"
+    engine.policy.counts[:] = 0
+    for _ in range(20):
+        engine.reclaim.kick()
+    assert engine.zones.states[zone] not in (ZoneState.FREE, ZoneState.EMPTY)
+    assert rig.drain()
+    assert rig.read(0, 60 * BLOCK_SIZE) == OLD * 60
+
+
+def test_no_write_overtakes_a_trim_behind_a_record_that_waited_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(5)
+    volume, log = rig.volume, rig.engine.log
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "_has_place", lambda self: False)
+        log.add_event(record.ACKNOWLEDGED, volume.key, 0, volume.acknowledged, 0)
+    answers: list[str] = []
+    volume.trim(0, BLOCK_SIZE, False, lambda _: answers.append("trim"))
+    volume.write(BLOCK_SIZE, NEW, False, lambda _: answers.append("write"))
+    volume.kick()
+    rig.run_until(lambda: len(answers) == 2)
+    assert answers == ["trim", "write"]
+    assert volume.applied == volume.version
+    assert rig.drain()

@@ -195,7 +195,8 @@ class Attaching:
 
         def written(ok: bool) -> None:
             if ok:
-                if not volume.has_changes:
+                # A commit that was answered meanwhile is not in this record.
+                if version == volume.acknowledged and not volume.has_changes:
                     position = log.applied.position
                     volume.acknowledgement_logged(position, version=version, upstream_position=position)
                 log.when_durable(log.applied.position, settled)

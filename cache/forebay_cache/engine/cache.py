@@ -108,6 +108,7 @@ class CacheEngine:
         self.policy: Policy = AgedFrequency(recovered.map.place_count)
         self.volumes: dict[int, CacheVolume] = {}
         self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
+        self.noted_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)  # what the log says of them
         self.dirty_blocks = 0
         self.retired_zones: set[int] = set()
         self.log = Log(
@@ -229,11 +230,11 @@ class CacheEngine:
 
     def set_acknowledged(self, volume_key: int, version: Version) -> None:
         """Keep the array of acknowledged versions, by volume key, in step."""
-        if volume_key >= self.acknowledged_versions.size:
-            grown = np.zeros(2 * volume_key, np.uint64)
-            grown[: self.acknowledged_versions.size] = self.acknowledged_versions
-            self.acknowledged_versions = grown
-        self.acknowledged_versions[volume_key] = version
+        self.acknowledged_versions = _with(self.acknowledged_versions, volume_key, version)
+
+    def set_noted(self, volume_key: int, version: Version) -> None:
+        """Keep the array of noted versions, by volume key, in step."""
+        self.noted_versions = _with(self.noted_versions, volume_key, version)
 
     def cached_blocks(self) -> dict[int, int]:
         """Return mapped blocks by volume key; looks at every place, for status only."""
@@ -485,3 +486,11 @@ class CacheEngine:
         self.reclaim.kick()
         self.checkpoints.step()
         self.resume_writers()
+
+
+def _with(versions: npt.NDArray[np.uint64], key: int, version: Version) -> npt.NDArray[np.uint64]:
+    """Set one element of an array that grows as it must; return the array."""
+    if key >= versions.size:
+        versions = np.append(versions, np.zeros(2 * key - versions.size, np.uint64))
+    versions[key] = version
+    return versions

@@ -254,6 +254,7 @@ class Log:
         self, kind: int, volume_key: int, start: int, version: int, value: int, settled: Settled | None = None
     ) -> None:
         """Add an entry without data: a trim, zeroes, an acknowledgement, a drop."""
+        self._append_held()  # what waited has room by now, or this waits behind it
         if self._held or not self._has_place():
             self._held.append(_Event(kind, volume_key, start, version, value, settled))
             return
@@ -272,6 +273,7 @@ class Log:
 
     def add_note(self, note: VolumeNote, settled: Settled) -> None:
         """Append a record that holds one volume's row."""
+        self._append_held()
         if self._held or not self._has_place():
             self._held.append(_Event(record.BLOB, 0, 0, 0, 0, settled, note))
             return

@@ -181,7 +181,8 @@ class Reclaim:
         linked = engine.map.linked_mask(first, count)
         keep = held & ~linked  # pinned
         versions = engine.map.version_array[places]
-        dirty = versions > engine.acknowledged_versions.take((keys >> np.uint64(LBA_BITS)).astype(np.int64))
+        # What is clean in memory only, because its acknowledgement is not in the log, would be dirty after a crash.
+        dirty = versions > engine.noted_versions.take((keys >> np.uint64(LBA_BITS)).astype(np.int64))
         keep |= linked & dirty
         if worthy:
             keep |= linked & engine.policy.worthy(first, count)

@@ -65,7 +65,7 @@ class CacheVolume:
         self.version = Version(0)  # of the newest change given out
         self.applied = Version(0)  # of the newest change that is in the map
         self._acknowledged = Version(0)
-        self.noted = Version(0)  # what the log says of `acknowledged`
+        self.noted = Version(0)
         self.holes = HoleMap()
         self.dirty = array("Q")
         self.trimmed = False  # blocks in `dirty` may be gone
@@ -153,6 +153,16 @@ class CacheVolume:
     def acknowledged(self, version: Version) -> None:
         self._acknowledged = version
         self._engine.set_acknowledged(self.key, version)
+
+    @property
+    def noted(self) -> Version:
+        """What the log says of `acknowledged`; the engine keeps all volumes' in one array as well."""
+        return self._noted
+
+    @noted.setter
+    def noted(self, version: Version) -> None:
+        self._noted = version
+        self._engine.set_noted(self.key, version)
 
     @property
     def block_count(self) -> int:
