@@ -336,3 +336,20 @@ def test_no_write_overtakes_a_trim_behind_a_record_that_waited_for_room(monkeypa
     assert answers == ["trim", "write"]
     assert volume.applied == volume.version
     assert rig.drain()
+
+
+def test_a_block_is_moved_in_front_of_a_trim_that_waits_for_a_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, _ = worth_moving()
+    reads = begin_moving(rig)
+    answers: list[IoError] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "_has_place", lambda self: False)
+        rig.volume.trim(0, BLOCK_SIZE, False, answers.append)
+        assert not rig.engine.log.unapplied()
+        for read in reads:
+            read()
+    rig.run_until(lambda: bool(answers))
+    assert rig.read(0, BLOCK_SIZE) == bytes(BLOCK_SIZE)
+    rig.restart(power=False)
+    assert rig.read(0, BLOCK_SIZE) == bytes(BLOCK_SIZE)
+    check_books(rig.engine)

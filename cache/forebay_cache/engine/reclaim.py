@@ -267,13 +267,14 @@ class Reclaim:
 
     def _moved(self, move: _Move) -> None:
         """All is applied: what was kept has left, unless a cut was closed and needs a version that was superseded."""
-        left = self._to_keep(move.zone, worthy=False) if move.whole else np.empty(0, np.int64)
+        if not move.whole:
+            self._busy -= 1  # it stays as it is, with what could not be read; the next start looks at it again
+            return
+        left = self._to_keep(move.zone, worthy=False)
         if left.size:
             self._move(move.zone, left)
-        elif move.whole:
-            self._clear(move.zone)
         else:
-            self._busy -= 1  # it stays as it is, with what could not be read; the next start looks at it again
+            self._clear(move.zone)
 
     def _is_sound(self, key: int, place: int, block: memoryview) -> bool:
         """Compare a block with its checksum; forget it if it is bad and the store has it."""

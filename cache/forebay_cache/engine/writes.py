@@ -161,9 +161,10 @@ class Writes:
 
     def superseded(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Tell of each key whether a guest's change of it is appended but not applied."""
-        packed = b"".join(
-            memoryview(batch.packed)[: batch.data_count * record.ENTRY_SIZE] for batch in self._engine.log.unapplied()
-        )
+        unapplied = self._engine.log.unapplied()
+        if not unapplied:
+            return np.zeros(keys.size, np.bool_)  # a trim that still waits for a zone will stand behind what comes now
+        packed = b"".join(memoryview(batch.packed)[: batch.data_count * record.ENTRY_SIZE] for batch in unapplied)
         rows = np.frombuffer(packed, record.ENTRY_DTYPE)
         rows = rows[rows["kind"] == record.WRITE]
         found = np.isin(keys, rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"])
