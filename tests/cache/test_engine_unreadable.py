@@ -6,6 +6,7 @@ from engine_rig import Rig, SimulatedDevice, check_books
 from test_engine_review import attach_second
 
 from forebay_cache.engine.front import IoError
+from forebay_cache.engine.volume import CacheVolume
 from forebay_core.units import BLOCK_SIZE, Buffer
 
 CONTENT = b"".join(bytes([i + 1]) * BLOCK_SIZE for i in range(40))
@@ -65,6 +66,15 @@ def test_an_unreadable_clean_block_is_fetched_and_its_zone_is_not_filled_again()
     check_books(rig.engine)
 
 
+def assert_goes_on(rig: Rig, other: CacheVolume) -> None:
+    assert not other.error
+    got: list[IoError] = []
+    other.write(0, b"o" * BLOCK_SIZE, False, got.append)
+    other.kick()
+    rig.run_until(lambda: bool(got))
+    assert got == [IoError.OK]
+
+
 def test_an_unreadable_dirty_block_costs_only_itself_and_stops_only_its_volume() -> None:
     rig = Rig(2, size=8 << 20, blocks=300)
     other = attach_second(rig)
@@ -74,12 +84,7 @@ def test_an_unreadable_dirty_block_costs_only_itself_and_stops_only_its_volume()
     assert read_error(rig, 0, 40) == IoError.IO
     assert rig.read(0, 7 * BLOCK_SIZE) == CONTENT[: 7 * BLOCK_SIZE]
     assert rig.read(8 * BLOCK_SIZE, 32 * BLOCK_SIZE) == CONTENT[8 * BLOCK_SIZE :]
-    assert not other.error
-    got: list[IoError] = []
-    other.write(0, b"o" * BLOCK_SIZE, False, got.append)
-    other.kick()
-    rig.run_until(lambda: bool(got))
-    assert got == [IoError.OK]
+    assert_goes_on(rig, other)
 
 
 def test_retired_zones_are_bounded() -> None:

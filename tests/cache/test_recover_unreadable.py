@@ -8,7 +8,7 @@ from engine_rig import Rig, check_books
 from test_check import stopped, worked_in
 from test_engine_damage import records_of, written_in_a_row
 from test_engine_review import attach_second
-from test_engine_unreadable import CONTENT, WornDevice, read_error, worn
+from test_engine_unreadable import CONTENT, WornDevice, assert_goes_on, read_error, worn
 from test_salvage import dirty_of, expected_dirty
 
 from forebay_cache.engine.check import check_device
@@ -113,12 +113,7 @@ def test_after_a_start_an_unreadable_dirty_block_costs_only_itself_and_stops_onl
     assert rig.read(0, 7 * BLOCK_SIZE) == CONTENT[: 7 * BLOCK_SIZE]
     assert rig.read(8 * BLOCK_SIZE, 32 * BLOCK_SIZE) == CONTENT[8 * BLOCK_SIZE :]
     other = next(one for one in rig.engine.volumes.values() if one.name == "w")
-    assert not other.error
-    got: list[IoError] = []
-    other.write(0, b"o" * BLOCK_SIZE, False, got.append)
-    other.kick()
-    rig.run_until(lambda: bool(got))
-    assert got == [IoError.OK]
+    assert_goes_on(rig, other)
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["a whole log", "a log that must be searched"])
