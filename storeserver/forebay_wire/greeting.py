@@ -36,8 +36,8 @@ from forebay_core.checksums import checksum
 from forebay_core.errors import AuthenticationError, ForebayError, ProtocolError, StoreUnreachableError
 from forebay_core.units import ID_SIZE, Buffer
 
-PROTOCOL_VERSION_MIN: Final = 2  # 1 reads without an epoch: whoever lost a volume would go on reading it
-PROTOCOL_VERSION_MAX: Final = 2
+PROTOCOL_VERSION_MIN: Final = 3  # 2 knows no snapshots: a store would commit a cut and forget the one it ends at
+PROTOCOL_VERSION_MAX: Final = 3
 FEATURES: Final = 0
 NONCE_SIZE: Final = 32
 PROOF_SIZE: Final = 32

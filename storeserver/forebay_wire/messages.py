@@ -10,7 +10,8 @@ Piece, 28 bytes, little-endian, the answer to one extent or a part of it:
     ------  ----  ----  -------  ------------------------------------------------------------
          0     8  u64   start    first block
          8     4  u32   count    blocks
-        12     4  u32   frame    index of the frame in the payload; 0xffffffff: a hole, reads as zeros
+        12     4  u32   frame    index of the frame in the payload; 0xffffffff: a hole, reads as zeros; 0xfffffffe: of a
+                                 clone, not its own: reads as its origin does (only where `through` was not asked for)
         16     4  u32   block    index of the first block among the frame's plain blocks; 0 for a hole
         20     8  u64   version  version since which the extent is so; 0: never written
 """
@@ -24,11 +25,15 @@ PIECE_DTYPE: Final = np.dtype(
     [("start", "<u8"), ("count", "<u4"), ("frame", "<u4"), ("block", "<u4"), ("version", "<u8")]
 )
 HOLE_FRAME: Final = 0xFFFFFFFF
+ORIGIN_FRAME: Final = 0xFFFFFFFE
 assert PIECE_DTYPE.itemsize == 28
 
 # Codes of Failed. A code is stable; the text is for people.
 NO_SUCH_VOLUME: Final = "no-such-volume"
+NO_SUCH_SNAPSHOT: Final = "no-such-snapshot"
 VOLUME_EXISTS: Final = "volume-exists"
+SNAPSHOT_EXISTS: Final = "snapshot-exists"
+HAS_CLONES: Final = "has-clones"  # or snapshots: what depends on it must go first
 VOLUME_IN_USE: Final = "volume-in-use"
 FENCED: Final = "fenced"
 OUT_OF_ORDER: Final = "out-of-order"
@@ -62,6 +67,11 @@ class VolumeRow(Message, frozen=True, array_like=True):
     stored_size: int  # bytes of frames that the head refers to
     data_blocks: int  # blocks of the head that are not holes
     origin: bytes = b""  # snapshot id a clone reads through to; empty: none
+    origin_name: str = ""  # that snapshot as `volume@snapshot`
+    snapshots: int = 0  # how many it has
+    clones: int = 0  # how many volumes have one of its snapshots as their origin
+    flattening: bool = False  # the tie to the origin is being cut in the background
+    control: str = ""  # where the holder takes commands, `HOST:PORT`; empty: it did not say, or nobody holds it
 
 
 class Failed(Message, frozen=True, array_like=True, tag=1):
@@ -113,14 +123,16 @@ class Volumes(Message, frozen=True, array_like=True, tag=14):
 
 
 class ResizeVolume(Message, frozen=True, array_like=True, tag=15):
-    """Grow a volume that has no writer; answered by Volume."""
+    """Resize a volume; answered by Volume. To the store for one that has no writer, to the cache daemon that has it
+    attached for a larger size. A smaller one needs `force`: what lies behind it is trimmed."""
 
     name: str
     size: int
+    force: bool = False
 
 
 class DeleteVolume(Message, frozen=True, array_like=True, tag=16):
-    """Delete a volume that has no writer; answered by Done."""
+    """Delete a volume that has no writer and no snapshots; answered by Done."""
 
     name: str
 
@@ -137,6 +149,7 @@ class OpenVolume(Message, frozen=True, array_like=True, tag=20):
     device: bytes
     take_over: bool = False
     acknowledged: int = 0
+    control: str = ""  # where the cache daemon takes commands over TCP; empty: nowhere
 
 
 class Opened(Message, frozen=True, array_like=True, tag=21):
@@ -156,7 +169,11 @@ class ReleaseVolume(Message, frozen=True, array_like=True, tag=22):
 
 
 class Read(Message, frozen=True, array_like=True, tag=30):
-    """Read blocks of the head; answered by Blocks. `min_version`: refuse with STORE_BEHIND below it.
+    """Read blocks of the head or of a snapshot; answered by Blocks. `volume` is the id of either. `min_version`: refuse
+    with STORE_BEHIND below it (of a snapshot not looked at).
+
+    Of a clone, pieces that are not its own are ORIGIN_FRAME: the reader asks the origin for them, and may keep them for
+    all its clones. With `through` the store looks there itself; such pieces have version 0.
 
     `epoch` and `session` are those of a cache that serves the volume: refused with FENCED when they are over, because
     it must not mix what it holds with what somebody else wrote. 0: not checked, for exports.
@@ -167,6 +184,7 @@ class Read(Message, frozen=True, array_like=True, tag=30):
     min_version: int = 0
     epoch: int = 0
     session: int = 0
+    through: bool = False
 
 
 class Blocks(Message, frozen=True, array_like=True, tag=31):
@@ -176,13 +194,15 @@ class Blocks(Message, frozen=True, array_like=True, tag=31):
 
 
 class MapExtents(Message, frozen=True, array_like=True, tag=32):
-    """Ask which blocks of one extent hold data; answered by Mapped. `epoch` and `session` as in Read."""
+    """Ask which blocks of one extent hold data; answered by Mapped. `volume`, `epoch`, `session` and `through` as in
+    Read."""
 
     volume: bytes
     start: int
     count: int
     epoch: int = 0
     session: int = 0
+    through: bool = False
 
 
 class Mapped(Message, frozen=True, array_like=True, tag=33):
@@ -194,12 +214,16 @@ class Mapped(Message, frozen=True, array_like=True, tag=33):
 class Changed(Message, frozen=True, array_like=True, tag=34):
     """Ask what was written or trimmed since a version, from block `start` on; answered by Changes.
 
+    `volume` is the id of a volume, or of a snapshot: then what had changed when it was taken. What a rollback reverted
+    counts as changed. `since` is a version, or, if `since_snapshot` is given, that snapshot's (of the same volume).
+    A piece of a clone that reads as its origin again, after a rollback, is ORIGIN_FRAME.
     Below the volume's floor the answer is Failed with HISTORY_GONE: copy everything.
     """
 
     volume: bytes
     since: int
     start: int = 0
+    since_snapshot: bytes = b""
 
 
 class Changes(Message, frozen=True, array_like=True, tag=35):
@@ -230,6 +254,11 @@ class CommitCut(Message, frozen=True, array_like=True, tag=41):
 
     Applied only if `first` follows the store's last sequence. If the store's last sequence is `last` already, the
     answer is Committed with `already_applied`.
+
+    A cut ends at a snapshot or at a resize of the volume: `snapshot` is the id of one that is the change numbered
+    `last`, `snapshot_name` and `snapshot_ns` its name and when it was taken; `size` is the volume's size since the
+    change numbered `last`, 0 if that is no resize. The store takes the snapshot with the cut, in one step; if another
+    one has the name by now, it is called `NAME.LAST`.
     """
 
     volume: bytes
@@ -241,6 +270,10 @@ class CommitCut(Message, frozen=True, array_like=True, tag=41):
     last: int
     committed_ns: int
     in_sync_version: int = 0  # version of the in-sync set this commit was sent under
+    snapshot: bytes = b""
+    snapshot_name: str = ""
+    snapshot_ns: int = 0
+    size: int = 0
 
 
 class Committed(Message, frozen=True, array_like=True, tag=42):
@@ -297,6 +330,156 @@ class Held(Message, frozen=True, array_like=True, tag=45):
     lost_from: int
 
 
+class SnapshotRow(Message, frozen=True, array_like=True):
+    """One snapshot."""
+
+    id: bytes
+    volume: bytes  # id of its volume
+    volume_name: str
+    name: str
+    version: int  # of the change that it is
+    size: int  # of the volume then, bytes
+    created_ns: int  # Unix nanoseconds
+    unique_size: int = 0  # bytes of frames that nothing else refers to; what deleting it would free
+    origin: bytes = b""  # snapshot id that it reads through to; empty: none
+    clones: tuple[str, ...] = ()  # names of the volumes made of it
+    pending: bool = False  # taken in a cache, not in the store yet
+
+
+class CreateSnapshot(Message, frozen=True, array_like=True, tag=70):
+    """Take a snapshot; answered by SnapshotTaken. To the store for a volume that has no writer, else to the cache
+    daemon that has it attached: there it is taken when it is durable on the SSD, or with `stored` when the store has
+    it. Several volumes are reserved; one is allowed."""
+
+    volumes: tuple[str, ...]
+    snapshot: str
+    stored: bool = False
+
+
+class SnapshotTaken(Message, frozen=True, array_like=True, tag=71):
+    """The snapshot, durable."""
+
+    row: SnapshotRow
+
+
+class ListSnapshots(Message, frozen=True, array_like=True, tag=72):
+    """Ask for the snapshots of a volume in the order they were taken, those with a version above `after`; answered by
+    Snapshots."""
+
+    volume: str
+    after: int = 0
+    count_max: int = 256
+
+
+class Snapshots(Message, frozen=True, array_like=True, tag=73):
+    """A page of snapshots; `more` says that another page follows."""
+
+    rows: tuple[SnapshotRow, ...]
+    more: bool
+
+
+class GetSnapshot(Message, frozen=True, array_like=True, tag=74):
+    """Ask for one snapshot, by the names of volume and snapshot, or by `id` if that is given; answered by Snapshot."""
+
+    volume: str = ""
+    snapshot: str = ""
+    id: bytes = b""
+
+
+class Snapshot(Message, frozen=True, array_like=True, tag=75):
+    """One snapshot; `unique_size` is not counted here and 0."""
+
+    row: SnapshotRow
+
+
+class DeleteSnapshot(Message, frozen=True, array_like=True, tag=76):
+    """Delete a snapshot that has no clones; answered by Done. Its space comes back in the background."""
+
+    volume: str
+    snapshot: str
+
+
+class RollbackVolume(Message, frozen=True, array_like=True, tag=77):
+    """Make the head of a volume that has no writer what it was when the snapshot was taken; answered by Volume. Newer
+    snapshots stay."""
+
+    volume: str
+    snapshot: str
+
+
+class CloneVolume(Message, frozen=True, array_like=True, tag=78):
+    """Make a volume whose blocks are those of a snapshot until they are written; answered by Volume."""
+
+    volume: str
+    snapshot: str
+    name: str
+
+
+class FlattenVolume(Message, frozen=True, array_like=True, tag=79):
+    """Give a clone all blocks of its origin and cut the tie, in the background; answered by Done when that is durably
+    noted. A volume without an origin is refused."""
+
+    name: str
+
+
+class CleanStatus(Message, frozen=True, array_like=True):
+    """How the cleaner is; counters since the start of the store."""
+
+    running: bool = False  # a pass asked for by CleanStore is under way, or the cleaner works by itself
+    passes: int = 0  # asked for by CleanStore and ended
+    segments_freed: int = 0
+    bytes_freed: int = 0
+    bytes_copied: int = 0
+    error: str = ""  # why the last pass ended early; empty: it did not
+
+
+class ScrubStatus(Message, frozen=True, array_like=True):
+    """How the scrub is. Sizes are bytes of segments."""
+
+    running: bool = False
+    checked_size: int = 0  # of the pass under way, or of the last one
+    total_size: int = 0
+    damaged: int = 0  # extents known to be damaged
+    started_ns: int = 0  # Unix nanoseconds; 0: never
+    finished_ns: int = 0  # when the last whole pass ended; 0: never
+
+
+class CleanStore(Message, frozen=True, array_like=True, tag=80):
+    """Clean now until nothing is worth it; answered by Done at once, see CleanStatus.passes for the end."""
+
+
+class ScrubStore(Message, frozen=True, array_like=True, tag=81):
+    """Begin a scrub, or go on with the one under way; answered by Done at once, see ScrubStatus. `rate` in bytes per
+    second, 0: as the store's settings say."""
+
+    rate: int = 0
+
+
+class DamagedExtent(Message, frozen=True, array_like=True):
+    """Blocks that the store can't give back as they were written."""
+
+    volume: str  # name, or `volume@snapshot` of the newest snapshot that shows them; empty: nothing shows them any more
+    start: int
+    count: int
+    segment: str
+    offset: int  # of the frame in its segment
+    text: str  # what is wrong, one line
+
+
+class GetDamage(Message, frozen=True, array_like=True, tag=82):
+    """Ask for what scrub, cleaner and reads found damaged, from the row of this number on; answered by Damage."""
+
+    after: int = 0
+    count_max: int = 256
+
+
+class Damage(Message, frozen=True, array_like=True, tag=83):
+    """A page of damaged extents; `more` says that another page follows."""
+
+    rows: tuple[DamagedExtent, ...]
+    more: bool
+
+
 class GetStoreStatus(Message, frozen=True, array_like=True, tag=50):
     """Ask the store how it is; answered by StoreStatus."""
 
@@ -312,10 +495,13 @@ class StoreStatus(Message, frozen=True, array_like=True, tag=51):
     reads: int
     cuts: int
     error: str = ""  # why the store refuses changes; empty: it does not
+    live_bytes: int = 0  # of segments, referred to by a head, a snapshot or an unfinished cut
+    clean: CleanStatus = CleanStatus()
+    scrub: ScrubStatus = ScrubStatus()
 
 
 class Attach(Message, frozen=True, array_like=True, tag=60):
-    """To a cache daemon: open the volume and serve it; answered by Attached."""
+    """To a cache daemon: open the volume, or `volume@snapshot` read-only, and serve it; answered by Attached."""
 
     name: str
     read_only: bool = False
@@ -373,6 +559,8 @@ class VolumeStatus(Message, frozen=True, array_like=True):
     error: str = ""
     limit: LimitStatus = LimitStatus()
     write_delay_us: int = 0  # how much each written block is slowed just now, because the buffer is nearly full
+    pending_snapshots: tuple[str, ...] = ()  # taken, not in the store yet; in their order
+    origin: str = ""  # `volume@snapshot` that it is a clone of; empty: none
 
 
 class CacheStatus(Message, frozen=True, array_like=True, tag=65):
@@ -439,6 +627,20 @@ AnyMessage = (
     | Held
     | GetStoreStatus
     | StoreStatus
+    | CreateSnapshot
+    | SnapshotTaken
+    | ListSnapshots
+    | Snapshots
+    | GetSnapshot
+    | Snapshot
+    | DeleteSnapshot
+    | RollbackVolume
+    | CloneVolume
+    | FlattenVolume
+    | CleanStore
+    | ScrubStore
+    | GetDamage
+    | Damage
     | Attach
     | Attached
     | Detach

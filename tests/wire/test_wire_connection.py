@@ -214,11 +214,11 @@ def test_a_busy_server_is_unreachable_not_wrong() -> None:
 
 def test_another_version_is_named_on_both_sides() -> None:
     old, new = end(Role.CLIENT), end(Role.SERVER)
-    new._own = new._own._replace(version_min=3, version_max=4)
+    new._own = new._own._replace(version_min=4, version_max=5)
     new._outgoing = [encode_greeting(new._own)]
     old_greeting, new_greeting = outgoing(old), outgoing(new)
-    assert "versions 3 to 4, we speak 2 to 2" in failure(old, new_greeting, ProtocolError)
-    assert "versions 2 to 2, we speak 3 to 4" in failure(new, old_greeting, ProtocolError)
+    assert "versions 4 to 5, we speak 3 to 3" in failure(old, new_greeting, ProtocolError)
+    assert "versions 3 to 3, we speak 4 to 5" in failure(new, old_greeting, ProtocolError)
     assert decode_verdict(outgoing(old)).reason is Reason.VERSION
 
 

@@ -84,7 +84,7 @@ def test_feature_bits_we_do_not_know_are_ignored() -> None:
     ("own", "peer", "reason"),
     [
         (SERVER, CLIENT, Reason.ACCEPTED),
-        (SERVER, CLIENT._replace(version_min=3, version_max=4), Reason.VERSION),
+        (SERVER, CLIENT._replace(version_min=4, version_max=5), Reason.VERSION),
         (SERVER._replace(version_min=4, version_max=5), CLIENT, Reason.VERSION),
         (SERVER._replace(version_min=3, version_max=5), CLIENT, Reason.ACCEPTED),
         (SERVER, SERVER, Reason.ROLE),
@@ -113,6 +113,6 @@ def test_a_reason_the_peer_gave_is_told_from_our_side() -> None:
 
 
 def test_a_version_mismatch_names_both_versions() -> None:
-    error = refusal(Reason.VERSION, SERVER, CLIENT._replace(version_min=3), by_peer=False)
+    error = refusal(Reason.VERSION, SERVER, CLIENT._replace(version_min=4, version_max=4), by_peer=False)
     assert isinstance(error, ProtocolError)
-    assert "versions 3 to 3, we speak 2 to 2" in str(error)
+    assert "versions 4 to 4, we speak 3 to 3" in str(error)
