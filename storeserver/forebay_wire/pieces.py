@@ -17,27 +17,32 @@ from forebay_core.extents import Extent
 from forebay_core.frame import FrameHeader, check_stored, decode_header, open_frame
 from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
 from forebay_wire.limits import PIECES_MAX
-from forebay_wire.messages import HOLE_FRAME, PIECE_DTYPE
+from forebay_wire.messages import HOLE_FRAME, ORIGIN_FRAME, PIECE_DTYPE
 
 DATA_FRAME: Final = 0
 """`frame` of a piece without payload that stands for data."""
 
 
 class PlainPiece(NamedTuple):
-    """One answered extent. `plain` is None for a hole; else the blocks, whose xxh3-64 are `checksums`."""
+    """One answered extent. `plain` is None for a hole; else the blocks, whose xxh3-64 are `checksums`.
+
+    With `origin` it is neither: of a clone, it reads as its origin does.
+    """
 
     extent: Extent
     plain: memoryview | None
     version: int
     checksums: tuple[int, ...]
+    origin: bool = False
 
 
 class MappedPiece(NamedTuple):
-    """One extent and whether it reads as zeros without being stored."""
+    """One extent and whether it reads as zeros without being stored, or with `origin` as its origin does."""
 
     extent: Extent
     hole: bool
     version: int
+    origin: bool = False
 
 
 class _Frame(NamedTuple):
@@ -59,10 +64,10 @@ def plain_pieces(pieces: Buffer, payload: Buffer, requested: Sequence[Extent], *
     answer: list[PlainPiece] = []
     for start, count, index, block, version in rows:
         extent = Extent(start, count)
-        if index == HOLE_FRAME:
+        if index in (HOLE_FRAME, ORIGIN_FRAME):
             if block != 0:
-                raise ProtocolError(f"piece at block {start} is a hole with block index {block}")
-            answer.append(PlainPiece(extent, None, version, ()))
+                raise ProtocolError(f"piece at block {start} has no frame but block index {block}")
+            answer.append(PlainPiece(extent, None, version, (), index == ORIGIN_FRAME))
             continue
         if index >= len(frames):
             raise ProtocolError(f"piece at block {start} names frame {index} of {len(frames)}")
@@ -88,9 +93,9 @@ def mapped_pieces(pieces: Buffer, requested: Extent) -> list[MappedPiece]:
     _check_coverage(rows, [Extent(requested.start, end - requested.start)])
     answer: list[MappedPiece] = []
     for start, count, frame, block, version in rows:
-        if frame not in (DATA_FRAME, HOLE_FRAME) or block != 0:
+        if frame not in (DATA_FRAME, HOLE_FRAME, ORIGIN_FRAME) or block != 0:
             raise ProtocolError(f"mapped piece at block {start} has frame {frame} and block {block}")
-        answer.append(MappedPiece(Extent(start, count), frame == HOLE_FRAME, version))
+        answer.append(MappedPiece(Extent(start, count), frame == HOLE_FRAME, version, frame == ORIGIN_FRAME))
     return answer
 
 

@@ -152,7 +152,7 @@ class SimulatedStore:
 
         self.queue.append(act)
 
-    def allocation(self, volume, extent, done) -> None:
+    def allocation(self, volume, extent, done, *, through) -> None:
         pieces = [
             FetchedPiece(Extent(lba, 1), b"" if self.blocks.get(lba, (None,))[0] is not None else None, Version(0), ())
             for lba in range(extent.start, extent.end)

@@ -402,7 +402,10 @@ def test_a_read_that_is_fenced_ends_the_volume_for_good(kind: str) -> None:
             if kind == "fetch":
                 assert await rig.fetch([Extent(0, 1)]) == refusal
             else:
-                assert await asked(lambda done: rig.upstream.allocation(VOLUME, Extent(0, 8), done)) == refusal
+                assert (
+                    await asked(lambda done: rig.upstream.allocation(VOLUME, Extent(0, 8), done, through=True))
+                    == refusal
+                )
             assert rig.refused == [refusal]
             assert await rig.fetch([Extent(0, 1)]) == await rig.stage() == refusal
             await store.restart()
@@ -525,7 +528,7 @@ def test_allocation_tells_data_from_holes() -> None:
     async def test() -> None:
         store = ScriptedStore()
         async with running(store) as rig:
-            pieces = await asked(lambda done: rig.upstream.allocation(VOLUME, Extent(4, 100), done))
+            pieces = await asked(lambda done: rig.upstream.allocation(VOLUME, Extent(4, 100), done, through=True))
             assert [(p.extent, p.plain) for p in pieces] == [(Extent(4, 1), b""), (Extent(5, 1), None)]
 
     run(test())
@@ -535,7 +538,7 @@ def test_changes_come_page_by_page() -> None:
     async def test() -> None:
         store = ScriptedStore()
         async with running(store) as rig:
-            pages = [page async for page in rig.upstream.changed(VOLUME, VERSION)]
+            pages = [page async for page in rig.upstream.changed_since(VOLUME, VERSION)]
             assert pages == [[Extent(0, 1)], [Extent(5, 1)]]
 
     run(test())
@@ -547,7 +550,7 @@ def test_history_that_is_gone_is_said() -> None:
         store.refusals = [(Changed, RefusedError(messages.HISTORY_GONE, "copy everything"))]
         async with running(store) as rig:
             with pytest.raises(RefusedError, match="copy everything"):
-                [page async for page in rig.upstream.changed(VOLUME, VERSION)]
+                [page async for page in rig.upstream.changed_since(VOLUME, VERSION)]
 
     run(test())
 

@@ -53,7 +53,7 @@ class Allocations:
                     now += [_State(rest, piece.plain is None) for rest in subtract(common, covered)]
             reply(IoError.OK, _shape(sorted(now), offset))
 
-        self._engine.upstream.allocation(volume.id, extent, answered)
+        self._engine.upstream.allocation(volume.id, extent, answered, through=True)
 
     def _known(self, volume: "CacheVolume", extent: Extent) -> "list[_State]":
         """Return the state of all blocks that the cache knows, sorted."""

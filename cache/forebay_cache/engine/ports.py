@@ -40,12 +40,22 @@ class Device(Protocol):
 
 
 class FetchedPiece(NamedTuple):
-    """One part of a fetch's answer; `plain` None: a hole. Plain blocks were compared with their checksums."""
+    """One part of a fetch's answer; `plain` None: a hole, or with `origin` what reads as the clone's origin does.
+    Plain blocks were compared with their checksums."""
 
     extent: Extent
     plain: Buffer | None
     version: Version
     checksums: Sequence[int]
+    origin: bool = False
+
+
+class ChangedPage(NamedTuple):
+    """What changed of a volume: all of its blocks below `next_start` that did, from the block that was asked for on;
+    `next_start` is -1 at the end."""
+
+    extents: Sequence[Extent]
+    next_start: int
 
 
 class CutIdentity(NamedTuple):
@@ -81,10 +91,21 @@ class Upstream(Protocol):
         """Read at most READ_BLOCKS_MAX blocks in sorted extents; the pieces cover them exactly, in order."""
 
     def allocation(
-        self, volume: VolumeId, extent: Extent, done: Callable[[Sequence[FetchedPiece] | UpstreamRefusal], None]
+        self,
+        volume: VolumeId,
+        extent: Extent,
+        done: Callable[[Sequence[FetchedPiece] | UpstreamRefusal], None],
+        *,
+        through: bool,
     ) -> None:
         """Ask which blocks are holes: pieces from the start of `extent` on, with `plain` b"" for data, None for a
-        hole. May end before the extent does."""
+        hole. May end before the extent does. `through`: of a clone's blocks that are not its own say what its origin
+        has there, instead of that they are the origin's."""
+
+    def changed(
+        self, volume: VolumeId, since: VolumeId, start: int, done: Callable[[ChangedPage | UpstreamRefusal], None]
+    ) -> None:
+        """Ask what was written or trimmed from block `start` on since the snapshot with the id `since`."""
 
     def stage(
         self,

@@ -230,7 +230,7 @@ class Shell:
         everything = [Extent(0, view.size // BLOCK_SIZE)]
         stale: list[Extent] = []
         try:
-            async for page in self._upstream.changed(view.id, since):
+            async for page in self._upstream.changed_since(view.id, since):
                 stale += page
                 if len(stale) > STALE_EXTENTS_MAX:
                     return everything

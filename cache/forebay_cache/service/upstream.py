@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
 
-from forebay_cache.engine.ports import CutIdentity, FetchedPiece, UpstreamRefusal
+from forebay_cache.engine.ports import ChangedPage, CutIdentity, FetchedPiece, UpstreamRefusal
 from forebay_cache.service.store_session import Session, StoreSession
 from forebay_core.errors import CorruptionError, ForebayError, ProtocolError, RefusedError, StoreUnreachableError
 from forebay_core.extents import Extent, pack
@@ -63,9 +63,15 @@ class StoreUpstream:
         """See Upstream."""
         self._session.spawn(self._fetch(volume, extents, min_version, done))
 
-    def allocation(self, volume: VolumeId, extent: Extent, done: FetchDone) -> None:
+    def allocation(self, volume: VolumeId, extent: Extent, done: FetchDone, *, through: bool) -> None:
         """See Upstream."""
-        self._session.spawn(self._allocation(volume, extent, done))
+        self._session.spawn(self._allocation(volume, extent, done, through))
+
+    def changed(
+        self, volume: VolumeId, since: VolumeId, start: int, done: Callable[[ChangedPage | UpstreamRefusal], None]
+    ) -> None:
+        """See Upstream."""
+        self._session.spawn(self._changed(volume, since, start, done))
 
     def stage(
         self,
@@ -84,7 +90,7 @@ class StoreUpstream:
         """See Upstream."""
         self._session.spawn(self._commit(cut, part_count, committed_ns, done))
 
-    async def changed(self, volume: VolumeId, since: Version) -> AsyncIterator[Sequence[Extent]]:
+    async def changed_since(self, volume: VolumeId, since: Version) -> AsyncIterator[Sequence[Extent]]:
         """Yield, page by page, what was written or trimmed since a version.
 
         Raises:
@@ -92,7 +98,7 @@ class StoreUpstream:
         """
         start = 0
         while start >= 0:
-            answer, _ = await self._ask(volume, partial(_changed, volume, since, start), Changes)
+            answer, _ = await self._ask(volume, partial(_changed_since, volume, since, start), Changes)
             yield changed_extents(answer.pieces, start, answer.next_start)
             start = answer.next_start
 
@@ -122,22 +128,39 @@ class StoreUpstream:
             pieces = decode()
         else:
             pieces = await asyncio.get_running_loop().run_in_executor(self._decoder, decode)
-        return [FetchedPiece(piece.extent, piece.plain, Version(piece.version), piece.checksums) for piece in pieces]
+        return [FetchedPiece(p.extent, p.plain, Version(p.version), p.checksums, p.origin) for p in pieces]
 
-    async def _allocation(self, volume: VolumeId, extent: Extent, done: FetchDone) -> None:
+    async def _allocation(self, volume: VolumeId, extent: Extent, done: FetchDone, through: bool) -> None:
         asked = Extent(extent.start, min(extent.count, MAP_BLOCKS_MAX))
 
         def message(session: Session) -> AnyMessage:
-            return MapExtents(volume, asked.start, asked.count, session.epoch, session.number)
+            return MapExtents(volume, asked.start, asked.count, session.epoch, session.number, through)
 
         try:
             answer, _ = await self._ask(volume, message, Mapped)
             pieces = mapped_pieces(answer.pieces, asked)
-            done([FetchedPiece(p.extent, None if p.hole else b"", Version(p.version), ()) for p in pieces])
+            done(
+                [
+                    FetchedPiece(p.extent, None if p.hole or p.origin else b"", Version(p.version), (), p.origin)
+                    for p in pieces
+                ]
+            )
         except RefusedError as error:
             done(UpstreamRefusal(error.code, str(error)))
         except ProtocolError as error:
             _LOG.error("volume %s: the store's map is wrong: %s", volume.hex(), error)
+            done(UpstreamRefusal(messages.FAILED, str(error)))
+
+    async def _changed(
+        self, volume: VolumeId, since: VolumeId, start: int, done: Callable[[ChangedPage | UpstreamRefusal], None]
+    ) -> None:
+        try:
+            answer, _ = await self._ask(volume, lambda _: Changed(volume, 0, start, since), Changes)
+            done(ChangedPage(changed_extents(answer.pieces, start, answer.next_start), answer.next_start))
+        except RefusedError as error:
+            done(UpstreamRefusal(error.code, str(error)))
+        except ProtocolError as error:
+            _LOG.error("volume %s: the store's list of changes is wrong: %s", volume.hex(), error)
             done(UpstreamRefusal(messages.FAILED, str(error)))
 
     async def _stage(
@@ -235,5 +258,5 @@ class StoreUpstream:
                 return False
 
 
-def _changed(volume: VolumeId, since: Version, start: int, _session: Session) -> AnyMessage:
+def _changed_since(volume: VolumeId, since: Version, start: int, _session: Session) -> AnyMessage:
     return Changed(volume, since, start)
