@@ -35,6 +35,7 @@ from forebay_cache.format.checkpoint import (
     hole_count_max,
     verify_chunk,
 )
+from forebay_cache.format.cut_end import CUT_END, RESIZE, SNAPSHOT, CutEnd
 from forebay_cache.format.volume_note import VolumeNote
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
@@ -55,21 +56,35 @@ def volume(key: int, *rows: tuple[int, int, int]) -> VolumeState:
     )
 
 
-VOLUMES = [volume(1), volume(2, (0, 5, 7), (100, 1 << 39, 8)), volume(9, ((1 << 40) - 1, 1, 2))]
+def taken(key: int, version: int) -> CutEnd:
+    return CutEnd(key, SNAPSHOT, version, 1 << 30, 5, bytes([version & 255]) * 16, f"s{version}")
+
+
+VOLUMES = [
+    volume(1),
+    volume(2, (0, 5, 7), (100, 1 << 39, 8))._replace(closed_holes=holes((7, 1, 820)), ends=(taken(2, 840),)),
+    volume(9, ((1 << 40) - 1, 1, 2))._replace(ends=(taken(9, 801), CutEnd(9, RESIZE, 909, 1 << 31))),
+]
 HEADER_1 = CheckpointHeader(
-    DEVICE, 41, 1000, 0x1122334455667788, 3, 17, 5, 70000, 100, 3, 3, 4096, 0xAABBCCDDEEFF0011, 20, 60
+    DEVICE, 41, 1000, 0x1122334455667788, 3, 17, 5, 70000, 100, 3, 4, 4096, 0xAABBCCDDEEFF0011, 20, 60, 3
 )
 BLOCK_1 = encode_checkpoint_header(HEADER_1)
 
 
 def sealed(block: bytes) -> bytes:
     """Return the block with a fresh checksum."""
-    bare = block[:104] + bytes(8) + block[112:]
-    return bare[:104] + checksum(bare).to_bytes(8, "little") + bare[112:]
+    bare = block[:112] + bytes(8) + block[120:]
+    return bare[:112] + checksum(bare).to_bytes(8, "little") + bare[120:]
 
 
 def decode(block: bytes, device: bytes = DEVICE, size_max: int = SIZE_MAX) -> CheckpointHeader:
     return decode_checkpoint_header(block, device=device, size_max=size_max, place="area A")
+
+
+def layout_of(volumes: list[VolumeState], place_count: int = 0, zone_count: int = 16) -> CheckpointLayout:
+    hole_count = sum(one.holes.size + one.closed_holes.size for one in volumes)
+    end_count = sum(len(one.ends) for one in volumes)
+    return CheckpointLayout(place_count, zone_count, len(volumes), hole_count, end_count=end_count)
 
 
 class Area:
@@ -84,8 +99,7 @@ class Area:
         self.zones["incarnation"] = rng.integers(0, 1 << 32, zone_count)
         self.zones["first_position"] = rng.integers(0, 1 << 62, zone_count)
         self.zones["state"] = rng.integers(0, 5, zone_count)
-        hole_count = sum(one.holes.size for one in volumes)
-        self.layout = CheckpointLayout(place_count, zone_count, len(volumes), hole_count)
+        self.layout = layout_of(volumes, place_count, zone_count)
         self.bytes = bytearray(b"\xee" * self.layout.size)
         self._write()
 
@@ -114,7 +128,7 @@ class Area:
         assert (layout.table.offset, layout.table.padded_size) == (end, len(sums))
         self.bytes[end:] = sums
         assert len(self.bytes) == layout.size
-        header = CheckpointHeader(DEVICE, 5, 6, 7, 8, 9, 10, *layout, checksum(sums))
+        header = CheckpointHeader(DEVICE, 5, 6, 7, 8, 9, 10, *layout[:5], checksum(sums), end_count=layout.end_count)
         self.bytes[:BLOCK_SIZE] = encode_checkpoint_header(header)
 
     def part(self, offset: int, size: int) -> bytes:
@@ -135,6 +149,8 @@ class Area:
         found = decode_volumes(table, layout, place="area A")
         assert [one[:3] for one in found] == [one[:3] for one in self.volumes]
         assert [one.holes.tolist() for one in found] == [one.holes.tolist() for one in self.volumes]
+        assert [one.closed_holes.tolist() for one in found] == [one.closed_holes.tolist() for one in self.volumes]
+        assert [one.ends for one in found] == [one.ends for one in self.volumes]
         rows = [decode_zones(chunks[chunk], chunk.count) for chunk in layout.zone_chunks]
         assert b"".join(part.tobytes() for part in rows) == self.zones.tobytes()
         for chunk in layout.place_chunks:
@@ -155,16 +171,17 @@ def test_tables_are_the_code() -> None:
 
 
 def test_golden_bytes() -> None:
-    assert BLOCK_1[:112].hex() == (
-        "46434b5003000000000102030405060708090a0b0c0d0e0f2900000000000000e8030000000000008877665544332211"
-        "03000000110000000500000070110100640000000300000003000000001000001100ffeeddccbbaa"
-        "14000000000000003c000000000000000e6be7867b4c0222"
+    assert BLOCK_1[:120].hex() == (
+        "46434b5004000000000102030405060708090a0b0c0d0e0f2900000000000000e8030000000000008877665544332211"
+        "03000000110000000500000070110100640000000300000004000000001000001100ffeeddccbbaa"
+        "14000000000000003c0000000000000003000000000000006e071eff76db92c5"
     )
-    assert BLOCK_1[112:] == bytes(BLOCK_SIZE - 112)
+    assert BLOCK_1[120:] == bytes(BLOCK_SIZE - 120)
     table = encode_volumes(VOLUMES)
-    assert len(table) == 3 * 360 + 3 * 24
-    assert table[336:360].hex() == "8503000000000000200300000000000000000000" + "00000000"
-    assert table[1080:1104].hex() == "000000000000000005000000000000000700000000000000"
+    assert len(table) == 3 * 384 + 4 * 24 + 3 * CUT_END.size
+    assert table[352:384].hex() == "85030000000000002003000000000000" + bytes(16).hex()
+    assert table[752:768].hex() == "02000000010000000100000000000000"
+    assert table[1152:1176].hex() == "000000000000000005000000000000000700000000000000"
     rows = np.zeros(1, ZONE_DTYPE)
     rows[0] = (7, 9, 2, (0, 0, 0))
     assert encode_zones(rows)[:17].hex() == "07000000000000000900000002000000" + "00"
@@ -261,6 +278,8 @@ def test_without_any_valid_checkpoint_the_first_error_is_raised() -> None:
         sealed(BLOCK_1[:76] + b"\xff" + BLOCK_1[77:]),
         sealed(BLOCK_1[:88] + bytes(8) + BLOCK_1[96:]),
         sealed(BLOCK_1[:96] + b"\1" + BLOCK_1[97:]),
+        sealed(BLOCK_1[:104] + b"\1\4" + BLOCK_1[106:]),
+        sealed(BLOCK_1[:108] + b"\1" + BLOCK_1[109:]),
     ],
 )
 def test_a_sealed_header_that_contradicts_itself_is_refused(block: bytes) -> None:
@@ -285,16 +304,22 @@ def test_a_header_of_another_device_or_a_larger_area_is_refused() -> None:
         [volume(1, (1, 1 << 40, 1))],
         [volume(1, ((1 << 64) - 1, 2, 1))],
         [volume(1, (5, (1 << 64) - 1, 1))],
+        [volume(1)._replace(closed_holes=holes((0, 0, 1)))],
+        [volume(1)._replace(ends=(taken(2, 850),))],
+        [volume(1)._replace(ends=(taken(1, 800),))],
+        [volume(1)._replace(ends=(taken(1, 902),))],
+        [volume(1)._replace(ends=(taken(1, 850), taken(1, 850)))],
     ],
 )
 def test_volumes_that_contradict_each_other_are_refused(volumes: list[VolumeState]) -> None:
-    layout = CheckpointLayout(0, 16, len(volumes), sum(one.holes.size for one in volumes))
+    layout = layout_of(volumes)
     with pytest.raises(CorruptionError):
         decode_volumes(encode_volumes(volumes), layout, place="area A")
 
 
 def test_hole_counts_that_do_not_add_up_are_refused() -> None:
     table = encode_volumes(VOLUMES)
-    for count in (2, 4):
+    for hole_count, end_count in ((3, 3), (5, 3), (4, 2), (4, 4)):
+        layout = CheckpointLayout(0, 16, 3, hole_count, end_count=end_count)
         with pytest.raises(CorruptionError):
-            decode_volumes(table + bytes(20) + b"\1\0\0\0", CheckpointLayout(0, 16, 3, count), place="area A")
+            decode_volumes(table + bytes(240), layout, place="area A")

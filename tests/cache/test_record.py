@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layout_tables
-from forebay_cache.format import record, volume_note
+from forebay_cache.format import cut_end, record, volume_note
+from forebay_cache.format.cut_end import CUT_END, CutEnd, decode_cut_end, encode_cut_end
 from forebay_cache.format.record import (
     ENTRY,
     ENTRY_DTYPE,
@@ -24,6 +25,7 @@ from forebay_cache.format.volume_note import (
     EXPORT_NAME_SIZE_MAX,
     LEFT_DIRTY,
     READ_ONLY,
+    SNAPSHOT,
     VOLUME_NOTE,
     VolumeNote,
     decode_volume_note,
@@ -35,6 +37,11 @@ from forebay_core.units import BLOCK_SIZE, LBA_MAX, RATE_UNLIMITED, VOLUME_SIZE_
 
 PLAIN = RecordHeader(record.DATA, 0, 0x1122334455667788, 3, 4, 5, 2, 0xAABBCCDDEEFF0011, 2, 1, 0, 0x99)
 NOTE = VolumeNote(7, READ_ONLY, bytes(range(16)), 1 << 30, 9, "vm-1@monday", bytes(range(16, 32)), 20 << 20, 60 << 20)
+
+
+NOTE = NOTE._replace(origin=bytes(range(32, 48)))
+TAKEN = CutEnd(7, cut_end.SNAPSHOT, 0x300000009, 1 << 30, 1_700_000_000_000_000_000, bytes(range(48, 64)), "monday")
+GROWN = CutEnd(7, cut_end.RESIZE, 0x30000000A, 1 << 31)
 
 
 def entry(
@@ -69,6 +76,7 @@ SAMPLES = {
         entry(record.ACKNOWLEDGED, 0), entry(record.DROP, 0), entry(record.LIMIT, 0, 5, 7, key=0), blocks=0
     ),
     "note": encode_record(PLAIN._replace(kind=record.NOTE, entry_count=1, block_count=0), pack_note(NOTE)),
+    "end": encode_record(PLAIN._replace(kind=record.NOTE, entry_count=1, block_count=0), pack_note(TAKEN)),
 }
 
 
@@ -76,6 +84,7 @@ def test_tables_are_the_code() -> None:
     layout_tables.assert_matches(record, "Header", HEADER)
     layout_tables.assert_matches(record, "Entry", ENTRY)
     layout_tables.assert_matches(volume_note, "VolumeNote", VOLUME_NOTE)
+    layout_tables.assert_matches(cut_end, "CutEnd", CUT_END)
     names = [field.name for field in layout_tables.table(record, "Header") if field.name != "reserved"]
     assert names[2:] == list(RecordHeader._fields)
     assert [field.name for field in layout_tables.table(record, "Entry")] == list(ENTRY_DTYPE.names or ())
@@ -85,20 +94,32 @@ def test_tables_are_the_code() -> None:
 
 def test_golden_bytes() -> None:
     assert SAMPLES["data"][:160].hex() == (
-        "4642525203000100887766554433221103000000040000000500000000000000"
+        "4642525204000100887766554433221103000000040000000500000000000000"
         "02000000000000001100ffeeddccbbaa02000000010000000000000000000000"
         "9900000000000000" + SAMPLES["data"][72:80].hex() + "00000000000000000000000000000000"
         "0a000000000000004d00000000000000550000000000000001000000" + "0100ff00"
-        "00000000000000004e0000000000000000000000000100000100000004" + "00ff00"
+        "00000000000000004e0000000000000000000000000100000100000005" + "00ff00"
     )
     assert {name: f"{record_xxh3(block):016x}" for name, block in SAMPLES.items()} == {
-        "data": "70587d5b0544492d",
-        "full": "2f1279da2d27a761",
-        "seal": "f48bd1b05aaefa95",
-        "state": "fc4aa5957a88c377",
-        "note": "fe5145406dedfbff",
+        "data": "814edf8d98d8bfdc",
+        "full": "e1379a1670ff49f5",
+        "seal": "92c39ae9b5ede2d5",
+        "state": "6e473fa0c7e33b84",
+        "note": "e0a2dad36e047804",
+        "end": "fe5b1a3ceb390d26",
     }
-    assert encode_volume_note(NOTE)[304:].hex() == "00004001000000000000c00300000000" + bytes(range(16, 32)).hex()
+    assert encode_volume_note(NOTE)[304:].hex() == "00004001000000000000c00300000000" + bytes(range(16, 48)).hex()
+    assert (
+        encode_cut_end(TAKEN)[:56].hex()
+        == (
+            "07000000010006000900000003000000000000400000000000002a36fe9c9717"
+            + bytes(range(48, 64)).hex()
+            + b"monday".hex()
+        )
+        + "0000"
+    )
+    assert encode_cut_end(GROWN)[:32].hex() == "07000000020000000a0000000300000000000080000000000000000000000000"
+    assert encode_cut_end(GROWN)[32:] == bytes(160)
     assert encode_volume_note(NOTE)[:56].hex() == (
         "0700000001000b00000102030405060708090a0b0c0d0e0f00000040000000000900000000000000"
         + b"vm-1@monday".hex()
@@ -110,7 +131,8 @@ def test_golden_bytes() -> None:
 def test_what_was_encoded_is_decoded(name: str) -> None:
     header, entries = decode_record(SAMPLES[name], place="zone 3")
     assert header.header_xxh3 == record_xxh3(SAMPLES[name])
-    note = pack_note(NOTE)[ENTRY.size :] if name == "note" else b""
+    notes = {"note": NOTE, "end": TAKEN}
+    note = pack_note(notes[name])[ENTRY.size :] if name in notes else b""
     assert encode_record(header, entries.tobytes() + note) == SAMPLES[name]
     assert header.size == 1 + header.block_count
 
@@ -119,6 +141,17 @@ def test_a_volume_row_travels_in_a_note_record() -> None:
     _, entries = decode_record(SAMPLES["note"], place="zone 3")
     assert entries["kind"].tolist() == [record.BLOB]
     assert decode_note(SAMPLES["note"], place="zone 3") == NOTE
+
+
+def test_the_end_of_a_cut_travels_in_a_note_record() -> None:
+    assert decode_note(SAMPLES["end"], place="zone 3") == TAKEN
+    other = encode_record(
+        PLAIN._replace(kind=record.NOTE, entry_count=1, block_count=0),
+        entry(record.BLOB, record.BLOB_CUT_END, 0, CUT_END.size, key=8) + encode_cut_end(TAKEN),
+    )
+    decode_record(other, place="zone 3")
+    with pytest.raises(CorruptionError, match="volume key"):
+        decode_note(other, place="zone 3")
 
 
 def test_entries_stay_when_the_block_is_reused() -> None:
@@ -208,7 +241,7 @@ def test_sealed_rubbish_is_decoded_or_refused(rubbish: bytes, at: int) -> None:
     except CorruptionError:
         return
     assert header.block_count <= header.entry_count == entries.size <= RECORD_ENTRIES_MAX
-    assert np.isin(entries["kind"][: header.block_count], [1, 2, 3]).all()
+    assert np.isin(entries["kind"][: header.block_count], [1, 2, 3, 4]).all()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +249,7 @@ def test_sealed_rubbish_is_decoded_or_refused(rubbish: bytes, at: int) -> None:
     [
         NOTE,
         NOTE._replace(
-            volume_key=(1 << 24) - 1, flags=READ_ONLY | LEFT_DIRTY | CLOSED, name="v" * 128 + "@" + "s" * 128
+            volume_key=(1 << 24) - 1, flags=READ_ONLY | LEFT_DIRTY | CLOSED | SNAPSHOT, name="v" * 128 + "@" + "s" * 128
         ),
         NOTE._replace(size=VOLUME_SIZE_MAX, epoch=(1 << 20) - 1, flags=0, name="a"),
         NOTE._replace(size=0),
@@ -238,7 +271,7 @@ ROW = encode_volume_note(NOTE)
         ROW[:-1],
         bytes(4) + ROW[4:],
         b"\0\0\0\1" + ROW[4:],
-        ROW[:4] + b"\x08" + ROW[5:],
+        ROW[:4] + b"\x10" + ROW[5:],
         ROW[:6] + b"\0" + ROW[7:],
         ROW[:6] + b"\5" + ROW[7:],
         ROW[:6] + b"\xff\xff" + ROW[8:],
@@ -247,7 +280,7 @@ ROW = encode_volume_note(NOTE)
         ROW[:40] + b"/" + ROW[41:],
         ROW[:40] + b"\xff" + ROW[41:],
         ROW[:60] + b"x" + ROW[61:],
-        ROW[:-16] + bytes(16),
+        ROW[:320] + bytes(16) + ROW[336:],
         ROW[:304] + bytes(8) + ROW[312:],
         ROW[:312] + bytes(8) + ROW[320:],
     ],
@@ -255,3 +288,40 @@ ROW = encode_volume_note(NOTE)
 def test_a_volume_row_that_contradicts_itself_is_refused(row: bytes) -> None:
     with pytest.raises(CorruptionError):
         decode_volume_note(row, place="checkpoint A")
+
+
+@pytest.mark.parametrize(
+    "end", [TAKEN, GROWN, TAKEN._replace(name="s" * 128), TAKEN._replace(volume_key=(1 << 24) - 1)]
+)
+def test_ends_of_cuts_come_back(end: CutEnd) -> None:
+    assert decode_cut_end(encode_cut_end(end), place="x") == end
+
+
+END = encode_cut_end(TAKEN)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        END[:-1],
+        END + b"\0",
+        bytes(4) + END[4:],
+        b"\0\0\0\1" + END[4:],
+        END[:4] + b"\3" + END[5:],
+        END[:4] + b"\2" + END[5:],
+        END[:6] + b"\0" + END[7:],
+        END[:6] + b"\5" + END[7:],
+        END[:6] + b"\xff\xff" + END[8:],
+        END[:8] + bytes(8) + END[16:],
+        END[:16] + b"\1" + END[17:],
+        END[:23] + b"\1" + END[24:],
+        END[:32] + bytes(16) + END[48:],
+        END[:48] + b"/" + END[49:],
+        END[:48] + b"\xff" + END[49:],
+        END[:-17] + b"x" + END[-16:],
+        END[:-1] + b"\1",
+    ],
+)
+def test_the_end_of_a_cut_that_contradicts_itself_is_refused(row: bytes) -> None:
+    with pytest.raises(CorruptionError):
+        decode_cut_end(row, place="checkpoint A")

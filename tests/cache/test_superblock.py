@@ -39,7 +39,7 @@ def sealed(block: bytes) -> bytes:
     return bare[:88] + checksum(bare).to_bytes(8, "little") + bare[96:]
 
 
-OTHER_VERSION = sealed(BLOCK[:8] + b"\2" + BLOCK[9:])
+OTHER_VERSION = sealed(BLOCK[:8] + b"\1" + BLOCK[9:])
 
 
 def test_the_table_is_the_code() -> None:
@@ -48,8 +48,8 @@ def test_the_table_is_the_code() -> None:
 
 def test_golden_bytes() -> None:
     assert BLOCK[:96].hex() == (
-        "464f5242415930310100000000000000000102030405060708090a0b0c0d0e0f070000000000000000040000fb000000"
-        "0020000000000000000080000000000000e07f000000000000e0ff0000000000d202964900000000f451b167748fbe28"
+        "464f5242415930310200000000000000000102030405060708090a0b0c0d0e0f070000000000000000040000fb000000"
+        "0020000000000000002081000000000000008100000000000020020100000000d2029649000000000fa024bf8529f286"
     )
     assert BLOCK[96:] == bytes(BLOCK_SIZE - 96)
 
@@ -104,7 +104,7 @@ def test_a_refusal_names_what_was_expected_and_found() -> None:
         decode_superblock(DAMAGED, place="dev")
     with pytest.raises(DeviceRefusedError, match=r"expected magic 0x3130594142524f46, found 0x464c457f"):
         decode_superblock(FOREIGN, place="dev")
-    with pytest.raises(DeviceRefusedError, match="format version 2, this program knows 1"):
+    with pytest.raises(DeviceRefusedError, match="format version 1, this program knows 2"):
         decode_superblock(OTHER_VERSION, place="dev")
 
 
@@ -164,9 +164,9 @@ def test_a_planned_geometry_fits_and_wastes_less_than_a_zone(size: int, zone_blo
 
 
 def test_an_impossible_device_is_refused_with_what_is_needed() -> None:
-    with pytest.raises(WrongUsageError, match="needs at least 71843840 bytes"):
+    with pytest.raises(WrongUsageError, match="needs at least 71991296 bytes"):
         plan_geometry(64 * MIB)
-    assert plan_geometry(71843840).zone_count == ZONE_COUNT_MIN
+    assert plan_geometry(71991296).zone_count == ZONE_COUNT_MIN
     with pytest.raises(WrongUsageError, match="needs at least"):
         plan_geometry(0)
     with pytest.raises(WrongUsageError, match=r"zone size 128 KiB: use 256 KiB to 16 MiB"):

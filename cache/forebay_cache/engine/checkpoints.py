@@ -209,7 +209,7 @@ class Checkpoints:
         # A volume that came since the checkpoint began has 0 here, as the last element: all of it counts as dirty.
         known = np.minimum(keys >> np.uint64(LBA_BITS), np.uint64(one.acknowledged.size - 1)).astype(np.int64)
         one.dirty.append(bool(((keys != 0) & (versions > one.acknowledged.take(known))).any()))
-        return checkpoint.encode_places(keys, versions, table.checksum_array[part], counts)
+        return checkpoint.encode_places(keys, versions, table.checksum_array[part], np.maximum(counts, np.uint8(1)))
 
     def _write(self, one: _Pass, offset: int, blocks: list[Buffer], then: Callable[[], None]) -> None:
         self._writing = True

@@ -31,6 +31,7 @@ from forebay_cache.engine.unloaded import Unloaded
 from forebay_cache.engine.zones import ZoneState, ZoneTable
 from forebay_cache.format import checkpoint, record
 from forebay_cache.format import superblock as superblock_format
+from forebay_cache.format.cut_end import CutEnd
 from forebay_cache.format.record import EntryArray, RecordHeader
 from forebay_cache.format.superblock import Superblock
 from forebay_cache.format.volume_note import VolumeNote
@@ -73,7 +74,7 @@ class _Record(NamedTuple):
     block: int
     header: RecordHeader
     entries: EntryArray
-    note: VolumeNote | None
+    note: VolumeNote | CutEnd | None
 
 
 def blank_device(superblock: Superblock) -> list[tuple[int, bytes]]:
@@ -324,7 +325,8 @@ class _Replay:
         if one.block == 0:
             self._enter(one)
         if one.note is not None:
-            self._note(one.note)
+            if isinstance(one.note, VolumeNote):
+                self._note(one.note)
             return
         first_place = self.zones.place_at(one.zone, one.block) + 1
         for index, (start, version, value, volume_key, kind, *_) in enumerate(one.entries.tolist()):

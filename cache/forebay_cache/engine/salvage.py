@@ -164,7 +164,7 @@ class _Search:
 
     def collect(self, one: ScannedRecord) -> None:
         """Take over what one record says; they come in log order."""
-        if one.note is not None:
+        if isinstance(one.note, VolumeNote):
             known = self.volumes.get(one.note.volume_key) or RecoveredVolume(one.note, 0, 0, HoleMap())
             self.volumes[one.note.volume_key] = known._replace(note=one.note)
             return

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from forebay_cache.format import record
+from forebay_cache.format.cut_end import CutEnd
 from forebay_cache.format.record import EntryArray, RecordHeader
 from forebay_cache.format.volume_note import VolumeNote
 from forebay_core.errors import CorruptionError
@@ -27,7 +28,7 @@ class ScannedRecord(NamedTuple):
     block: int
     header: RecordHeader
     entries: EntryArray
-    note: VolumeNote | None
+    note: VolumeNote | CutEnd | None
 
 
 class Gap(NamedTuple):

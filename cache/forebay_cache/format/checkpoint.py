@@ -15,18 +15,21 @@ block that was newer than `acknowledged` of its volume's row, else 0. So a start
 behind the checkpoint, and knows all that is not upstream; the rest, all clean, may be read later.
 
 A chunk holds at most CHUNK_SIZE bytes (places: PLACE_CHUNK_SIZE), the last of each kind less:
-    volume chunks  the volume table cut into pieces: all rows, then all holes, those of the first volume first
+    volume chunks  the volume table cut into pieces: all rows, then all holes, then all CutEnds, those of the first
+                   volume first. The holes of a volume: those of now, then those of each closed cut that has a CutEnd,
+                   in their order; a closed cut's are those of its versions, so they tell whose they are.
     zone chunks    zone rows, 16 bytes each
     place chunks   of n places (`chunk_places`, or the rest): n keys u64, n versions u64, n checksums u64, n counts u8.
-                   Key 0: empty. A place's four values belong together, because a chunk is copied in one step.
+                   Key 0: empty. Count 0: a pinned version, else it is at least 1. A place's four values belong
+                   together, because a chunk is copied in one step.
 Places from `place_count` on are empty; so the checkpoint of a blank device has none.
 
-Header, 112 bytes, little-endian, then zeros up to 4096:
+Header, 120 bytes, little-endian, then zeros up to 4096:
 
     offset  size  type  field               meaning
     ------  ----  ----  ------------------  --------------------------------------------------------
          0     4  u32   magic               0x504b4346, "FCKP"
-         4     2  u16   format_version      3
+         4     2  u16   format_version      4
          6     2  2x    reserved            0
          8    16  16s   device              device id
         24     8  u64   sequence            counts checkpoints; the highest valid one wins
@@ -43,17 +46,21 @@ Header, 112 bytes, little-endian, then zeros up to 4096:
         80     8  u64   table_xxh3          over the padded chunk table
         88     8  u64   limit_average       bytes per second that destaging all volumes may take, as in VolumeNote
         96     8  u64   limit_peak          the same for its peak
-       104     8  u64   header_xxh3         over these 4096 bytes with this field as 0
+       104     4  u32   end_count           CutEnds of all volumes
+       108     4  4x    reserved            0
+       112     8  u64   header_xxh3         over these 4096 bytes with this field as 0
 
-Volume row, 360 bytes, little-endian:
+Volume row, 384 bytes, little-endian:
 
-    offset  size  type  field         meaning
-    ------  ----  ----  ------------  -----------------------------------------------------
-         0   336  336s  note          VolumeNote
-       336     8  u64   version       newest change
-       344     8  u64   acknowledged  cuts are upstream through it
-       352     4  u32   hole_count    holes of this volume
-       356     4  4x    reserved      0
+    offset  size  type  field              meaning
+    ------  ----  ----  -----------------  ------------------------------------------------
+         0   352  352s  note               VolumeNote
+       352     8  u64   version            newest change
+       360     8  u64   acknowledged       cuts are upstream through it
+       368     4  u32   hole_count         holes of this volume, without those of closed cuts
+       372     4  u32   closed_hole_count  holes of its closed cuts
+       376     4  u32   end_count          its snapshots and resizes that are not upstream, in their order
+       380     4  4x    reserved           0
 
 Hole, 24 bytes, little-endian: start u64, count u64, version u64 since which the extent reads as zeros.
 
@@ -63,26 +70,29 @@ three bytes 0.
 
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.format.cut_end import CUT_END, CutEnd, decode_cut_end, encode_cut_end
 from forebay_cache.format.volume_note import VOLUME_NOTE, VolumeNote, decode_volume_note, encode_volume_note, is_limit
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, ID_SIZE, LBA_MAX, Buffer
 
 CHECKPOINT_MAGIC: Final = 0x504B4346
-CHECKPOINT_FORMAT_VERSION: Final = 3
-HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQQQ")
-VOLUME_ROW: Final = struct.Struct(f"<{VOLUME_NOTE.size}sQQI4x")
+CHECKPOINT_FORMAT_VERSION: Final = 4
+HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQQI4xQ")
+VOLUME_ROW: Final = struct.Struct(f"<{VOLUME_NOTE.size}sQQIII4x")
 HOLE_DTYPE: Final = np.dtype([("start", "<u8"), ("count", "<u8"), ("version", "<u8")])
+NO_HOLES: Final = np.zeros(0, HOLE_DTYPE)
 ZONE_DTYPE: Final = np.dtype(
     [("first_position", "<u8"), ("incarnation", "<u4"), ("state", "u1"), ("reserved", "u1", 3)]
 )
-assert HEADER.size == 112
-assert VOLUME_ROW.size == 360
+assert HEADER.size == 120
+assert VOLUME_ROW.size == 384
 assert HOLE_DTYPE.itemsize == 24
 assert ZONE_DTYPE.itemsize == 16
 
@@ -95,6 +105,7 @@ CHUNK_SIZE: Final = 8 * PLACE_CHUNK_SIZE
 CHUNK_ZONES: Final = CHUNK_SIZE // ZONE_DTYPE.itemsize
 VOLUME_COUNT_MAX: Final = 1024
 HOLES_MIN: Final = 65536
+END_COUNT_MAX: Final = 256
 PLACES_PER_HOLE: Final = 16
 assert CHUNK_SIZE % BLOCK_SIZE == PLACE_CHUNK_SIZE % BLOCK_SIZE == 0
 assert CHUNK_PLACES * 8 % BLOCK_SIZE == 0  # the keys of a whole chunk can be read alone
@@ -104,7 +115,7 @@ U64Array = npt.NDArray[np.uint64]
 U8Array = npt.NDArray[np.uint8]
 RowArray = npt.NDArray[np.void]
 
-_XXH3_OFFSET: Final = 104
+_XXH3_OFFSET: Final = 112
 _U64: Final = struct.Struct("<Q")
 
 
@@ -126,6 +137,7 @@ class CheckpointHeader(NamedTuple):
     table_xxh3: int
     limit_average: int = 0
     limit_peak: int = 0
+    end_count: int = 0
     header_xxh3: int = 0
 
     @property
@@ -137,6 +149,7 @@ class CheckpointHeader(NamedTuple):
             volume_count=self.volume_count,
             hole_count=self.hole_count,
             chunk_places=self.chunk_places,
+            end_count=self.end_count,
         )
 
 
@@ -165,11 +178,13 @@ class CheckpointLayout(NamedTuple):
     volume_count: int
     hole_count: int
     chunk_places: int = CHUNK_PLACES
+    end_count: int = 0
 
     @property
     def volume_size(self) -> int:
         """Bytes of the volume table."""
-        return self.volume_count * VOLUME_ROW.size + self.hole_count * HOLE_DTYPE.itemsize
+        holes_size = self.hole_count * HOLE_DTYPE.itemsize
+        return self.volume_count * VOLUME_ROW.size + holes_size + self.end_count * CUT_END.size
 
     @property
     def volume_chunks(self) -> list[Chunk]:
@@ -226,12 +241,14 @@ class CheckpointLayout(NamedTuple):
 
 
 class VolumeState(NamedTuple):
-    """One volume of a checkpoint. `holes` is an array of HOLE_DTYPE."""
+    """One volume of a checkpoint. `holes`, and those of its closed cuts, are arrays of HOLE_DTYPE."""
 
     note: VolumeNote
     version: int
     acknowledged: int
     holes: RowArray
+    closed_holes: RowArray = NO_HOLES
+    ends: tuple[CutEnd, ...] = ()
 
 
 def hole_count_max(place_count: int) -> int:
@@ -241,46 +258,79 @@ def hole_count_max(place_count: int) -> int:
 
 def area_size(place_count: int, zone_count: int) -> int:
     """Return the bytes of an area that takes every checkpoint of a device."""
-    return CheckpointLayout(place_count, zone_count, VOLUME_COUNT_MAX, hole_count_max(place_count)).size
+    return CheckpointLayout(
+        place_count, zone_count, VOLUME_COUNT_MAX, hole_count_max(place_count), end_count=END_COUNT_MAX
+    ).size
 
 
 # Volumes.
 
 
 def encode_volumes(volumes: Sequence[VolumeState]) -> bytes:
-    """Return the volume table: all rows, then all holes."""
+    """Return the volume table: all rows, then all holes, then all ends of cuts."""
     assert len(volumes) <= VOLUME_COUNT_MAX
     rows = [
-        VOLUME_ROW.pack(encode_volume_note(volume.note), volume.version, volume.acknowledged, volume.holes.size)
+        VOLUME_ROW.pack(
+            encode_volume_note(volume.note),
+            volume.version,
+            volume.acknowledged,
+            volume.holes.size,
+            volume.closed_holes.size,
+            len(volume.ends),
+        )
         for volume in volumes
     ]
-    return b"".join((*rows, *(volume.holes.tobytes() for volume in volumes)))
+    holes = [part.tobytes() for volume in volumes for part in (volume.holes, volume.closed_holes)]
+    return b"".join((*rows, *holes, *(encode_cut_end(end) for volume in volumes for end in volume.ends)))
 
 
 def decode_volumes(table: Buffer, layout: CheckpointLayout, *, place: str) -> list[VolumeState]:
     """Return the volumes of the joined volume chunks, without padding.
 
     Raises:
-        CorruptionError: counts, keys or extents contradict each other.
+        CorruptionError: counts, keys, extents or versions contradict each other.
     """
     rows_size = layout.volume_count * VOLUME_ROW.size
     holes = np.frombuffer(table, HOLE_DTYPE, layout.hole_count, rows_size)
     _check_holes(holes, place)
+    ends = memoryview(table)[rows_size + holes.nbytes : layout.volume_size]
     volumes: list[VolumeState] = []
-    at = 0
-    for packed, version, acknowledged, count in VOLUME_ROW.iter_unpack(memoryview(table)[:rows_size]):
+    at = end_at = 0
+    for packed, version, acknowledged, *counts in VOLUME_ROW.iter_unpack(memoryview(table)[:rows_size]):
+        hole_count, closed_count, end_count = counts
         note = decode_volume_note(packed, place=place)
-        volumes.append(VolumeState(note, version, acknowledged, holes[at : at + count]))
-        at += count
+        part = ends[end_at * CUT_END.size : (end_at + end_count) * CUT_END.size]
+        own = tuple(
+            decode_cut_end(part[i : i + CUT_END.size], place=place) for i in range(0, part.nbytes, CUT_END.size)
+        )
+        closed_at, at = at + hole_count, at + hole_count + closed_count
+        state = VolumeState(note, version, acknowledged, holes[closed_at - hole_count : closed_at], holes[closed_at:at])
+        volumes.append(state._replace(ends=own))
+        end_at += end_count
     keys = [volume.note.volume_key for volume in volumes]
-    if at != layout.hole_count or len(set(keys)) != len(keys):
+    if (at, end_at) != (layout.hole_count, layout.end_count) or len(set(keys)) != len(keys):
         raise CorruptionError(
             place=place,
             what="checkpoint volumes",
-            expected=f"{layout.hole_count} holes, distinct keys",
-            found=(at, keys),
+            expected=f"{layout.hole_count} holes, {layout.end_count} ends of cuts, distinct keys",
+            found=(at, end_at, keys),
         )
+    for volume in volumes:
+        _check_ends(volume, place)
     return volumes
+
+
+def _check_ends(volume: VolumeState, place: str) -> None:
+    versions = [end.version for end in volume.ends]
+    in_order = all(one < other for one, other in pairwise([volume.acknowledged, *versions]))
+    known = all(end.volume_key == volume.note.volume_key for end in volume.ends)
+    if not (in_order and known and max(versions, default=0) <= volume.version):
+        raise CorruptionError(
+            place=place,
+            what="checkpoint ends of cuts",
+            expected=f"of volume {volume.note.volume_key}, ascending from {volume.acknowledged}",
+            found=volume.ends,
+        )
 
 
 def _check_holes(holes: RowArray, place: str) -> None:
@@ -396,12 +446,13 @@ def decode_checkpoint_header(block: Buffer, *, device: bytes, size_max: int, pla
         )
     layout = header.layout
     chunk_ok = 0 < header.chunk_places <= CHUNK_PLACES
-    if header.volume_count > VOLUME_COUNT_MAX or not chunk_ok or layout.size > size_max:
+    counts_ok = header.volume_count <= VOLUME_COUNT_MAX and header.end_count <= END_COUNT_MAX
+    if not (counts_ok and chunk_ok) or layout.size > size_max:
         raise CorruptionError(place=place, what="checkpoint counts", expected=f"at most {size_max} bytes", found=layout)
     if not is_limit(header.limit_average, header.limit_peak):
         found_limit = (header.limit_average, header.limit_peak)
         raise CorruptionError(place=place, what="checkpoint limit", expected="average <= peak", found=found_limit)
-    if any(copy[6:8]) or any(copy[HEADER.size :]):
+    if any(copy[6:8]) or any(copy[108:112]) or any(copy[HEADER.size :]):
         raise CorruptionError(place=place, what="checkpoint unused bytes", expected="zeros", found="others")
     return header
 

@@ -9,7 +9,7 @@ Header, 96 bytes, little-endian, then the entry area of 125 * 32 = 4000 bytes, z
     offset  size  type  field             meaning
     ------  ----  ----  ----------------  ---------------------------------------------------------------
          0     4  u32   magic             0x52524246, "FBRR"
-         4     2  u16   format_version    3
+         4     2  u16   format_version    4
          6     1  u8    kind              1 DATA, 2 SEAL (last of its zone), 3 NOTE (state, no data)
          7     1  u8    flags             0
          8     8  u64   device            first 8 bytes of the device id
@@ -31,19 +31,22 @@ Entry, 32 bytes, little-endian:
 
     offset  size  type  field        meaning
     ------  ----  ----  -----------  -----------------------------------------------------------------------
-         0     8  u64   lba          WRITE, FILL, MOVE: block; TRIM, ZERO, DROP: first block; BLOB: 1; else 0
+         0     8  u64   lba          WRITE, FILL, MOVE, PIN: block; TRIM, ZERO, DROP: first block; BLOB: 1 a
+                                     VolumeNote, 2 a CutEnd; else 0
          8     8  u64   version      of the change; ACKNOWLEDGED: cuts are upstream through it; LIMIT: average
         16     8  u64   checksum     of the data block; TRIM, ZERO, DROP: count of blocks; BLOB: size; LIMIT: peak;
                                      else a value
         24     4  u32   volume_key   1 to 2**24 - 1, see VolumeNote; LIMIT: 0
-        28     1  u8    kind         1 WRITE, 2 FILL, 3 MOVE, 4 TRIM, 5 ZERO, 6 ACKNOWLEDGED,
-                                     7 DROP (older blocks are stale: the volume changed elsewhere),
-                                     8 LIMIT (of all volumes together, as the checkpoint's header has it), 9 BLOB
+        28     1  u8    kind         1 WRITE, 2 FILL, 3 MOVE, 4 PIN (a MOVE of a version that is not the newest of its
+                                     block), 5 TRIM, 6 ZERO, 7 ACKNOWLEDGED,
+                                     8 DROP (older blocks are stale: the volume changed elsewhere),
+                                     9 LIMIT (of all volumes together, as the checkpoint's header has it), 10 BLOB
         29     1  u8    flags        0
         30     1  u8    sector_mask  0xff; reserved for partial blocks
         31     1  u8    reserved     0
 
-A BLOB entry is the only entry of a NOTE record; the VolumeNote it announces follows right behind it.
+A BLOB entry is the only entry of a NOTE record; the VolumeNote or CutEnd it announces follows
+right behind it.
 """
 
 import struct
@@ -52,6 +55,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.format.cut_end import CUT_END, CutEnd, decode_cut_end, encode_cut_end
 from forebay_cache.format.volume_note import (
     VOLUME_KEY_MAX,
     VOLUME_NOTE,
@@ -65,7 +69,7 @@ from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
 
 RECORD_MAGIC: Final = 0x52524246
-RECORD_FORMAT_VERSION: Final = 3
+RECORD_FORMAT_VERSION: Final = 4
 HEADER: Final = struct.Struct("<IHBBQIIQQQIII4xQQ16x")
 ENTRY: Final = struct.Struct("<QQQIBBBB")
 ENTRY_DTYPE: Final = np.dtype(
@@ -85,7 +89,7 @@ RECORD_ENTRIES_MAX: Final = (BLOCK_SIZE - HEADER.size) // ENTRY_SIZE
 NOTE_OFFSET: Final = HEADER.size + ENTRY_SIZE
 assert HEADER.size == 96
 assert ENTRY_SIZE == ENTRY_DTYPE.itemsize == 32
-assert NOTE_OFFSET + VOLUME_NOTE.size <= BLOCK_SIZE
+assert NOTE_OFFSET + max(VOLUME_NOTE.size, CUT_END.size) <= BLOCK_SIZE
 
 # Kinds of record.
 DATA: Final = 1
@@ -96,14 +100,17 @@ NOTE: Final = 3
 WRITE: Final = 1
 FILL: Final = 2
 MOVE: Final = 3
-TRIM: Final = 4
-ZERO: Final = 5
-ACKNOWLEDGED: Final = 6
-DROP: Final = 7
-LIMIT: Final = 8
-BLOB: Final = 9
+PIN: Final = 4
+TRIM: Final = 5
+ZERO: Final = 6
+ACKNOWLEDGED: Final = 7
+DROP: Final = 8
+LIMIT: Final = 9
+BLOB: Final = 10
 
 BLOB_VOLUME: Final = 1
+BLOB_CUT_END: Final = 2
+BLOB_SIZES: Final = {BLOB_VOLUME: VOLUME_NOTE.size, BLOB_CUT_END: CUT_END.size}
 SECTOR_MASK_ALL: Final = 0xFF
 
 EntryArray = npt.NDArray[np.void]
@@ -187,19 +194,28 @@ def peek_header(block: Buffer) -> RecordHeader:
     return RecordHeader(*HEADER.unpack_from(block)[2:])
 
 
-def pack_note(note: VolumeNote) -> bytes:
-    """Return the entry area of a NOTE record that holds one volume row; its `entry_count` is 1."""
-    entry = ENTRY.pack(BLOB_VOLUME, 0, VOLUME_NOTE.size, note.volume_key, BLOB, 0, SECTOR_MASK_ALL, 0)
-    return entry + encode_volume_note(note)
+def pack_note(note: VolumeNote | CutEnd) -> bytes:
+    """Return the entry area of a NOTE record that holds one of these; its `entry_count` is 1."""
+    kind, row = (
+        (BLOB_VOLUME, encode_volume_note(note))
+        if isinstance(note, VolumeNote)
+        else (BLOB_CUT_END, encode_cut_end(note))
+    )
+    return ENTRY.pack(kind, 0, len(row), note.volume_key, BLOB, 0, SECTOR_MASK_ALL, 0) + row
 
 
-def decode_note(block: Buffer, *, place: str) -> VolumeNote:
-    """Return the volume row in the block of a decoded NOTE record whose entry is a BLOB.
+def decode_note(block: Buffer, *, place: str) -> VolumeNote | CutEnd:
+    """Return what the block of a decoded NOTE record holds, whose entry is a BLOB.
 
     Raises:
-        CorruptionError: the row is not as its table says.
+        CorruptionError: it is not as its table says, or of another volume than its entry.
     """
-    return decode_volume_note(memoryview(block)[NOTE_OFFSET : NOTE_OFFSET + VOLUME_NOTE.size], place=place)
+    kind, _, size, volume_key, *_ = ENTRY.unpack_from(block, HEADER.size)
+    row = memoryview(block)[NOTE_OFFSET : NOTE_OFFSET + size]
+    note = decode_volume_note(row, place=place) if kind == BLOB_VOLUME else decode_cut_end(row, place=place)
+    if note.volume_key != volume_key:
+        raise CorruptionError(place=place, what="volume key of a note", expected=volume_key, found=note.volume_key)
+    return note
 
 
 def decode_record(block: Buffer, *, place: str) -> tuple[RecordHeader, EntryArray]:
@@ -255,7 +271,7 @@ def _check_entries(header: RecordHeader, entries: EntryArray, place: str) -> Non
     for index, (lba, version, value, volume_key, kind, flags, mask, reserved) in enumerate(
         entries[checked:].tolist(), checked
     ):
-        if kind in (WRITE, FILL, MOVE):
+        if WRITE <= kind <= PIN:
             valid = index < blocks and lba <= LBA_MAX
         else:
             valid = index >= blocks and _is_state(header, lba, value, kind)
@@ -273,9 +289,9 @@ def _check_entries_with_blocks(entries: EntryArray, place: str) -> None:
     """Check many entries with data at once; kind, flags, mask and reserved are compared as one word."""
     tails = entries.view("<u4").reshape(-1, ENTRY_SIZE // 4)[:, 7]
     lowest, highest = int(tails.min()), int(tails.max())
-    if lowest < _TAIL_FIXED | WRITE or highest > _TAIL_FIXED | MOVE:
+    if lowest < _TAIL_FIXED | WRITE or highest > _TAIL_FIXED | PIN:
         raise CorruptionError(
-            place=place, what="record entry kinds", expected="WRITE, FILL or MOVE", found=(lowest, highest)
+            place=place, what="record entry kinds", expected="WRITE, FILL, MOVE or PIN", found=(lowest, highest)
         )
     keys = entries["volume_key"]
     lowest, highest = int(keys.min()), int(keys.max())
@@ -294,14 +310,14 @@ def _is_state(header: RecordHeader, lba: int, value: int, kind: int) -> bool:
         return value > 0 and lba + value <= LBA_MAX + 1
     if kind == BLOB:
         alone = header.kind == NOTE and header.entry_count == 1
-        return alone and lba == BLOB_VOLUME and value == VOLUME_NOTE.size
+        return alone and BLOB_SIZES.get(lba) == value
     return kind in (ACKNOWLEDGED, LIMIT) and lba == 0
 
 
 def _check_unused(header: RecordHeader, entries: EntryArray, copy: bytearray, place: str) -> None:
     end = HEADER.size + header.entry_count * ENTRY_SIZE
     if header.kind == NOTE and header.entry_count == 1 and int(entries["kind"][0]) == BLOB:
-        end += VOLUME_NOTE.size
+        end += int(entries["checksum"][0])
     reserved = copy[60:64] + copy[80 : HEADER.size]
     if any(reserved) or copy[end:] != _ZEROS[end:]:
         raise CorruptionError(place=place, what="record unused bytes", expected="zeros", found="others")

@@ -10,7 +10,7 @@ Superblock, 96 bytes, little-endian, then zeros up to 4096:
     offset  size  type  field                meaning
     ------  ----  ----  -------------------  ------------------------------------------------------
          0     8  u64   magic                0x3130594142524f46, "FORBAY01"
-         8     2  u16   format_version       1
+         8     2  u16   format_version       2
         10     6  6x    reserved             0
         16    16  16s   device               random id of the device
         32     8  u64   generation           raised at each rewrite; 1 when formatted
@@ -34,7 +34,7 @@ from forebay_core.errors import CorruptionError, ForebayError, WrongUsageError
 from forebay_core.units import BLOCK_SIZE, ID_SIZE, Buffer, format_size
 
 SUPERBLOCK_MAGIC: Final = int.from_bytes(b"FORBAY01", "little")
-SUPERBLOCK_FORMAT_VERSION: Final = 1
+SUPERBLOCK_FORMAT_VERSION: Final = 2
 SUPERBLOCK: Final = struct.Struct("<QH6x16sQIIQQQQQQ")
 SUPERBLOCK_COUNT: Final = 2
 ZONE_BLOCKS_MIN: Final = 64
@@ -184,7 +184,7 @@ def decode_superblock(block: Buffer, *, place: str) -> Superblock:
         raise DeviceRefusedError(
             Refusal.OTHER_VERSION,
             f"{place}: format version {format_version}, this program knows {SUPERBLOCK_FORMAT_VERSION}; "
-            "use the version of forebay that made it",
+            "drain it with the version of forebay that made it",
         )
     superblock = Superblock(device, generation, zone_blocks, zone_count, (area_a, area_b), *rest)
     _check(superblock, copy, place)

@@ -2,13 +2,14 @@
 
 A volume key is never given to another volume while the log or a checkpoint still names it.
 
-VolumeNote, 336 bytes, little-endian:
+VolumeNote, 352 bytes, little-endian:
 
     offset  size  type  field       meaning
     ------  ----  ----  ----------  --------------------------------------------------------
          0     4  u32   volume_key  1 to 2**24 - 1: the volume's number on this device
          4     2  u16   flags       bit 0 READ_ONLY, bit 1 LEFT_DIRTY (detached, not drained),
-                                   bit 2 CLOSED (detached and released)
+                                   bit 2 CLOSED (detached and released), bit 3 SNAPSHOT (what only serves reads
+                                   of a snapshot: no history of its own, nothing of it is ever dirty)
          6     2  u16   name_size   bytes of the name, 1 to 257
          8    16  16s   volume_id   id in the store
         24     8  u64   size        bytes, whole blocks
@@ -17,6 +18,7 @@ VolumeNote, 336 bytes, little-endian:
        304     8  u64   average     bytes per second that destaging may take; 0: not set, RATE_UNLIMITED: no limit
        312     8  u64   peak        the same for its peak; not set if and only if `average` is not
        320    16  16s   store       UUID, not zeros, of the store that the volume lives in; nothing cached is of another
+       336    16  16s   origin      id of the snapshot that reads go on to where the volume has no entry; zeros: none
 """
 
 import struct
@@ -26,13 +28,15 @@ from forebay_core.errors import CorruptionError
 from forebay_core.names import NAME_SIZE_MAX, is_name
 from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, VOLUME_SIZE_MAX, Buffer
 
-VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264sQQ16s")
+VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264sQQ16s16s")
 VOLUME_KEY_MAX: Final = (1 << 24) - 1
 READ_ONLY: Final = 1
 LEFT_DIRTY: Final = 2
 CLOSED: Final = 4
+SNAPSHOT: Final = 8
+NO_ORIGIN: Final = bytes(ID_SIZE)
 EXPORT_NAME_SIZE_MAX: Final = 2 * NAME_SIZE_MAX + 1
-assert VOLUME_NOTE.size == 336
+assert VOLUME_NOTE.size == 352
 assert EXPORT_NAME_SIZE_MAX <= 264
 
 
@@ -48,10 +52,11 @@ class VolumeNote(NamedTuple):
     store: bytes
     average: int = 0
     peak: int = 0
+    origin: bytes = NO_ORIGIN
 
 
 def encode_volume_note(note: VolumeNote) -> bytes:
-    """Return the row's 336 bytes."""
+    """Return the row's 352 bytes."""
     name = note.name.encode("ascii")
     assert _is_valid(note), note
     return VOLUME_NOTE.pack(
@@ -65,6 +70,7 @@ def encode_volume_note(note: VolumeNote) -> bytes:
         note.average,
         note.peak,
         note.store,
+        note.origin,
     )
 
 
@@ -76,9 +82,9 @@ def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
     """
     if len(row) != VOLUME_NOTE.size:
         raise CorruptionError(place=place, what="volume row size", expected=VOLUME_NOTE.size, found=len(row))
-    volume_key, flags, name_size, volume_id, size, epoch, padded, average, peak, store = VOLUME_NOTE.unpack(row)
+    volume_key, flags, name_size, volume_id, size, epoch, padded, average, peak, store, origin = VOLUME_NOTE.unpack(row)
     name = padded[:name_size].decode("ascii", errors="replace")
-    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name, store, average, peak)
+    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name, store, average, peak, origin)
     if not _is_valid(note) or name_size != len(name) or any(padded[name_size:]):
         raise CorruptionError(place=place, what="volume row", expected="as its table says", found=note)
     return note
@@ -92,8 +98,8 @@ def is_limit(average: int, peak: int) -> bool:
 def _is_valid(note: VolumeNote) -> bool:
     return (
         0 < note.volume_key <= VOLUME_KEY_MAX
-        and 0 <= note.flags <= READ_ONLY | LEFT_DIRTY | CLOSED
-        and len(note.volume_id) == len(note.store) == ID_SIZE
+        and 0 <= note.flags <= READ_ONLY | LEFT_DIRTY | CLOSED | SNAPSHOT
+        and len(note.volume_id) == len(note.store) == len(note.origin) == ID_SIZE
         and any(note.store)
         and note.size % BLOCK_SIZE == 0
         and note.size <= VOLUME_SIZE_MAX
