@@ -45,6 +45,13 @@ class MappedPiece(NamedTuple):
     origin: bool = False
 
 
+class ChangedPiece(NamedTuple):
+    """One extent that was written or trimmed; `frame` tells what it is now: DATA_FRAME, HOLE_FRAME or ORIGIN_FRAME."""
+
+    extent: Extent
+    frame: int
+
+
 class _Frame(NamedTuple):
     header: FrameHeader
     plain: memoryview
@@ -105,17 +112,24 @@ def changed_extents(pieces: Buffer, start: int, next_start: int) -> list[Extent]
     Raises:
         ProtocolError: the pieces are not sorted, lie outside of the page, or the next page leads nowhere.
     """
+    return [piece.extent for piece in changed_pieces(pieces, start, next_start)]
+
+
+def changed_pieces(pieces: Buffer, start: int, next_start: int) -> list[ChangedPiece]:
+    """Return the same page with what each extent is now; raises as `changed_extents`."""
     end = next_start if next_start >= 0 else LBA_MAX + 1
     if not start < end <= LBA_MAX + 1:
         raise ProtocolError(f"the page of changes from block {start} goes on at block {next_start}")
-    extents: list[Extent] = []
+    found: list[ChangedPiece] = []
     at = start
-    for piece_start, count, _frame, _block, _version in _rows(pieces):
+    for piece_start, count, frame, _block, _version in _rows(pieces):
         if piece_start < at or count == 0 or piece_start + count > end:
             raise ProtocolError(f"changed piece {piece_start}+{count} lies outside of blocks {at}..{end}")
-        extents.append(Extent(piece_start, count))
+        if frame not in (DATA_FRAME, HOLE_FRAME, ORIGIN_FRAME):
+            raise ProtocolError(f"changed piece at block {piece_start} has frame {frame}")
+        found.append(ChangedPiece(Extent(piece_start, count), frame))
         at = piece_start + count
-    return extents
+    return found
 
 
 def _rows(pieces: Buffer) -> list[tuple[int, int, int, int, int]]:

@@ -13,6 +13,7 @@ import pytest
 from forebay_tools.arguments import Parser
 from forebay_tools.main import build_parser, main
 
+VOLUME_COMMANDS = ("create", "import", "export", "list", "info", "resize", "clone", "flatten", "delete")
 PYTHON_MAIN = [sys.executable, "-m", "forebay_tools.main"]
 
 
@@ -52,7 +53,10 @@ def test_the_commands_of_the_design_exist() -> None:
         "cache fsck",
         "cache salvage",
         "cache serve",
-        *(f"volume {name}" for name in ("create", "import", "export", "list", "info", "resize", "delete")),
+        *(f"volume {name}" for name in VOLUME_COMMANDS),
+        *(f"snapshot {name}" for name in ("create", "list", "delete", "rollback")),
+        "store clean",
+        "store scrub",
         "attach",
         "detach",
         "drain",
@@ -77,7 +81,10 @@ def test_every_flag_and_argument_is_explained(words: tuple[str, ...]) -> None:
     assert all(action.help for action in ALL[words]._actions)
 
 
-@pytest.mark.parametrize("words", ["volume list", "volume info", "status", "store fsck"])
+LISTINGS = ("volume list", "volume info", "snapshot list", "status", "store fsck", "store clean", "store scrub", "limit")
+
+
+@pytest.mark.parametrize("words", LISTINGS)
 def test_every_listing_takes_json(words: str) -> None:
     assert "--json" in ALL[tuple(words.split())].format_help()
 
@@ -97,6 +104,23 @@ def test_every_listing_takes_json(words: str) -> None:
         (["volume", "create", "a\nb", "--size", "1G"], "volume name"),
         (["volume", "info", "x" * 129], "1 to 128"),
         (["volume", "resize", "v", "-1"], "SIZE"),
+        (["volume", "create", "v@s", "--size", "1G"], "volume name 'v@s'"),
+        (["snapshot", "create", "v"], "write VOLUME@SNAPSHOT"),
+        (["snapshot", "create", "v@"], "write VOLUME@SNAPSHOT"),
+        (["snapshot", "delete", "@s"], "write VOLUME@SNAPSHOT"),
+        (["snapshot", "rollback", "a@b@c"], "write VOLUME@SNAPSHOT"),
+        (["snapshot", "create", "v@../x"], "snapshot name '../x'"),
+        (["snapshot", "create", "../v@x"], "volume name '../v'"),
+        (["snapshot", "create", "v@" + "x" * 129], "1 to 128"),
+        (["snapshot", "list", "v@s"], "volume name 'v@s'"),
+        (["volume", "clone", "v", "w"], "write VOLUME@SNAPSHOT"),
+        (["volume", "clone", "v@s", "w@x"], "volume name 'w@x'"),
+        (["volume", "export", "v@", "f"], "write VOLUME@SNAPSHOT"),
+        (["volume", "export", "v@s@t", "f"], "write VOLUME@SNAPSHOT"),
+        (["volume", "export", "v", "f", "--since", "v@s"], "snapshot name 'v@s'"),
+        (["attach", "@s"], "write VOLUME@SNAPSHOT"),
+        (["detach", "v@s@t"], "write VOLUME@SNAPSHOT"),
+        (["store", "scrub", "--rate", "1"], "is not from 512 KiB/s"),
         (["volume", "list"], "use --store HOST:PORT or set FOREBAY_STORE"),
         (["volume", "list", "--store", "nowhere"], "write HOST:PORT"),
         (["volume", "list", "--store", "a:1,b:2"], "write HOST:PORT"),

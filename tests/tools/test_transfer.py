@@ -19,7 +19,7 @@ from forebay_core.errors import ForebayError, StoreUnreachableError
 from forebay_core.extents import Extent
 from forebay_core.frame import FrameBuilder
 from forebay_core.units import BLOCK_SIZE, MIB, Buffer
-from forebay_tools.exporter import export_volume
+from forebay_tools.exporter import export_view
 from forebay_tools.importer import import_image
 from forebay_wire.address import parse_address
 from forebay_wire.client import WireClient
@@ -343,7 +343,7 @@ def test_an_export_never_mixes_two_versions(tmp_path: Path, store: StoreProcess,
         meddler = cast(WireClient, Meddler(*clients))
         try:
             with pytest.raises(ForebayError, match="was changed while it was exported"):
-                await export_volume(meddler, "v", tmp_path / "out", force=False)
+                await export_view(meddler, "v", tmp_path / "out", force=False)
             row = (await clients[0].ask(GetVolume("v"), Volume))[0].row
             assert row.writer == DEVICE
         finally:

@@ -7,12 +7,21 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar
 
 from forebay_core.config import BOOL_ALLOWED, SETTINGS, Settings
 from forebay_core.errors import WrongUsageError
-from forebay_core.names import check_name
-from forebay_core.units import BLOCK_SIZE, VOLUME_SIZE_MAX, format_size, parse_size
+from forebay_core.names import check_name, parse_snapshot_name
+from forebay_core.units import (
+    BLOCK_SIZE,
+    RATE_MAX,
+    RATE_MIN,
+    VOLUME_SIZE_MAX,
+    format_rate,
+    format_size,
+    parse_rate,
+    parse_size,
+)
 
 STORE_VARIABLE = "FOREBAY_STORE"
 RUN_DIR_VARIABLE = "FOREBAY_RUN_DIR"
@@ -30,6 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], int]
+T = TypeVar("T")
 
 
 def add_command(commands: Commands, name: str, run: Run, text: str) -> Parser:
@@ -42,6 +52,24 @@ def add_command(commands: Commands, name: str, run: Run, text: str) -> Parser:
 def add_volume(parser: Parser) -> None:
     """Add the name of a volume."""
     parser.add_argument("name", metavar="NAME", type=_checked(check_name), help="name of the volume")
+
+
+def add_snapshot(parser: Parser) -> None:
+    """Add the name of a snapshot with that of its volume: a SnapshotName in `snapshot`."""
+    parser.add_argument(
+        "snapshot", metavar="VOL@SNAP", type=_checked(parse_snapshot_name), help="names of the volume and its snapshot"
+    )
+
+
+def add_volume_or_snapshot(parser: Parser) -> None:
+    """Add the name of a volume or of a snapshot, as text in `name`."""
+    parser.add_argument("name", metavar="VOL[@SNAP]", type=_checked(_either), help="name of the volume, or VOL@SNAP")
+
+
+def add_wait(parser: Parser, text: str, *, default: bool) -> None:
+    """Add --wait, or --wait and --no-wait where waiting is the `default`."""
+    action = argparse.BooleanOptionalAction if default else "store_true"
+    parser.add_argument("--wait", action=action, default=default, help=text)
 
 
 def add_store(parser: Parser) -> None:
@@ -96,6 +124,30 @@ def volume_size(text: str) -> int:
     return size
 
 
+def snapshot_name(text: str) -> str:
+    """Return the name of a snapshot, without its volume, that the user typed.
+
+    Raises:
+        ArgumentTypeError: it may not be a name.
+    """
+    return _checked(lambda name: check_name(name, "snapshot"))(text)
+
+
+def transfer_rate(text: str) -> int:
+    """Return the bytes per second that the user typed.
+
+    Raises:
+        ArgumentTypeError: it is no rate, or out of range.
+    """
+    try:
+        rate = parse_rate(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not RATE_MIN <= rate <= RATE_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from {format_rate(RATE_MIN)} to {format_rate(RATE_MAX)}")
+    return rate
+
+
 def store_address(arguments: argparse.Namespace) -> str:
     """Return HOST:PORT of the store from the flag or the environment.
 
@@ -106,6 +158,16 @@ def store_address(arguments: argparse.Namespace) -> str:
     if not address:
         raise WrongUsageError(f"no store given; use --store HOST:PORT or set {STORE_VARIABLE}")
     return str(address)
+
+
+def names_store(arguments: argparse.Namespace) -> bool:
+    """Tell whether the flag or the environment names a store."""
+    return bool(arguments.store or os.environ.get(STORE_VARIABLE))
+
+
+def names_run_dir(arguments: argparse.Namespace) -> bool:
+    """Tell whether the flag or the environment names a run directory."""
+    return bool(arguments.run_dir or os.environ.get(RUN_DIR_VARIABLE))
 
 
 def run_dir(arguments: argparse.Namespace) -> Path:
@@ -126,8 +188,12 @@ def key_file(arguments: argparse.Namespace) -> Path | None:
     return Path(found) if found else None
 
 
-def _checked(check: Callable[[str], str]) -> Callable[[str], str]:
-    def name(text: str) -> str:
+def _either(text: str) -> str:
+    return str(parse_snapshot_name(text)) if "@" in text else check_name(text)
+
+
+def _checked(check: Callable[[str], T]) -> Callable[[str], T]:
+    def name(text: str) -> T:
         try:
             return check(text)
         except WrongUsageError as error:

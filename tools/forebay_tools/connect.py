@@ -1,4 +1,4 @@
-"""Connections of commands: to the store over TCP, to the cache daemon through its run directory."""
+"""Connections of commands: to the store over TCP, to a cache daemon through its run directory or over TCP."""
 
 import argparse
 import os
@@ -24,14 +24,24 @@ async def store_client(arguments: argparse.Namespace) -> AsyncIterator[WireClien
     Raises:
         ForebayError: nothing is named, the store does not answer, or the key is not its key.
     """
-    address = parse_address(store_address(arguments))
-    path = key_file(arguments)
-    key = read_key_file(path) if path is not None else None
-    node = os.urandom(ID_SIZE)
     try:
-        client = await WireClient.connect(address, key=key, node=node, timeout_s=CONNECT_TIMEOUT_S)
+        client = await _connect(arguments, store_address(arguments))
     except StoreUnreachableError as error:
         raise StoreUnreachableError(f"no store answers ({error}); is it running there?") from error
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def remote_client(arguments: argparse.Namespace, control: str) -> AsyncIterator[WireClient]:
+    """Connect to the cache daemon that takes commands at HOST:PORT, with the store's key; closes at the end.
+
+    Raises:
+        ForebayError: nobody answers there, or the key is not its key.
+    """
+    client = await _connect(arguments, control)
     try:
         yield client
     finally:
@@ -63,3 +73,10 @@ async def cache_client(arguments: argparse.Namespace) -> AsyncIterator[WireClien
         yield client
     finally:
         await client.close()
+
+
+async def _connect(arguments: argparse.Namespace, address: str) -> WireClient:
+    path = key_file(arguments)
+    key = read_key_file(path) if path is not None else None
+    node = os.urandom(ID_SIZE)
+    return await WireClient.connect(parse_address(address), key=key, node=node, timeout_s=CONNECT_TIMEOUT_S)

@@ -19,13 +19,21 @@ from forebay_tools.commands import (
     detach,
     drain,
     limit,
+    snapshot_create,
+    snapshot_delete,
+    snapshot_list,
+    snapshot_rollback,
     status,
+    store_clean,
     store_fsck,
     store_rebuild_index,
+    store_scrub,
     store_serve,
+    volume_clone,
     volume_create,
     volume_delete,
     volume_export,
+    volume_flatten,
     volume_import,
     volume_info,
     volume_list,
@@ -70,8 +78,9 @@ def build_parser() -> Parser:
     store = _group(_add_group(top, "store", "the store daemon and its data folder"))
     cache = _group(_add_group(top, "cache", "the cache daemon"))
     volume = _group(_add_group(top, "volume", "volumes in the store"))
+    snapshot = _group(_add_group(top, "snapshot", "snapshots of volumes"))
     config = _group(_add_group(top, "config", "the file with the settings of the daemons"))
-    for module in (store_serve, store_fsck, store_rebuild_index):
+    for module in (store_serve, store_clean, store_scrub, store_fsck, store_rebuild_index):
         module.add(store)
     for module in (cache_serve, cache_fsck, cache_salvage):
         module.add(cache)
@@ -82,9 +91,13 @@ def build_parser() -> Parser:
         volume_list,
         volume_info,
         volume_resize,
+        volume_clone,
+        volume_flatten,
         volume_delete,
     ):
         module.add(volume)
+    for module in (snapshot_create, snapshot_list, snapshot_delete, snapshot_rollback):
+        module.add(snapshot)
     for module in (attach, detach, drain, limit, status):
         module.add(top)
     config_check.add(config)

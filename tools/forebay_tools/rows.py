@@ -1,10 +1,15 @@
-"""A volume's row as JSON and as text."""
+"""A volume's row, and how the store is, as JSON and as text."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Final
 
 from forebay_core.units import BLOCK_SIZE, epoch_of, format_size, sequence_of
 from forebay_tools.printing import Json
-from forebay_wire.messages import Held, HeldReport, VolumeRow
+from forebay_wire.messages import CleanStatus, Held, HeldReport, ScrubStatus, SnapshotRow, VolumeRow
+
+NAMES_SHOWN_MAX: Final = 20
+"""Names on one line for people; --json has them all."""
 
 
 def row_json(row: VolumeRow) -> dict[str, Json]:
@@ -21,13 +26,19 @@ def row_json(row: VolumeRow) -> dict[str, Json]:
         "committed_ns": row.committed_ns or None,
         "created_ns": row.created_ns,
         "writer": row.writer.hex() or None,
+        "control": row.control or None,
         "origin": row.origin.hex() or None,
+        "origin_name": row.origin_name or None,
+        "flattening": row.flattening,
+        "snapshot_count": row.snapshots,
+        "clone_count": row.clones,
     }
 
 
 def row_fields(row: VolumeRow) -> dict[str, str]:
     """Return names and values for people."""
     data_size = row.data_blocks * BLOCK_SIZE
+    control = f", takes commands at {row.control}" if row.control else ""
     ratio = f", {data_size / row.stored_size:.2f} times smaller than its data" if row.stored_size else ""
     return {
         "name": row.name,
@@ -40,7 +51,56 @@ def row_fields(row: VolumeRow) -> dict[str, str]:
         f"{show_time(row.committed_ns)}"
         if row.version
         else "none",
-        "writer": f"{row.writer.hex()} in epoch {row.epoch}" if row.writer else "none",
+        "writer": f"{row.writer.hex()} in epoch {row.epoch}{control}" if row.writer else "none",
+    }
+
+
+def family_json(snapshots: Sequence[SnapshotRow]) -> dict[str, Json]:
+    """Return what --json prints of a volume's snapshots and the clones made of them."""
+    clones = [{"name": name, "snapshot": row.name} for row in snapshots for name in row.clones]
+    return {"snapshots": [row.name for row in snapshots], "clones": clones}
+
+
+def family_fields(row: VolumeRow, snapshots: Sequence[SnapshotRow]) -> dict[str, str]:
+    """Return names and values about where a volume comes from and what was made of it; only what there is."""
+    fields: dict[str, str] = {}
+    if row.origin:
+        flattening = ", being flattened" if row.flattening else ""
+        fields["clone of"] = f"{row.origin_name}{flattening}"
+    if snapshots:
+        fields["snapshots"] = _listed([one.name for one in snapshots])
+    clones = [f"{name} of {one.name}" for one in snapshots for name in one.clones]
+    if clones:
+        fields["clones"] = _listed(clones)
+    return fields
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN_MAX])
+    return shown if len(names) <= NAMES_SHOWN_MAX else f"{shown} and {len(names) - NAMES_SHOWN_MAX} more"
+
+
+def clean_json(status: CleanStatus) -> dict[str, Json]:
+    """Return what --json prints of the cleaner."""
+    return {
+        "running": status.running,
+        "passes": status.passes,
+        "segments_freed": status.segments_freed,
+        "bytes_freed": status.bytes_freed,
+        "bytes_copied": status.bytes_copied,
+        "error": status.error or None,
+    }
+
+
+def scrub_json(status: ScrubStatus) -> dict[str, Json]:
+    """Return what --json prints of the scrub; times in Unix nanoseconds."""
+    return {
+        "running": status.running,
+        "checked_size": status.checked_size,
+        "total_size": status.total_size,
+        "damaged": status.damaged,
+        "started_ns": status.started_ns or None,
+        "finished_ns": status.finished_ns or None,
     }
 
 

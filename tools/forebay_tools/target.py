@@ -29,14 +29,17 @@ class Target:
     """
 
     def __init__(self, descriptor: int, *, zero_holes: bool) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self.zero_holes = zero_holes
 
     def write(self, extent: Extent, plain: memoryview) -> None:
-        """Write the blocks of an extent."""
-        offset = extent.start * BLOCK_SIZE
+        """Write the blocks of an extent where they lie in a raw image."""
+        self.write_at(extent.start * BLOCK_SIZE, plain)
+
+    def write_at(self, offset: int, plain: memoryview) -> None:
+        """Write bytes."""
         while plain:
-            count = os.pwrite(self._descriptor, plain, offset)
+            count = os.pwrite(self.descriptor, plain, offset)
             offset += count
             plain = plain[count:]
 
@@ -44,7 +47,7 @@ class Target:
         """Make an extent read as zeros."""
         if self.zero_holes:
             fcntl.ioctl(
-                self._descriptor, _BLKZEROOUT, _ZERO_RANGE.pack(extent.start * BLOCK_SIZE, extent.count * BLOCK_SIZE)
+                self.descriptor, _BLKZEROOUT, _ZERO_RANGE.pack(extent.start * BLOCK_SIZE, extent.count * BLOCK_SIZE)
             )
 
 

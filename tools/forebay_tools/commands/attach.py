@@ -1,9 +1,9 @@
-"""`forebay attach`: serve a volume through the cache daemon."""
+"""`forebay attach`: serve a volume, or a snapshot read-only, through the cache daemon."""
 
 import argparse
 import asyncio
 
-from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume
+from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume_or_snapshot
 from forebay_tools.connect import cache_client
 from forebay_tools.printing import say_json
 from forebay_wire.messages import Attach, Attached
@@ -11,8 +11,13 @@ from forebay_wire.messages import Attach, Attached
 
 def add(commands: Commands) -> None:
     """Declare the command."""
-    parser = add_command(commands, "attach", run, "serve a volume through the cache daemon; prints its URI as JSON")
-    add_volume(parser)
+    parser = add_command(
+        commands,
+        "attach",
+        run,
+        "serve a volume, or a snapshot read-only, through the cache daemon; prints its URI as JSON",
+    )
+    add_volume_or_snapshot(parser)
     parser.add_argument("--read-only", action="store_true", help="refuse writes; nobody else can write meanwhile")
     parser.add_argument("--front", choices=["nbd"], default="nbd", help="how clients reach the volume")
     parser.add_argument(

@@ -78,9 +78,10 @@ async def _prepare(
     stack: AsyncExitStack, arguments: argparse.Namespace, volume: "SalvageVolume"
 ) -> "tuple[VolumeRow | None, Fill | None]":
     """Return the store's row of the volume and what fills a file from it, if a store is named."""
-    from forebay_tools.exporter import copy_volume
+    from forebay_tools.exporter import copy_view
     from forebay_tools.progress import Progress
     from forebay_tools.salvager import check_store
+    from forebay_tools.view import view_of_volume
     from forebay_wire.messages import GetVolume, Volume
 
     if arguments.store is None:
@@ -93,7 +94,7 @@ async def _prepare(
     async def fill(target: "Target", skip: Sequence[Extent]) -> int:
         progress = Progress("filling", row.data_blocks * BLOCK_SIZE, sys.stderr)
         try:
-            return await copy_volume(client, row, target, progress, skip=skip)
+            return await copy_view(client, view_of_volume(row), target, progress, skip=skip)
         finally:
             progress.close()
 

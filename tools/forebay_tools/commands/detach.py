@@ -3,7 +3,7 @@
 import argparse
 import asyncio
 
-from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume
+from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume_or_snapshot
 from forebay_tools.connect import cache_client
 from forebay_wire.messages import Detach, Done
 
@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
     parser = add_command(
         commands, "detach", run, "destage all at the peak of its limit, stop serving a volume and release it"
     )
-    add_volume(parser)
+    add_volume_or_snapshot(parser)
     parser.add_argument(
         "--leave-dirty", action="store_true", help="destage nothing: dirty blocks stay here and so does the epoch"
     )

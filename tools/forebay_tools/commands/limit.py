@@ -5,8 +5,8 @@ import asyncio
 
 from forebay_core.errors import ForebayError, WrongUsageError
 from forebay_core.names import check_name
-from forebay_core.units import RATE_MAX, RATE_MIN, RATE_UNLIMITED, format_rate, parse_rate
-from forebay_tools.arguments import Commands, add_command, add_json, add_run_dir
+from forebay_core.units import RATE_UNLIMITED, format_rate
+from forebay_tools.arguments import Commands, add_command, add_json, add_run_dir, transfer_rate
 from forebay_tools.connect import cache_client
 from forebay_tools.printing import Json, say_json, say_table
 from forebay_wire.messages import CacheStatus, Done, GetCacheStatus, LimitStatus, SetLimit
@@ -21,8 +21,12 @@ def add(commands: Commands) -> None:
     parser = add_command(commands, "limit", run, text)
     parser.add_argument("name", metavar="NAME", nargs="?", help="name of the volume; without it all are shown")
     parser.add_argument("--all", action="store_true", help="limit all volumes together")
-    parser.add_argument("--average", metavar="RATE", type=_rate, help="usual bytes a second, for example 20MiB/s")
-    parser.add_argument("--peak", metavar="RATE", type=_rate, help="what it rises to as the buffer fills or ages")
+    parser.add_argument(
+        "--average", metavar="RATE", type=transfer_rate, help="usual bytes a second, for example 20MiB/s"
+    )
+    parser.add_argument(
+        "--peak", metavar="RATE", type=transfer_rate, help="what it rises to as the buffer fills or ages"
+    )
     parser.add_argument("--unlimited", action="store_true", help="no limit")
     parser.add_argument("--default", action="store_true", help="what the daemon's settings say")
     add_json(parser)
@@ -93,13 +97,3 @@ def limit_json(limit: LimitStatus) -> dict[str, Json]:
 def _cells(name: str | None, limit: LimitStatus) -> tuple[str, ...]:
     rates = (limit.average, limit.peak, limit.allowed)
     return (name or ALL, *map(format_rate, rates), "forebay limit" if limit.own else "settings")
-
-
-def _rate(text: str) -> int:
-    try:
-        rate = parse_rate(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not RATE_MIN <= rate <= RATE_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from {format_rate(RATE_MIN)} to {format_rate(RATE_MAX)}")
-    return rate

@@ -18,7 +18,17 @@ from forebay_tools.arguments import (
 from forebay_tools.commands.limit import limit_json
 from forebay_tools.connect import cache_client, store_client
 from forebay_tools.printing import Json, say, say_fields, say_json, say_table
-from forebay_wire.messages import CacheStatus, GetCacheStatus, GetStoreStatus, LimitStatus, StoreStatus, VolumeStatus
+from forebay_tools.rows import clean_json, scrub_json, show_time
+from forebay_wire.messages import (
+    CacheStatus,
+    CleanStatus,
+    GetCacheStatus,
+    GetStoreStatus,
+    LimitStatus,
+    ScrubStatus,
+    StoreStatus,
+    VolumeStatus,
+)
 
 HEAD = ("ATTACHED", "SIZE", "CACHED", "DIRTY", "HITS", "CLIENTS", "URI")
 
@@ -107,6 +117,9 @@ def store_json(status: StoreStatus) -> dict[str, Json]:
         "incarnation": status.incarnation,
         "reads": status.reads,
         "cuts": status.cuts,
+        "live_bytes": status.live_bytes,
+        "clean": clean_json(status.clean),
+        "scrub": scrub_json(status.scrub),
         "error": status.error or None,
     }
 
@@ -126,6 +139,8 @@ def _volume_json(volume: VolumeStatus) -> dict[str, Json]:
         "miss_blocks": volume.miss_blocks,
         "hit_ratio": _ratio(volume.hit_blocks, volume.hit_blocks + volume.miss_blocks),
         "connections": volume.connections,
+        "pending_snapshots": list(volume.pending_snapshots),
+        "origin": volume.origin or None,
         "limit": limit_json(volume.limit),
         "write_delay_us": volume.write_delay_us,
         "error": volume.error or None,
@@ -154,6 +169,8 @@ def _say_cache(status: CacheStatus) -> None:
             say(f"{volume.name}: destaged with {_limit(volume.limit)}")
         if volume.write_delay_us:
             say(f"{volume.name}: the buffer is nearly full; each written block waits {volume.write_delay_us} us")
+        if volume.pending_snapshots:
+            say(f"{volume.name}: snapshots on their way to the store: {', '.join(volume.pending_snapshots)}")
         if volume.error:
             say(f"{volume.name}: {volume.error}")
 
@@ -161,15 +178,31 @@ def _say_cache(status: CacheStatus) -> None:
 def _store_fields(status: StoreStatus) -> dict[str, str]:
     fields = {
         "volumes": str(status.volumes),
-        "segments": f"{status.segments}, {format_size(status.segment_bytes)}",
+        "segments": f"{status.segments}, {format_size(status.segment_bytes)}, "
+        f"{format_size(status.live_bytes)} of it live",
         "disk free": format_size(status.free_bytes),
         "incarnation": str(status.incarnation),
         "reads": str(status.reads),
         "cuts": str(status.cuts),
+        "cleaning": _cleaning(status.clean),
+        "scrub": _scrub(status.scrub),
     }
     if status.error:
         fields["error"] = status.error
     return fields
+
+
+def _cleaning(status: CleanStatus) -> str:
+    now = "under way" if status.running else "at rest"
+    error = f"; the last pass ended early: {status.error}" if status.error else ""
+    return f"{now}, {format_size(status.bytes_freed)} freed, {format_size(status.bytes_copied)} copied{error}"
+
+
+def _scrub(status: ScrubStatus) -> str:
+    damaged = f"; {status.damaged} damaged extents: forebay store scrub lists them" if status.damaged else ""
+    if status.running:
+        return f"{format_size(status.checked_size)} of {format_size(status.total_size)} verified{damaged}"
+    return f"last finished {show_time(status.finished_ns)}{damaged}" if status.finished_ns else f"never{damaged}"
 
 
 def _volume_cells(volume: VolumeStatus) -> tuple[str, ...]:

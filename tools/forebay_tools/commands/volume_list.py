@@ -12,7 +12,7 @@ from forebay_tools.rows import row_json
 from forebay_wire.client import WireClient
 from forebay_wire.messages import ListVolumes, VolumeRow, Volumes
 
-HEAD = ("NAME", "SIZE", "DATA", "STORED", "EPOCH", "WRITER")
+HEAD = ("NAME", "SIZE", "DATA", "STORED", "SNAPSHOTS", "CLONE OF", "EPOCH", "WRITER")
 
 
 def add(commands: Commands) -> None:
@@ -56,6 +56,8 @@ def _cells(row: VolumeRow) -> tuple[str, ...]:
         format_size(row.size),
         format_size(row.data_blocks * BLOCK_SIZE),
         format_size(row.stored_size),
+        str(row.snapshots),
+        row.origin_name or "-",
         str(row.epoch),
         row.writer.hex() or "-",
     )
