@@ -19,7 +19,7 @@ from forebay_tools.in_flight import InFlight
 from forebay_tools.printing import note
 from forebay_tools.progress import Progress
 from forebay_tools.target import Target, open_target
-from forebay_tools.view import View, check_unchanged, find_view, mapped
+from forebay_tools.view import View, check_unchanged, find_view, mapped, origin_error
 from forebay_wire.client import WireClient
 from forebay_wire.limits import READ_BLOCKS_MAX
 from forebay_wire.messages import Blocks, Read
@@ -147,6 +147,8 @@ class _Copy:
         following = iter(batch)
         at = next(following)
         for piece in plain_pieces(pieces, payload, [one.extent for one in batch], place=self._place):
+            if piece.origin:
+                raise origin_error(piece.extent)
             if piece.version > self._view.version:
                 raise self._view.changed_error()
             while piece.extent.start >= at.extent.end:  # pieces are in the order of what was asked for

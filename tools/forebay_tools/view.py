@@ -7,7 +7,7 @@ every piece with the view's, and asks `check_unchanged` at the end.
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from forebay_core.errors import ForebayError
+from forebay_core.errors import ForebayError, ProtocolError
 from forebay_core.extents import EXTENT_COUNT_MAX, Extent
 from forebay_core.names import parse_snapshot_name
 from forebay_core.units import BLOCK_SIZE
@@ -76,5 +76,12 @@ async def mapped(client: WireClient, view: View, extent: Extent) -> AsyncIterato
         count = min(extent.end - at, EXTENT_COUNT_MAX)
         answer, _ = await client.ask(MapExtents(view.id, at, count, through=True), Mapped)
         for piece in mapped_pieces(answer.pieces, Extent(at, count)):
+            if piece.origin:
+                raise origin_error(piece.extent)
             yield piece.extent, piece.hole
             at = piece.extent.end
+
+
+def origin_error(extent: Extent) -> ProtocolError:
+    """Return what to raise when a store leaves blocks to a clone's origin though it was asked to look there itself."""
+    return ProtocolError(f"the store says of block {extent.start} only that it is its origin's, though it was asked for")
