@@ -81,7 +81,16 @@ def test_every_flag_and_argument_is_explained(words: tuple[str, ...]) -> None:
     assert all(action.help for action in ALL[words]._actions)
 
 
-LISTINGS = ("volume list", "volume info", "snapshot list", "status", "store fsck", "store clean", "store scrub", "limit")
+LISTINGS = (
+    "volume list",
+    "volume info",
+    "snapshot list",
+    "status",
+    "store fsck",
+    "store clean",
+    "store scrub",
+    "limit",
+)
 
 
 @pytest.mark.parametrize("words", LISTINGS)

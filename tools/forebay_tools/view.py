@@ -84,4 +84,6 @@ async def mapped(client: WireClient, view: View, extent: Extent) -> AsyncIterato
 
 def origin_error(extent: Extent) -> ProtocolError:
     """Return what to raise when a store leaves blocks to a clone's origin though it was asked to look there itself."""
-    return ProtocolError(f"the store says of block {extent.start} only that it is its origin's, though it was asked for")
+    return ProtocolError(
+        f"the store says of block {extent.start} only that it is its origin's, though it was asked for"
+    )
