@@ -168,7 +168,7 @@ def test_a_fenced_read_stops_the_volume_with_all_that_is_cached(kind: str) -> No
     assert rig.drain()
     rig.write(BLOCK_SIZE, b"b" * BLOCK_SIZE)
     refusal = UpstreamRefusal(messages.FENCED, "epoch 1 is over")
-    setattr(rig.store, kind, lambda *words: rig.store.queue.append(lambda: words[-1](refusal)))
+    setattr(rig.store, kind, lambda *words, **_: rig.store.queue.append(lambda: words[-1](refusal)))
     got: list[IoError] = []
     if kind == "fetch":
         rig.volume.read(9 * BLOCK_SIZE, BLOCK_SIZE, lambda error, _: got.append(error))

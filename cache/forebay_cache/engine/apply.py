@@ -73,6 +73,8 @@ class Apply:
             for extent in from_blocks(fresh):
                 volume.holes.remove(extent)
             engine.hole_count += max(0, len(volume.holes) - hole_count)  # some were cut in two
+        if volume.origins is not None:
+            volume.origins.remove_many(found.keys[:count][found.olds[:count] < 0] & np.uint64(LBA_MAX))
         volume.applied = Version(_version_of(batch.packed, (writes.index + count - 1) * record.ENTRY_SIZE)[0])
 
     def _fill(self, copy: Copy) -> None:
@@ -113,6 +115,8 @@ class Apply:
             volume.trimmed = volume.trimmed or places.size > 0
         engine.loading.forget(key, extent.count)
         volume.holes.add(extent, change.version)
+        if volume.origins is not None:
+            volume.origins.remove(extent)
         volume.applied = Version(change.version)
 
     def _drop(self, change: Change) -> None:
@@ -122,7 +126,10 @@ class Apply:
         for places in engine.map.remove_range(key, extent.count, below=change.version):
             engine.policy.removed(places)
         engine.loading.forget(key, extent.count)
-        engine.volumes[change.volume_key].holes.remove(extent)
+        volume = engine.volumes[change.volume_key]
+        volume.holes.remove(extent)
+        if volume.origins is not None:
+            volume.origins.forget(extent)
 
     def _pin(self, volume: "CacheVolume", lbas: list[int], places: list[int]) -> None:
         """Tell the closed cuts where the versions lie that were just overwritten."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from forebay_cache.engine.limits import VOLUMES_MAX
 from forebay_cache.engine.log import Settled
+from forebay_cache.engine.sources import SnapshotView
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
 from forebay_core.errors import ForebayError
@@ -40,6 +41,7 @@ class StoreView(NamedTuple):
     epoch: Epoch
     version: Version
     store: StoreId
+    origin: VolumeId = VolumeId(b"")  # id of the snapshot that a clone reads through to; empty: none
 
 
 class Standing(enum.Enum):
@@ -96,8 +98,11 @@ class Attaching:
         *,
         read_only: bool,
         attached: Callable[[CacheVolume | None], None],
+        chain: Sequence[SnapshotView] = (),
     ) -> None:
         """Serve a volume from now on. `stale` is what changed since our version; None answers a failed device.
+
+        `chain` are the snapshots that a clone reads through to: its origin first, then that one's.
 
         Raises:
             ForebayError: it is attached already, or about to be, or holds changes that the store would not take.
@@ -116,16 +121,20 @@ class Attaching:
                 f"volume {view.name} was changed elsewhere while this cache still holds {dirty} of changes that the "
                 f"store has never seen; they are kept and not merged: {SALVAGE_FIRST}"
             )
+        assert [view.origin] == [one.id for one in chain[:1]] or not (view.origin or chain)
+        source = engine.sources.bring_in(chain)
         if volume is None:
-            self._make_room()
-            volume = CacheVolume(engine, self._next_key(), view.id, view.store, view.name, view.size)
+            key = self.new_key()
+            volume = CacheVolume(engine, key, view.id, view.store, view.name, view.size)
             volume.shaper.set_limit(engine.limit_of(volume))
             engine.volumes[volume.key] = volume
         volume.error = ""
         volume.resize(view.name, view.size, read_only=read_only)
+        engine.sources.connect(volume, view.origin, source)
         found = volume
         self._arriving[found.key] = view
-        self._drop(found, stale, view.version, lambda ok: self._admit(found, view, ok, attached))
+        engine.sources.settled()
+        self.drop(found, stale, view.version, lambda ok: self._admit(found, view, ok, attached))
 
     def reopened(self, volume: CacheVolume, view: StoreView) -> None:
         """The store granted our epoch again, after a reconnect or a restart: go on destaging, unless it has failed."""
@@ -134,6 +143,7 @@ class Attaching:
         standing = self.compare(view)
         if standing is Standing.VALID and view.epoch == volume.epoch:
             self._take_over(volume, view)
+            self._engine.sources.ask_map(volume)
         else:
             self._engine.destage.stop_volume(
                 volume,
@@ -148,7 +158,12 @@ class Attaching:
         volume.held = leave_dirty
         volume.destaging = False
         volume.closing = True
-        self._note(volume, settled)
+        self._engine.sources.settled()
+        self.note(volume, settled)
+
+    def is_arriving(self, volume: CacheVolume) -> bool:
+        """Tell whether a volume is being attached."""
+        return volume.key in self._arriving
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -158,7 +173,7 @@ class Attaching:
         volume.warning = ""
         self._engine.destage.granted(volume, view.version)
 
-    def _drop(self, volume: CacheVolume, stale: Sequence[Extent], version: Version, settled: Settled) -> None:
+    def drop(self, volume: CacheVolume, stale: Sequence[Extent], version: Version, settled: Settled) -> None:
         """Make the stale blocks vanish, twice: a move of one that is under way may be logged behind the first time,
         and replay, which begins anywhere, must meet a drop behind it."""
         if not stale:
@@ -188,9 +203,12 @@ class Attaching:
             return
         volume.closing = False
         self._take_over(volume, view)
-        self._note(volume, lambda noted: attached(volume if noted else None))
+        self._engine.sources.settled()
+        self._engine.sources.ask_map(volume)
+        self.note(volume, lambda noted: attached(volume if noted else None))
 
-    def _note(self, volume: CacheVolume, settled: Settled) -> None:
+    def note(self, volume: CacheVolume, settled: Settled) -> None:
+        """Log the row of a volume, and what of it is upstream; `settled` hears when that is durable."""
         log = self._engine.log
 
         def written(ok: bool) -> None:
@@ -210,9 +228,16 @@ class Attaching:
         log.add_event(record.ACKNOWLEDGED, volume.key, 0, version, 0, written)
         log.kick()
 
-    def _next_key(self) -> int:
-        """Return a key that no volume had in this life: fetches and records of a forgotten one may be under way, and
-        after a crash replay knows it again."""
+    def new_key(self) -> int:
+        """Make room for one more volume, and return a key that none had in this life: fetches and records of a
+        forgotten one may be under way, and after a crash replay knows it again.
+
+        Raises:
+            ForebayError: there is no room.
+        """
+        self.forget_released(room=1)
+        if len(self._engine.volumes) >= VOLUMES_MAX:
+            raise ForebayError(f"{VOLUMES_MAX} volumes are attached to this cache; detach one first")
         self._last_key = max(self._last_key, *self._engine.volumes, 0) + 1
         return self._last_key
 
@@ -225,17 +250,22 @@ class Attaching:
         for key, volume in sorted(engine.volumes.items()):
             if len(engine.volumes) + room <= VOLUMES_MAX:
                 return
-            if not (volume.held or volume.has_changes or key in self._arriving):
-                for places in engine.map.remove_range(key << LBA_BITS, 1 << LBA_BITS, below=(1 << 64) - 1):
-                    engine.policy.removed(places)
-                engine.loading.forget(key << LBA_BITS, 1 << LBA_BITS)
-                self._last_key = max(self._last_key, key)
-                del engine.volumes[key]
+            used = volume.held or volume.has_changes or key in self._arriving
+            if not used and engine.sources.may_be_forgotten(volume):
+                self.forget(volume)
 
-    def _make_room(self) -> None:
-        self.forget_released(room=1)
-        if len(self._engine.volumes) >= VOLUMES_MAX:
-            raise ForebayError(f"{VOLUMES_MAX} volumes are attached to this cache; detach one first")
+    def forget(self, volume: CacheVolume) -> None:
+        """Forget a volume with all that is cached of it."""
+        self.forget_blocks(volume)
+        self._last_key = max(self._last_key, volume.key)
+        del self._engine.volumes[volume.key]
+
+    def forget_blocks(self, volume: CacheVolume) -> None:
+        """Forget what is cached of a volume that nobody reads."""
+        engine, key = self._engine, volume.key << LBA_BITS
+        for places in engine.map.remove_range(key, 1 << LBA_BITS, below=(1 << 64) - 1):
+            engine.policy.removed(places)
+        engine.loading.forget(key, 1 << LBA_BITS)
 
 
 def wrong_store(name: str, home: StoreId, found: bytes) -> str:

@@ -49,11 +49,12 @@ from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
 from forebay_cache.engine.slowing import Slowing
+from forebay_cache.engine.sources import Sources
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
 from forebay_cache.format.checkpoint import CHUNK_PLACES, hole_count_max
-from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY
+from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, NO_ORIGIN, READ_ONLY, SNAPSHOT
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Epoch, StoreId, Version, VolumeId, format_size
@@ -129,6 +130,7 @@ class CacheEngine:
         self.reclaim = Reclaim(self)
         self.checkpoints = Checkpoints(self, recovered.kept)
         self.attaching = Attaching(self)
+        self.sources = Sources(self)
         self.own_limit = Limit(recovered.limit_average, recovered.limit_peak)  # of all volumes together
         self.loading = Loading(self, recovered.unloaded)
         self._timers: list[_Timer] = []
@@ -401,7 +403,10 @@ class CacheEngine:
 
     def _offer(self, volume: CacheVolume, piece: FetchedPiece) -> None:
         """Keep what was fetched, if there is room for it."""
-        if self.failed or volume.key not in self.volumes:
+        if self.failed or volume.key not in self.volumes or (volume.temporary and not volume.attached):
+            return
+        if piece.origin:
+            self.sources.learn(volume, piece.extent)
             return
         find = self.map.find
         first = volume.key << LBA_BITS
@@ -417,6 +422,8 @@ class CacheEngine:
         view = memoryview(piece.plain)
         for lba in absent:
             i = lba - piece.extent.start
+            if volume.temporary:
+                self.sources.keep(volume, lba)
             self.log.seal_if_full()
             batch = self.log.data_batch()
             self.log.add_copy(batch, record.FILL, volume.key, lba, piece.version, piece.checksums[i])
@@ -446,6 +453,7 @@ class CacheEngine:
         for first in range(0, self.map.place_count, RESTORE_PLACES):
             self._restore(first, recovered.counts)
         self.count_dirty_blocks()
+        self.sources.recovered()
         self.attaching.forget_released()
 
     def _recover_volume(self, found: RecoveredVolume) -> None:
@@ -456,7 +464,9 @@ class CacheEngine:
         volume.own_limit = Limit(note.average, note.peak)
         volume.shaper.set_limit(self.limit_of(volume))
         volume.attached = not note.flags & (LEFT_DIRTY | CLOSED)
-        volume.held = not note.flags & CLOSED
+        volume.snapshot = bool(note.flags & SNAPSHOT)
+        volume.held = not note.flags & (CLOSED | SNAPSHOT)
+        volume.origin = VolumeId(b"" if note.origin == NO_ORIGIN else note.origin)
         volume.version = volume.applied = Version(max(found.version, found.acknowledged))
         volume.acknowledged = volume.noted = Version(found.acknowledged)
         volume.acknowledgement_logged(0, version=volume.noted, upstream_position=0)

@@ -128,6 +128,12 @@ CHECKPOINT_RECORDS_MAX: Final = 32768
 VOLUMES_MAX: Final = 1000
 """Volumes that one device knows, attached or cached; the one that was closed longest ago is forgotten for a new one."""
 
+TEMPORARY_SHARE: Final = 16
+"""Attached snapshots that no clone needs keep together at most one block in so many of the cache."""
+
+TEMPORARY_BLOCKS_MIN: Final = 256
+"""What they may keep of a small cache."""
+
 assert ZONES_FOR_MOVES < ZONES_RESERVED
 assert ZONES_RESERVED < ZONES_SPARE_MIN <= ZONES_SPARE_MAX
 assert HOLES_PER_PART + PART_BLOCKS <= HOLES_PER_PART_MAX

@@ -6,7 +6,7 @@ Invariants:
     Where the device can't be read, each block is tried for itself, and the zone is not filled again until a restart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
 from forebay_core.checksums import block_checksums, checksum
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
+from forebay_wire import messages
 from forebay_wire.limits import READ_BLOCKS_MAX
 
 if TYPE_CHECKING:
@@ -32,22 +33,49 @@ _IN_BLOCK = BLOCK_SIZE - 1
 class _Read:
     """One read whose parts arrive in any order; `parts` maps a first lba to count and bytes."""
 
-    __slots__ = ("extent", "failed", "length", "offset", "parts", "reply", "waiting")
+    __slots__ = (
+        "again",
+        "extent",
+        "failed",
+        "length",
+        "offset",
+        "parts",
+        "prefetch",
+        "repeated",
+        "reply",
+        "volume",
+        "waiting",
+    )
 
-    def __init__(self, extent: Extent, offset: int, length: int, reply: ReadReply) -> None:
+    def __init__(
+        self,
+        volume: "CacheVolume",
+        extent: Extent,
+        offset: int,
+        length: int,
+        reply: ReadReply,
+        *,
+        prefetch: bool = False,
+    ) -> None:
+        self.volume = volume  # whom it was asked of; a part may come from what that one reads through to
         self.extent = extent
         self.offset = offset
         self.length = length
         self.reply = reply
         self.parts: dict[int, tuple[int, Buffer | None]] = {}
+        self.prefetch = prefetch  # what is cached need not be read
         self.waiting = 1
         self.failed = False
+        self.again: Callable[[], None] | None = None  # what to do instead of answering
+        self.repeated = False
 
     def arrived(self) -> None:
         """One of the parts that `waiting` counts is here; the last one answers."""
         self.waiting -= 1
         if self.waiting == 0:
-            if self.failed:
+            if self.again is not None:
+                self.again()
+            elif self.failed:
                 self.reply(IoError.IO, ())
             else:
                 self.reply(IoError.OK, self._chunks())
@@ -85,12 +113,15 @@ class Reads:
             self._read_one(volume, first, offset, length, reply)
         else:
             places = self._engine.map.find_run(volume.key << LBA_BITS | first, count)
+            if volume.source is not None:
+                places = self._engine.sources.find_run(volume, Extent(first, count), places)
             found = self._read_now(places)
             if found is None:
-                self._begin(volume, _Read(Extent(first, count), offset, length, reply))
+                self._begin(_Read(volume, Extent(first, count), offset, length, reply))
                 return
             volume.hit_blocks += count
-            self._engine.policy.hits(places)
+            if not volume.temporary:
+                self._engine.policy.hits(places)
             skip = offset & _IN_BLOCK
             reply(IoError.OK, (Chunk(length, found[skip : skip + length]),))
 
@@ -108,18 +139,21 @@ class Reads:
         """Answer a read inside one block: the hottest path of the daemon."""
         engine = self._engine
         place = engine.map.find(volume.key << LBA_BITS | lba)
+        if place < 0 and volume.source is not None:
+            place = engine.sources.find(volume, lba)
         if place < 0:
-            self._begin(volume, _Read(Extent(lba, 1), offset, length, reply))
+            self._begin(_Read(volume, Extent(lba, 1), offset, length, reply))
             return
         buffer = engine.device.read_now(engine.zones_offset + (place << BLOCK_SHIFT), BLOCK_SIZE)
         if buffer is None:
             self._read_one_later(volume, place, offset, length, reply)
         elif checksum(buffer) == engine.map.checksums[place]:
             volume.hit_blocks += 1
-            engine.policy.hit(place)
+            if not volume.temporary:
+                engine.policy.hit(place)
             reply(IoError.OK, (_chunk(buffer, offset, length),))
         else:
-            self._begin(volume, _Read(Extent(lba, 1), offset, length, reply))
+            self._begin(_Read(volume, Extent(lba, 1), offset, length, reply))
 
     def _read_one_later(self, volume: "CacheVolume", place: int, offset: int, length: int, reply: ReadReply) -> None:
         """Read one block that is not in memory; whatever is wrong with it is left to the long way."""
@@ -135,9 +169,10 @@ class Reads:
                 volume.hit_blocks += 1
                 reply(IoError.OK, (_chunk(answer, offset, length),))
             else:
-                self._begin(volume, _Read(Extent(offset >> BLOCK_SHIFT, 1), offset, length, reply))
+                self._begin(_Read(volume, Extent(offset >> BLOCK_SHIFT, 1), offset, length, reply))
 
-        engine.policy.hit(place)
+        if not volume.temporary:
+            engine.policy.hit(place)
         engine.device.read(engine.zones_offset + (place << BLOCK_SHIFT), BLOCK_SIZE, done)
 
     def _read_now(self, places: npt.NDArray[np.int64]) -> memoryview | None:
@@ -155,8 +190,8 @@ class Reads:
             return None
         return buffer
 
-    def _begin(self, volume: "CacheVolume", request: _Read) -> None:
-        self._collect(volume, request, request.extent, loaded=not self._engine.loading.active)
+    def _begin(self, request: _Read) -> None:
+        self._collect(request.volume, request, request.extent, loaded=not self._engine.loading.active)
         request.arrived()
 
     def _collect(self, volume: "CacheVolume", request: _Read, extent: Extent, *, loaded: bool) -> None:
@@ -167,10 +202,12 @@ class Reads:
         while at < extent.count:
             run = _run_length(places, at)
             part = Extent(extent.start + at, run)
-            if places[at] >= 0:
-                self._read_run(volume, request, part, places[at])
-            else:
+            if places[at] < 0:
                 self._read_absent(volume, request, part, loaded=loaded)
+            elif request.prefetch:
+                request.parts[part.start] = (run, None)
+            else:
+                self._read_run(volume, request, part, places[at])
             at += run
 
     def _read_unloaded(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
@@ -189,8 +226,9 @@ class Reads:
     def _read_run(self, volume: "CacheVolume", request: _Read, part: Extent, place: int) -> None:
         """Read blocks that lie one behind the other on the device."""
         engine = self._engine
-        volume.hit_blocks += part.count
-        engine.policy.hit_run(place, part.count)
+        request.volume.hit_blocks += part.count
+        if not volume.temporary:
+            engine.policy.hit_run(place, part.count)
         sums = engine.map.checksums[place : place + part.count].tolist()
         offset = engine.zones_offset + (place << BLOCK_SHIFT)
         buffer = engine.device.read_now(offset, part.count << BLOCK_SHIFT)
@@ -273,33 +311,76 @@ class Reads:
     # --- holes and misses -------------------------------------------------------------------------------------
 
     def _read_absent(self, volume: "CacheVolume", request: _Read, part: Extent, *, loaded: bool) -> None:
-        """Read blocks that have no place: holes that we know, the rest from the store."""
-        fetch = self._fetch if loaded else self._read_unloaded
+        """Read blocks that have no place: holes that we know, the rest from the origin or the store."""
         at = part.start
         for hole in volume.holes.overlapping(part):
             if hole.start > at:
-                fetch(volume, request, Extent(at, hole.start - at))
+                self._read_unknown(volume, request, Extent(at, hole.start - at), loaded=loaded)
             start = max(at, hole.start)
             end = min(hole.end, part.end)
             request.parts[start] = (end - start, None)
-            volume.hit_blocks += end - start
+            request.volume.hit_blocks += end - start
             at = end
+        if at < part.end:
+            self._read_unknown(volume, request, Extent(at, part.end - at), loaded=loaded)
+
+    def _read_unknown(self, volume: "CacheVolume", request: _Read, part: Extent, *, loaded: bool) -> None:
+        """Read blocks that are neither cached nor known holes: where the map says so they are the origin's."""
+        fetch = self._fetch if loaded else self._read_unloaded
+        at = part.start
+        for run in volume.origins.overlapping(part) if volume.origins is not None else ():
+            if run.start > at:
+                fetch(volume, request, Extent(at, run.start - at))
+            self._read_origin(volume, request, run)
+            at = run.end
         if at < part.end:
             fetch(volume, request, Extent(at, part.end - at))
 
+    def _read_origin(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
+        """Read blocks that are the origin's; behind its end they are zeros."""
+        source = volume.source
+        if source is None or source.error:
+            self._engine.report(f"volume {volume.name}: {source.error if source else 'the store names an origin'}")
+            request.failed = True
+            return
+        end = max(part.start, min(part.end, source.block_count))
+        if end > part.start:
+            inside = Extent(part.start, end - part.start)
+            self._collect(source, request, inside, loaded=not self._engine.loading.active)
+        if end < part.end:
+            request.parts[end] = (part.end - end, None)
+
     def _fetch(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
-        volume.miss_blocks += part.count
+        request.volume.miss_blocks += part.count
 
         def arrived(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
             if isinstance(answer, UpstreamRefusal):
-                self._engine.read_refused(volume, answer)
-                request.failed = True
+                self._refused(volume, request, answer)
             else:
                 for piece in answer:
-                    request.parts[piece.extent.start] = (piece.extent.count, piece.plain)
+                    if piece.origin:
+                        self._read_origin(volume, request, piece.extent)
+                    else:
+                        request.parts[piece.extent.start] = (piece.extent.count, piece.plain)
             request.arrived()
 
         request.waiting += self._engine.fetches.want(volume, part, arrived)
+
+    def _refused(self, volume: "CacheVolume", request: _Read, refusal: UpstreamRefusal) -> None:
+        """The store's no fails the request; but one that only an origin is gone is no end: its clones have all."""
+        gone = volume.snapshot and refusal.code == messages.NO_SUCH_SNAPSHOT
+        if gone and self._engine.sources.gone(volume) and volume is not request.volume and not request.repeated:
+            request.again = partial(self._begin_again, request)
+        elif request.again is None:
+            self._engine.read_refused(volume, refusal)
+            request.failed = True
+
+    def _begin_again(self, request: _Read) -> None:
+        request.again = None
+        request.repeated = True
+        request.parts.clear()
+        request.waiting = 1
+        self._begin(request)
 
     def _prefetch(self, volume: "CacheVolume", start: int, end: int, reply: Reply) -> None:
         """Fetch what is missing of the blocks, a message's worth at a time; what is there is looked at in turns."""
@@ -316,8 +397,8 @@ class Reads:
                 continue
             extent = Extent(start, min(READ_BLOCKS_MAX, end - start))
             start = extent.end
-            request = _Read(extent, 0, extent.count << BLOCK_SHIFT, lambda _error, _chunks: None)
-            self._fetch_missing(volume, request)
+            request = _Read(volume, extent, 0, extent.count << BLOCK_SHIFT, _to_nobody, prefetch=True)
+            self._collect(volume, request, extent, loaded=not self._engine.loading.active)
             if request.waiting > 1:
                 request.reply = partial(self._prefetched, volume, start, end, reply)
                 request.arrived()
@@ -332,18 +413,9 @@ class Reads:
         else:
             reply(error)
 
-    def _fetch_missing(self, volume: "CacheVolume", request: _Read) -> None:
-        extent = request.extent
-        places = self._engine.map.find_run(volume.key << LBA_BITS | extent.start, extent.count).tolist()
-        at = 0
-        while at < extent.count:
-            run = _run_length(places, at)
-            part = Extent(extent.start + at, run)
-            if places[at] >= 0:
-                request.parts[part.start] = (run, None)
-            else:
-                self._read_absent(volume, request, part, loaded=not self._engine.loading.active)
-            at += run
+
+def _to_nobody(_error: IoError, _chunks: Sequence[Chunk]) -> None:
+    """Take the answer to a read whose bytes nobody wants."""
 
 
 def _chunk(block: Buffer, offset: int, length: int) -> Chunk:

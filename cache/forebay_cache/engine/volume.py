@@ -15,9 +15,10 @@ from forebay_cache.engine.cuts import Cut
 from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.limits import HOLES_KEPT_MAX
+from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.slowing import UNBOUNDED
-from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, READ_ONLY, VolumeNote
+from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, NO_ORIGIN, READ_ONLY, SNAPSHOT, VolumeNote
 from forebay_core.units import (
     BLOCK_SIZE,
     SEQUENCE_BITS,
@@ -84,6 +85,12 @@ class CacheVolume:
         self.appended_max = UNBOUNDED  # see Slowing
         self.hit_blocks = 0
         self.miss_blocks = 0
+        self.snapshot = False  # it never changes: served read-only, and what clones read through to; see Sources
+        self.temporary = False  # a snapshot that no clone needs
+        self.origin = VolumeId(b"")  # id of the snapshot that it reads through to; empty: none
+        self.source: CacheVolume | None = None  # that snapshot here
+        self.origins: OriginMap | None = None  # which of its blocks are known to read as the source's
+        self.asking_map = False  # the store is being asked for them
 
     # --- what a front sees ------------------------------------------------------------------------------------
 
@@ -232,5 +239,9 @@ class CacheVolume:
     def note(self) -> VolumeNote:
         """Return the row for log and checkpoint."""
         detached = 0 if self.attached else LEFT_DIRTY if self.held else CLOSED
-        flags = (READ_ONLY if self._read_only else 0) | detached
-        return VolumeNote(self.key, flags, self.id, self._size, self.epoch, self._name, self.store, *self.own_limit)
+        flags = (READ_ONLY if self._read_only else 0) | (SNAPSHOT if self.snapshot else 0) | detached
+        origin = self.origin or NO_ORIGIN
+        limit = self.own_limit
+        return VolumeNote(
+            self.key, flags, self.id, self._size, self.epoch, self._name, self.store, *limit, origin=origin
+        )
