@@ -1,44 +1,27 @@
 """Import: an image becomes a new volume, as parts of frames staged and committed in cuts.
 
-Frames are built in a thread while the event loop sends; a few parts are in flight. A crash or an error leaves no
-volume that anybody could take for whole: the import holds it as its writer until it is complete, and deletes it again
-when it fails. If the store can't be reached for that, the error says what is left.
+A crash or an error leaves no volume that anybody could take for whole: the import holds it as its writer until it is
+complete, and deletes it again when it fails. If the store can't be reached for that, the error says what is left.
 """
 
 import asyncio
 import contextlib
 import os
-import secrets
 import sys
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
 from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.memory import keep_freed_memory
-from forebay_core.units import BLOCK_SIZE, GIB, ID_SIZE, format_size, sequence_of
-from forebay_tools.in_flight import InFlight
+from forebay_core.units import BLOCK_SIZE, ID_SIZE, format_size
+from forebay_tools.cuts import CutSender, release, send_all
 from forebay_tools.progress import Progress
 from forebay_tools.qcow2 import converted, open_qcow2
-from forebay_tools.source import Part, RawSource, detect_format
+from forebay_tools.source import RawSource, detect_format
 from forebay_wire.client import WireClient
-from forebay_wire.messages import (
-    CommitCut,
-    Committed,
-    CreateVolume,
-    DeleteVolume,
-    Done,
-    Opened,
-    OpenVolume,
-    ReleaseVolume,
-    StagePart,
-    Volume,
-)
+from forebay_wire.messages import CreateVolume, DeleteVolume, Done, Opened, OpenVolume, Volume
 
-PARTS_IN_FLIGHT_MAX: Final = 4
-CUT_SIZE: Final = 1 * GIB
 CLEAN_UP_TIMEOUT_S: Final = 30.0
 
 
@@ -88,12 +71,12 @@ async def _import(client: WireClient, name: str, source: RawSource, progress: Pr
     try:
         opened, _ = await client.ask(OpenVolume(name, os.urandom(ID_SIZE)), Opened)
         held = opened
-        blocks = await _send_all(client, opened, source, progress)
-        await _release(client, opened)
+        sent = await send_all(CutSender(client, opened), source.parts(), progress)
+        await release(client, opened)
     except BaseException as error:
         await _undo(client, name, held, error)
         raise
-    return blocks
+    return sent.blocks
 
 
 async def _create(client: WireClient, name: str, size: int) -> None:
@@ -130,91 +113,11 @@ def _unknown(name: str, error: Exception) -> ForebayError:
     )
 
 
-async def _send_all(client: WireClient, opened: Opened, source: RawSource, progress: Progress) -> int:
-    sender = _CutSender(client, opened)
-    blocks = 0
-    try:
-        async with contextlib.aclosing(_built_ahead(source.parts())) as parts:
-            async for part in parts:
-                await sender.put(part)
-                blocks += part.blocks
-                progress.reach(part.done)
-        await sender.commit()
-    finally:
-        await sender.close()
-    return blocks
-
-
-async def _built_ahead(parts: Iterator[Part]) -> AsyncGenerator[Part, None]:
-    """Return the parts; the next one is built in a thread while the caller sends the last."""
-    loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1, "frames") as executor:
-        following = loop.run_in_executor(executor, next, parts, None)
-        try:
-            while (part := await following) is not None:
-                following = loop.run_in_executor(executor, next, parts, None)
-                yield part
-        finally:
-            following.cancel()
-
-
-class _CutSender:
-    """Stages parts, a few at once, and commits a cut whenever it holds CUT_SIZE bytes."""
-
-    def __init__(self, client: WireClient, opened: Opened) -> None:
-        self._client = client
-        self._opened = opened
-        self._sequence = int(sequence_of(opened.row.version))
-        self._attempt = secrets.randbits(63)
-        self._part_count = 0
-        self._blocks = 0
-        self._in_flight = InFlight(PARTS_IN_FLIGHT_MAX)
-
-    async def put(self, part: Part) -> None:
-        """Send a part; waits while too many are in flight. Raises what failed of those before."""
-        message = StagePart(
-            self._opened.row.id, self._opened.epoch, self._opened.session, self._attempt, self._part_count
-        )
-        await self._in_flight.start(self._client.ask(message, Done, part.frames))
-        self._part_count += 1
-        self._blocks += part.blocks
-        if self._blocks * BLOCK_SIZE >= CUT_SIZE:
-            await self.commit()
-
-    async def commit(self) -> None:
-        """Make what was put visible and durable; each part counts as one change."""
-        await self._in_flight.finish()
-        if self._part_count == 0:
-            return
-        message = CommitCut(
-            self._opened.row.id,
-            self._opened.epoch,
-            self._opened.session,
-            self._attempt,
-            self._part_count,
-            first=self._sequence + 1,
-            last=self._sequence + self._part_count,
-            committed_ns=time.time_ns(),
-        )
-        await self._client.ask(message, Committed)
-        self._sequence = message.last
-        self._attempt = secrets.randbits(63)
-        self._part_count = self._blocks = 0
-
-    async def close(self) -> None:
-        """Give up what is still in flight."""
-        await self._in_flight.close()
-
-
-async def _release(client: WireClient, opened: Opened) -> None:
-    await client.ask(ReleaseVolume(opened.row.id, opened.epoch, opened.session), Done)
-
-
 async def _undo(client: WireClient, name: str, opened: Opened | None, cause: BaseException) -> None:
     try:
         async with asyncio.timeout(CLEAN_UP_TIMEOUT_S):
             if opened is not None:
-                await _release(client, opened)
+                await release(client, opened)
             await client.ask(DeleteVolume(name), Done)
     except (ForebayError, TimeoutError) as error:
         why = str(cause) or "interrupted"

@@ -108,7 +108,8 @@ def parse_header(first: bytes, place: str) -> Qcow2Header:
     if backing_offset or backing_size:
         raise ForebayError(
             f"{place}: names a backing file, which an import never follows; flatten it first: "
-            f"qemu-img convert -O raw {place} NEW"
+            f"qemu-img convert -O raw {place} NEW, or lay it alone over a volume with --onto after "
+            f"qemu-img rebase -u -b '' {place}"
         )
     if crypt:
         raise ForebayError(f"{place}: is encrypted; decrypt it first with qemu-img convert")

@@ -7,11 +7,12 @@ blocks of one aligned group of 16, so that later reads of neighbours need one fr
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from forebay_core.checksums import zero_blocks
 from forebay_core.errors import ForebayError
@@ -46,11 +47,15 @@ _FOREIGN: Final = (
 
 
 class Part(NamedTuple):
-    """Frames to send as one message. `done`: bytes of the image read when it was complete."""
+    """Frames to send as one message. `done`: bytes of the image read when it was complete.
+
+    `holes`: sorted extents that shall read as zeros; none where the volume is new.
+    """
 
     frames: list[bytes]
     blocks: int
     done: int
+    holes: Sequence[Extent] = ()
 
 
 class RawSource:
@@ -73,7 +78,7 @@ class RawSource:
             raise
         self.size = -(-self._file_size // BLOCK_SIZE) * BLOCK_SIZE
         self.padding_size = self.size - self._file_size
-        self.data_size = sum(end - start for start, end in self._runs())
+        self.data_size = sum(end - start for start, end in self.runs())
 
     def close(self) -> None:
         """Close the file."""
@@ -90,13 +95,13 @@ class RawSource:
         window = memoryview(bytearray(PART_SIZE))
         frames: list[bytes] = []
         blocks = done = 0
-        for start, end in self._runs():
+        for start, end in self.runs():
             at = start
             while at < end:
                 size = min(end - at, PART_SIZE - blocks * BLOCK_SIZE)
                 # Keep room for whole groups only: a group that is cut in two would cost later readers two frames.
                 piece = window[: max(size // GROUP_SIZE * GROUP_SIZE, min(size, GROUP_SIZE))]
-                self._fill(piece, at)
+                self.fill(piece, at)
                 blocks += build_frames(builder, at // BLOCK_SIZE, piece, frames)
                 at += piece.nbytes
                 done += piece.nbytes
@@ -105,9 +110,13 @@ class RawSource:
                     frames, blocks = [], 0
         if frames:
             yield Part(frames, blocks, done)
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Make sure that the file is as it was when it was opened; raises as `parts`."""
         check_unchanged(self.path, self.descriptor, self._status)
 
-    def _runs(self) -> Iterator[tuple[int, int]]:
+    def runs(self) -> Iterator[tuple[int, int]]:
         """Return start and end of what may hold data, widened to whole groups and the end of the last block."""
         at = 0
         while at < self.size:
@@ -129,7 +138,13 @@ class RawSource:
                 return at, self.size
             raise
 
-    def _fill(self, piece: memoryview, at: int) -> None:
+    def fill(self, piece: memoryview, at: int) -> None:
+        """Read the bytes of the image from offset `at` on; behind its end there are zeros.
+
+        Raises:
+            ForebayError: the file is shorter than it was.
+            OSError: it can't be read.
+        """
         filled = 0
         while filled < piece.nbytes:
             count = os.preadv(self.descriptor, [piece[filled:]], at + filled)
@@ -146,7 +161,13 @@ class RawSource:
 
 def build_frames(builder: FrameBuilder, first_lba: int, window: memoryview, frames: list[bytes]) -> int:
     """Append frames of the window's blocks that are not zero, and return how many blocks they hold."""
-    data = np.flatnonzero(~zero_blocks(window))
+    return build_chosen_frames(builder, first_lba, window, np.flatnonzero(~zero_blocks(window)), frames)
+
+
+def build_chosen_frames(
+    builder: FrameBuilder, first_lba: int, window: memoryview, data: npt.NDArray[np.int64], frames: list[bytes]
+) -> int:
+    """Append frames of the blocks of a window with the given sorted indices, and return how many that are."""
     groups = (data + first_lba) // FRAME_BLOCKS_MAX
     bounds = np.flatnonzero(np.diff(groups)) + 1
     for chosen in np.split(data, bounds) if data.size else ():
