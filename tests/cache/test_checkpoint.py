@@ -19,6 +19,7 @@ from forebay_cache.format.checkpoint import (
     ZONE_DTYPE,
     CheckpointHeader,
     CheckpointLayout,
+    OriginPages,
     VolumeState,
     area_size,
     choose_checkpoints,
@@ -178,10 +179,10 @@ def test_golden_bytes() -> None:
     )
     assert BLOCK_1[120:] == bytes(BLOCK_SIZE - 120)
     table = encode_volumes(VOLUMES)
-    assert len(table) == 3 * 384 + 4 * 24 + 3 * CUT_END.size
-    assert table[352:384].hex() == "85030000000000002003000000000000" + bytes(16).hex()
-    assert table[752:768].hex() == "02000000010000000100000000000000"
-    assert table[1152:1176].hex() == "000000000000000005000000000000000700000000000000"
+    assert len(table) == 3 * 392 + 4 * 24 + 3 * CUT_END.size
+    assert table[352:392].hex() == "85030000000000002003000000000000" + bytes(24).hex()
+    assert table[760:776].hex() == "02000000010000000100000000000000"
+    assert table[1176:1200].hex() == "000000000000000005000000000000000700000000000000"
     rows = np.zeros(1, ZONE_DTYPE)
     rows[0] = (7, 9, 2, (0, 0, 0))
     assert encode_zones(rows)[:17].hex() == "07000000000000000900000002000000" + "00"
@@ -279,7 +280,7 @@ def test_without_any_valid_checkpoint_the_first_error_is_raised() -> None:
         sealed(BLOCK_1[:88] + bytes(8) + BLOCK_1[96:]),
         sealed(BLOCK_1[:96] + b"\1" + BLOCK_1[97:]),
         sealed(BLOCK_1[:104] + b"\1\4" + BLOCK_1[106:]),
-        sealed(BLOCK_1[:108] + b"\1" + BLOCK_1[109:]),
+        sealed(BLOCK_1[:111] + b"\4" + BLOCK_1[112:]),
     ],
 )
 def test_a_sealed_header_that_contradicts_itself_is_refused(block: bytes) -> None:
@@ -315,6 +316,32 @@ def test_volumes_that_contradict_each_other_are_refused(volumes: list[VolumeStat
     layout = layout_of(volumes)
     with pytest.raises(CorruptionError):
         decode_volumes(encode_volumes(volumes), layout, place="area A")
+
+
+def with_origins() -> tuple[list[VolumeState], bytes, CheckpointLayout]:
+    pages = [OriginPages(b"\2\1\0\1", [bytearray(b"a" * 4096), bytearray(b"b" * 4096)], 99), OriginPages(b"\2", [], 7)]
+    volumes = [VOLUMES[0]._replace(origins=pages[0]), VOLUMES[1], VOLUMES[2]._replace(origins=pages[1])]
+    table = encode_volumes(volumes) + b"\2\1\0\1" + b"a" * 4096 + b"b" * 4096 + b"\2"
+    return volumes, table, layout_of(volumes)._replace(origin_size=sum(one.size for one in pages))
+
+
+def test_origin_maps_follow_the_rows_in_their_order() -> None:
+    volumes, table, layout = with_origins()
+    assert layout.volume_size == len(table)
+    found = decode_volumes(table, layout, place="area A")
+    assert [one.origins for one in found] == [one.origins for one in volumes]
+
+
+@pytest.mark.parametrize("fault", ["state", "mixed", "short", "long"])
+def test_origin_maps_that_contradict_their_counts_are_refused(fault: str) -> None:
+    _, table, layout = with_origins()
+    damaged = bytearray(table)
+    start = layout.volume_size - layout.origin_size
+    if fault in ("state", "mixed"):
+        damaged[start + 2] = 3 if fault == "state" else 1
+    size = layout.origin_size + {"short": -1, "long": 1}.get(fault, 0)
+    with pytest.raises(CorruptionError):
+        decode_volumes(bytes(damaged) + b"\0", layout._replace(origin_size=size), place="area A")
 
 
 def test_hole_counts_that_do_not_add_up_are_refused() -> None:

@@ -62,6 +62,28 @@ def test_a_partial_write_keeps_the_origins_bytes_around_it() -> None:
     assert rig.content_of(rig.volume) == before
 
 
+def test_what_is_cached_of_an_origin_is_a_hit_while_the_store_is_away_even_after_a_kill() -> None:
+    rig = CloneRig(6, clones=CLONES[:1])
+    rig.learn()
+    content = rig.content_of(rig.volume)
+    rig.write(3 * BLOCK_SIZE, b"x" * BLOCK_SIZE)
+    expected = content[: 3 * BLOCK_SIZE] + b"x" * BLOCK_SIZE + content[4 * BLOCK_SIZE : 1200 * BLOCK_SIZE]
+    assert rig.drain()
+    for power in (False, True):
+        durable: list[bool] = []
+        rig.engine.log.barrier(durable.append)
+        rig.run_until(lambda: bool(durable))  # noqa: B023
+        source, find = rig.engine.by_id(BASE), rig.engine.map.find
+        cached = [lba for lba in range(1200) if find(source.key << 40 | lba) >= 0]
+        assert len(cached) > 600
+        rig.family.away = True
+        rig.restart(power=power)
+        for lba in (3, *cached):
+            assert rig.read(lba * BLOCK_SIZE, BLOCK_SIZE) == expected[lba * BLOCK_SIZE : (lba + 1) * BLOCK_SIZE]
+        rig.family.away = False
+        rig.family.queue.clear()
+
+
 def test_a_flattened_clone_goes_on_when_its_origin_is_gone() -> None:
     rig = CloneRig(7, clones=CLONES[:1])
     rig.learn()

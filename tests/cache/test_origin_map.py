@@ -38,7 +38,7 @@ def test_a_map_holds_exactly_the_blocks_that_were_added_and_not_removed(seed: in
                 model[lbas[lbas < COUNT].astype(np.int64)] = False
             case 3:
                 other = OriginMap(COUNT)
-                other.load(known.freeze())
+                other.load(known.freeze(1 << 20))
                 known = rng.choice([known, other])
         looked = random_extent(rng)
         expected = [e for e in from_blocks(np.flatnonzero(model).astype(np.uint64)) if e.intersect(looked)]
@@ -50,13 +50,30 @@ def test_a_frozen_image_stays_as_it_was() -> None:
     known = OriginMap(COUNT)
     known.add(Extent(0, COUNT))
     known.remove(Extent(5, 1))
-    image = known.freeze()
+    image = known.freeze(1 << 20)
     known.remove(Extent(6, 1))
     known.remove_many(np.arange(100, 200, dtype=np.uint64))
     known.add(Extent(5, 1))
     copy = OriginMap(COUNT)
     copy.load(image)
     assert copy.overlapping(Extent(0, COUNT)) == [Extent(0, 5), Extent(6, COUNT - 6)]
+
+
+def test_an_image_that_has_no_room_leaves_out_what_it_can_not_hold() -> None:
+    known = OriginMap(COUNT)
+    known.add(Extent(0, COUNT))
+    known.asked_to = COUNT
+    known.remove(Extent(5, 1))
+    known.remove(Extent(PAGE_BLOCKS + 5, 1))
+    copy = OriginMap(COUNT)
+    copy.load(known.freeze(4 + 4096))
+    assert copy.overlapping(Extent(0, COUNT)) == [
+        Extent(0, 5),
+        Extent(6, PAGE_BLOCKS - 6),
+        Extent(2 * PAGE_BLOCKS, COUNT - 2 * PAGE_BLOCKS),
+    ]
+    assert copy.asked_to == 0
+    assert known.freeze(3) is None
 
 
 def test_nothing_behind_the_end_of_the_origin_is_the_origins() -> None:

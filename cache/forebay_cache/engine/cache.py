@@ -467,6 +467,7 @@ class CacheEngine:
         volume.snapshot = bool(note.flags & SNAPSHOT)
         volume.held = not note.flags & (CLOSED | SNAPSHOT)
         volume.origin = VolumeId(b"" if note.origin == NO_ORIGIN else note.origin)
+        volume.origins = found.origins
         volume.version = volume.applied = Version(max(found.version, found.acknowledged))
         volume.acknowledged = volume.noted = Version(found.acknowledged)
         volume.acknowledgement_logged(0, version=volume.noted, upstream_position=0)

@@ -16,7 +16,9 @@ Invariants:
 Crash: a checkpoint without its header never was.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -65,7 +67,12 @@ class _Pass:
         self.area = area
         self.sequence = sequence
         self.point = point
-        self.volume_table = checkpoint.encode_volumes(volumes)
+        maps = [volume.origins for volume in volumes if volume.origins is not None]
+        parts: list[Buffer] = [checkpoint.encode_volumes(volumes)]
+        for pages in maps:
+            parts += [pages.states, *pages.bits]
+        self.volume_table = _Joined(parts)
+        self.origin_size = sum(pages.size for pages in maps)
         self.volume_count = len(volumes)
         self.hole_count = sum(volume.holes.size for volume in volumes)
         self.place_count = place_count
@@ -76,6 +83,24 @@ class _Pass:
         self.acknowledged = acknowledged
         self.chunk_places = chunk_places
         self.settled: list[Settled] = []
+
+
+class _Joined:
+    """Buffers as if they were one behind the other, without a copy of all."""
+
+    def __init__(self, buffers: list[Buffer]) -> None:
+        self._buffers = buffers
+        self._starts = [0, *accumulate(len(buffer) for buffer in buffers)]
+
+    def part(self, first: int, count: int) -> bytes:
+        """Return `count` bytes from `first` on."""
+        index = bisect_right(self._starts, first) - 1
+        parts = []
+        while count > 0:
+            at = first - self._starts[index]
+            parts.append(memoryview(self._buffers[index])[at : at + count])
+            first, count, index = first + parts[-1].nbytes, count - parts[-1].nbytes, index + 1
+        return b"".join(parts)
 
 
 class Checkpoints:
@@ -146,7 +171,7 @@ class Checkpoints:
         if not engine.count_holes():
             return  # it is begun at a later tick, when some are upstream; no change that adds one is let in till then
         newest = self._kept[0]
-        volumes = [_state_of(volume) for volume in engine.volumes.values()]
+        volumes = self._volume_states()
         used = np.flatnonzero(engine.map.live_array)
         place_count = (int(used[-1]) + 1) * engine.zones.zone_blocks if used.size else 0
         area = 1 - newest.area
@@ -171,7 +196,25 @@ class Checkpoints:
 
     def _layout(self, one: _Pass) -> CheckpointLayout:
         zone_count = self._engine.zones.zone_count
-        return CheckpointLayout(one.place_count, zone_count, one.volume_count, one.hole_count, one.chunk_places)
+        return CheckpointLayout(
+            one.place_count,
+            zone_count,
+            one.volume_count,
+            one.hole_count,
+            one.chunk_places,
+            origin_size=one.origin_size,
+        )
+
+    def _volume_states(self) -> list[VolumeState]:
+        """Return the rows of all volumes, with as much of the origin maps as there is room for."""
+        engine = self._engine
+        room = checkpoint.origin_size_max(engine.superblock.geometry.place_count)
+        states = []
+        for volume in engine.volumes.values():
+            pages = None if volume.origins is None else volume.origins.freeze(room)
+            room -= 0 if pages is None else pages.size
+            states.append(_state_of(volume)._replace(origins=pages))
+        return states
 
     def _write_next(self, one: _Pass) -> None:
         if len(one.sums) < len(one.chunks):
@@ -194,7 +237,7 @@ class Checkpoints:
         engine = self._engine
         layout = self._layout(one)
         if chunk in layout.volume_chunks:
-            return one.volume_table[chunk.first : chunk.first + chunk.count].ljust(chunk.padded_size, b"\0")
+            return one.volume_table.part(chunk.first, chunk.count).ljust(chunk.padded_size, b"\0")
         part = slice(chunk.first, chunk.first + chunk.count)
         if chunk in layout.zone_chunks:
             zones = engine.zones
@@ -256,6 +299,7 @@ class Checkpoints:
             table_xxh3=table_xxh3,
             limit_average=one.limit.average,
             limit_peak=one.limit.peak,
+            origin_size=one.origin_size,
         )
         block = checkpoint.encode_checkpoint_header(header)
         self._write(one, 0, [block], lambda: self._sync(lambda: self._complete(one)))

@@ -128,6 +128,9 @@ CHECKPOINT_RECORDS_MAX: Final = 32768
 VOLUMES_MAX: Final = 1000
 """Volumes that one device knows, attached or cached; the one that was closed longest ago is forgotten for a new one."""
 
+ORIGINS_LOGGED_MAX: Final = 1024
+"""Extents of one answer about a clone's map that are logged at once; longer ones are only in the next checkpoint."""
+
 TEMPORARY_SHARE: Final = 16
 """Attached snapshots that no clone needs keep together at most one block in so many of the cache."""
 

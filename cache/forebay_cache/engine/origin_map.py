@@ -11,16 +11,19 @@ Crash: a checkpoint holds the pages; replay takes the bits of whatever was writt
 """
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from itertools import pairwise
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.format.checkpoint import ORIGIN_PAGE_SIZE, OriginPages
 from forebay_core.extents import Extent
 
 PAGE_BITS: Final = 15
 PAGE_BLOCKS: Final = 1 << PAGE_BITS
 PAGE_SIZE: Final = PAGE_BLOCKS // 8
+assert PAGE_SIZE == ORIGIN_PAGE_SIZE
 NONE: Final = 0
 MIXED: Final = 1
 ALL: Final = 2
@@ -28,13 +31,6 @@ _FEW: Final = 16
 
 U64Array = npt.NDArray[np.uint64]
 U8Array = npt.NDArray[np.uint8]
-
-
-class OriginPages(NamedTuple):
-    """An image of a map: the state of each page, and the bits of those that are mixed, in order."""
-
-    states: bytes
-    bits: list[bytearray]
 
 
 class OriginMap:
@@ -63,17 +59,19 @@ class OriginMap:
         end = min(extent.end, self.block_count)
         if extent.count == 1:
             return [extent] if self.has(extent.start) else []
+        if extent.start >= end:
+            return []
         runs: list[Extent] = []
-        at = extent.start
-        while at < end:
-            page = at >> PAGE_BITS
-            stop = min(end, (page + 1) << PAGE_BITS)
-            for run in self._runs_of(page, at, stop):
+        page = extent.start >> PAGE_BITS
+        states = self._states[page : (end - 1 >> PAGE_BITS) + 1]
+        edges = np.flatnonzero((states[1:] != states[:-1]) | (states[1:] == MIXED)) + 1 + page
+        for first, last in pairwise([page, *edges.tolist(), page + states.size]):
+            start, stop = max(extent.start, first << PAGE_BITS), min(end, last << PAGE_BITS)
+            for run in self._runs_of(first, start, stop):
                 if runs and runs[-1].end == run.start:
                     runs[-1] = Extent(runs[-1].start, runs[-1].count + run.count)
                 else:
                     runs.append(run)
-            at = stop
         return runs
 
     def add(self, extent: Extent) -> None:
@@ -103,13 +101,26 @@ class OriginMap:
             view = np.frombuffer(self._page_to_change(page), np.uint8)
             np.bitwise_and.at(view, (at >> np.uint64(3)).astype(np.int64), ~_bit_of(at))
 
-    def freeze(self) -> OriginPages:
-        """Return an image that later changes leave alone; costs the number of pages, not of blocks."""
-        self._frozen = set(self._bits)
-        return OriginPages(self._states.tobytes(), [self._bits[page] for page in sorted(self._bits)])
+    def freeze(self, size_max: int) -> OriginPages | None:
+        """Return an image that later changes leave alone, of at most `size_max` bytes; what does not fit is left out.
+
+        Costs the number of pages, not of blocks.
+        """
+        states = self._states.copy()
+        kept_max = (size_max - states.size) // PAGE_SIZE
+        if states.size == 0 or kept_max < 0:
+            return None
+        pages = sorted(self._bits)
+        states[pages[kept_max:]] = NONE
+        self._frozen = set(pages[:kept_max])
+        asked_to = self.asked_to if len(pages) <= kept_max else 0
+        return OriginPages(states.tobytes(), [self._bits[page] for page in pages[:kept_max]], asked_to)
 
     def load(self, pages: OriginPages) -> None:
-        """Take over an image of this map."""
+        """Take over an image of this map, if it is one of an origin of this size."""
+        if len(pages.states) != self._states.size:
+            return
+        self.asked_to = min(pages.asked_to, self.block_count)
         self._states = np.frombuffer(pages.states, np.uint8).copy()
         mixed = np.flatnonzero(self._states == MIXED).tolist()
         self._bits = dict(zip(mixed, (bytearray(bits) for bits in pages.bits), strict=True))
@@ -118,6 +129,7 @@ class OriginMap:
     # --- pages ------------------------------------------------------------------------------------------------
 
     def _runs_of(self, page: int, start: int, end: int) -> Iterator[Extent]:
+        """Yield the runs in blocks of a page, or of several that are not mixed and of one state."""
         state = self._states[page]
         if state == ALL:
             yield Extent(start, end - start)

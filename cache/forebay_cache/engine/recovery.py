@@ -27,6 +27,7 @@ from forebay_cache.engine.device_reads import ReadDevice, read_around
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.log import LogPoint
 from forebay_cache.engine.log_end import LogEnd
+from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.unloaded import Unloaded
 from forebay_cache.engine.zones import ZoneState, ZoneTable
 from forebay_cache.format import checkpoint, record
@@ -50,6 +51,7 @@ class RecoveredVolume(NamedTuple):
     version: int
     acknowledged: int
     holes: HoleMap
+    origins: OriginMap | None = None
 
 
 class Recovered(NamedTuple):
@@ -336,8 +338,12 @@ class _Replay:
             volume = self.volumes.get(volume_key)
             if volume is None:
                 continue  # forgotten since
+            if volume.origins is not None:
+                _change_origins(volume.origins, kind, start, version, value)
             if index < header.block_count:
                 self._place(volume, kind, start, version, value, first_place + index)
+            elif kind == record.ORIGIN:
+                continue
             elif kind == record.ACKNOWLEDGED:
                 self._set(volume._replace(acknowledged=max(volume.acknowledged, version)))
             else:
@@ -357,9 +363,17 @@ class _Replay:
         known = self.volumes.get(note.volume_key)
         if known is None:
             self._forget_older(note.volume_id)
-            self._set(RecoveredVolume(note, 0, 0, HoleMap()))
+            self._set(RecoveredVolume(note, 0, 0, HoleMap(), self.origin_map(note)))
         else:
-            self._set(known._replace(note=note))
+            same = known.note.origin == note.origin
+            self._set(known._replace(note=note, origins=known.origins if same else self.origin_map(note)))
+
+    def origin_map(self, note: VolumeNote) -> OriginMap | None:
+        """Return an empty map for a clone whose origin is known."""
+        for other in self.volumes.values():
+            if other.note.volume_id == note.origin:
+                return OriginMap(other.note.size // BLOCK_SIZE)
+        return None
 
     def _forget_older(self, volume_id: bytes) -> None:
         """A volume that comes under a new key had been forgotten under its older one, which nothing logs."""
@@ -427,6 +441,19 @@ class _Replay:
             self.zones.first_positions[end.zone] = end.position
 
 
+def _change_origins(origins: OriginMap, kind: int, start: int, version: int, value: int) -> None:
+    """Let an entry of a clone change what is known of its origin."""
+    if kind == record.WRITE:
+        origins.remove(Extent(start, 1))
+    elif kind in (record.TRIM, record.ZERO):
+        origins.remove(Extent(start, value))
+    elif kind == record.DROP:
+        origins.forget(Extent(start, value))
+    elif kind == record.ORIGIN:
+        origins.add(Extent(start, value))
+        origins.asked_to = max(origins.asked_to, min(version, origins.block_count))
+
+
 def device_tag(superblock: Superblock) -> int:
     """Return the part of the device's id that every record carries."""
     return int.from_bytes(superblock.device[:8], "little")
@@ -455,6 +482,7 @@ def _load(
         checkpoint.verify_chunk(block, next(left), place=f"{place} + {chunk.offset}")
         return block
 
+    maps: list[tuple[VolumeNote, checkpoint.OriginPages]] = []
     table = b"".join(bytes(memoryview(chunk_of(chunk))[: chunk.size]) for chunk in layout.volume_chunks)
     for state in checkpoint.decode_volumes(table, layout, place=place):
         holes = HoleMap()
@@ -462,6 +490,13 @@ def _load(
             holes.add(Extent(start, count), version)
         volume = RecoveredVolume(state.note, state.version, state.acknowledged, holes)
         replay.volumes[state.note.volume_key] = volume
+        if state.origins is not None:
+            maps.append((state.note, state.origins))
+    for note, pages in maps:  # now that the rows of all origins are known
+        origins = replay.origin_map(note)
+        if origins is not None:
+            origins.load(pages)
+        replay.volumes[note.volume_key] = replay.volumes[note.volume_key]._replace(origins=origins)
     for chunk in layout.zone_chunks:
         rows = checkpoint.decode_zones(chunk_of(chunk), chunk.count)
         for zone, row in enumerate(rows.tolist(), chunk.first):

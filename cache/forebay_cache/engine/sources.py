@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.engine.limits import TEMPORARY_BLOCKS_MIN, TEMPORARY_SHARE
+from forebay_cache.engine.limits import ORIGINS_LOGGED_MAX, TEMPORARY_BLOCKS_MIN, TEMPORARY_SHARE
 from forebay_cache.engine.log import Settled
 from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
 from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format import record
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, LBA_BITS, StoreId, Version, VolumeId
@@ -90,7 +91,7 @@ class Sources:
     def connect(self, volume: CacheVolume, origin: VolumeId, source: CacheVolume | None) -> None:
         """Let a volume read through to a source from now on, or to none."""
         volume.origin = origin
-        if volume.source is not source or (source is None) != (volume.origins is None):
+        if volume.source is not source:
             volume.source = source
             volume.origins = None if source is None else OriginMap(source.block_count)
 
@@ -142,8 +143,11 @@ class Sources:
         """All rows are known again: connect them; what was cached of temporary snapshots goes."""
         engine = self._engine
         for volume in engine.volumes.values():
-            source = engine.by_id(volume.origin) if volume.origin else None
-            self.connect(volume, volume.origin, source)
+            volume.source = engine.by_id(volume.origin) if volume.origin else None
+            if volume.source is None:
+                volume.origins = None
+            elif volume.origins is None or volume.origins.block_count != volume.source.block_count:
+                volume.origins = OriginMap(volume.source.block_count)
         self.settled()
         for volume in engine.volumes.values():
             if volume.temporary and volume.attached:
@@ -242,6 +246,15 @@ class Sources:
         for extent in self._engine.writes.changing(volume.key, learned):
             origins.remove(extent)
         origins.asked_to = max(origins.asked_to, learned.end)
+        if len(answer) <= ORIGINS_LOGGED_MAX:
+            self._log_learned(volume, origins, [piece.extent for piece in answer if piece.origin])
+
+    def _log_learned(self, volume: CacheVolume, origins: OriginMap, extents: Sequence[Extent]) -> None:
+        """Log what was learned, so that a kill does not take it. If that is much, the next checkpoint has to do."""
+        runs = [run for extent in extents for run in origins.overlapping(extent)]
+        for run in runs[:ORIGINS_LOGGED_MAX]:
+            self._engine.log.add_event(record.ORIGIN, volume.key, run.start, origins.asked_to, run.count)
+        self._engine.log.kick()
 
     # --- inside -----------------------------------------------------------------------------------------------
 

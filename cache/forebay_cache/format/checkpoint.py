@@ -15,9 +15,10 @@ block that was newer than `acknowledged` of its volume's row, else 0. So a start
 behind the checkpoint, and knows all that is not upstream; the rest, all clean, may be read later.
 
 A chunk holds at most CHUNK_SIZE bytes (places: PLACE_CHUNK_SIZE), the last of each kind less:
-    volume chunks  the volume table cut into pieces: all rows, then all holes, then all CutEnds, those of the first
-                   volume first. The holes of a volume: those of now, then those of each closed cut that has a CutEnd,
-                   in their order; a closed cut's are those of its versions, so they tell whose they are.
+    volume chunks  the volume table cut into pieces: all rows, then all holes, then all CutEnds, then the origin maps
+                   of clones, those of the first volume first. The holes of a volume: those of now, then those of each
+                   closed cut that has a CutEnd, in their order; a closed cut's are those of its versions, so they tell
+                   whose they are.
     zone chunks    zone rows, 16 bytes each
     place chunks   of n places (`chunk_places`, or the rest): n keys u64, n versions u64, n checksums u64, n counts u8.
                    Key 0: empty. Count 0: a pinned version, else it is at least 1. A place's four values belong
@@ -47,10 +48,10 @@ Header, 120 bytes, little-endian, then zeros up to 4096:
         88     8  u64   limit_average       bytes per second that destaging all volumes may take, as in VolumeNote
         96     8  u64   limit_peak          the same for its peak
        104     4  u32   end_count           CutEnds of all volumes
-       108     4  4x    reserved            0
+       108     4  u32   origin_size         bytes of all origin maps
        112     8  u64   header_xxh3         over these 4096 bytes with this field as 0
 
-Volume row, 384 bytes, little-endian:
+Volume row, 392 bytes, little-endian:
 
     offset  size  type  field              meaning
     ------  ----  ----  -----------------  ------------------------------------------------
@@ -60,7 +61,11 @@ Volume row, 384 bytes, little-endian:
        368     4  u32   hole_count         holes of this volume, without those of closed cuts
        372     4  u32   closed_hole_count  holes of its closed cuts
        376     4  u32   end_count          its snapshots and resizes that are not upstream, in their order
-       380     4  4x    reserved           0
+       380     4  u32   origin_pages       pages of its origin map; 0: it has none
+       384     8  u64   origin_asked       block up to which the store was asked for that map
+
+Origin map: a state for each page of 32768 blocks, u8: 0 no block is known to read as the origin does, 1 some, 2 all.
+Then for each page with state 1 a bit for each block, the first in the lowest bit of the first byte: 4096 bytes.
 
 Hole, 24 bytes, little-endian: start u64, count u64, version u64 since which the extent reads as zeros.
 
@@ -84,15 +89,15 @@ from forebay_core.units import BLOCK_SIZE, ID_SIZE, LBA_MAX, Buffer
 
 CHECKPOINT_MAGIC: Final = 0x504B4346
 CHECKPOINT_FORMAT_VERSION: Final = 4
-HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQQI4xQ")
-VOLUME_ROW: Final = struct.Struct(f"<{VOLUME_NOTE.size}sQQIII4x")
+HEADER: Final = struct.Struct("<IH2x16sQQQIIIIIIIIQQQIIQ")
+VOLUME_ROW: Final = struct.Struct(f"<{VOLUME_NOTE.size}sQQIIIIQ")
 HOLE_DTYPE: Final = np.dtype([("start", "<u8"), ("count", "<u8"), ("version", "<u8")])
 NO_HOLES: Final = np.zeros(0, HOLE_DTYPE)
 ZONE_DTYPE: Final = np.dtype(
     [("first_position", "<u8"), ("incarnation", "<u4"), ("state", "u1"), ("reserved", "u1", 3)]
 )
 assert HEADER.size == 120
-assert VOLUME_ROW.size == 384
+assert VOLUME_ROW.size == 392
 assert HOLE_DTYPE.itemsize == 24
 assert ZONE_DTYPE.itemsize == 16
 
@@ -107,6 +112,10 @@ VOLUME_COUNT_MAX: Final = 1024
 HOLES_MIN: Final = 65536
 END_COUNT_MAX: Final = 256
 PLACES_PER_HOLE: Final = 16
+ORIGIN_PAGE_SIZE: Final = 4096
+ORIGIN_SIZE_MIN: Final = 1 << 14
+ORIGIN_SIZE_MAX: Final = 1 << 26
+ORIGIN_BYTES_PER_PLACE: Final = 16
 assert CHUNK_SIZE % BLOCK_SIZE == PLACE_CHUNK_SIZE % BLOCK_SIZE == 0
 assert CHUNK_PLACES * 8 % BLOCK_SIZE == 0  # the keys of a whole chunk can be read alone
 assert CHUNK_SIZE % ZONE_DTYPE.itemsize == 0
@@ -138,6 +147,7 @@ class CheckpointHeader(NamedTuple):
     limit_average: int = 0
     limit_peak: int = 0
     end_count: int = 0
+    origin_size: int = 0
     header_xxh3: int = 0
 
     @property
@@ -150,6 +160,7 @@ class CheckpointHeader(NamedTuple):
             hole_count=self.hole_count,
             chunk_places=self.chunk_places,
             end_count=self.end_count,
+            origin_size=self.origin_size,
         )
 
 
@@ -179,12 +190,13 @@ class CheckpointLayout(NamedTuple):
     hole_count: int
     chunk_places: int = CHUNK_PLACES
     end_count: int = 0
+    origin_size: int = 0
 
     @property
     def volume_size(self) -> int:
         """Bytes of the volume table."""
         holes_size = self.hole_count * HOLE_DTYPE.itemsize
-        return self.volume_count * VOLUME_ROW.size + holes_size + self.end_count * CUT_END.size
+        return self.volume_count * VOLUME_ROW.size + holes_size + self.end_count * CUT_END.size + self.origin_size
 
     @property
     def volume_chunks(self) -> list[Chunk]:
@@ -240,6 +252,19 @@ class CheckpointLayout(NamedTuple):
         return self._zones_offset + _padded(self.zone_count * ZONE_DTYPE.itemsize)
 
 
+class OriginPages(NamedTuple):
+    """A clone's origin map: the state of each page, and the bits of the pages with state 1, in order."""
+
+    states: bytes
+    bits: list[bytearray]
+    asked_to: int
+
+    @property
+    def size(self) -> int:
+        """Bytes in a checkpoint."""
+        return len(self.states) + len(self.bits) * ORIGIN_PAGE_SIZE
+
+
 class VolumeState(NamedTuple):
     """One volume of a checkpoint. `holes`, and those of its closed cuts, are arrays of HOLE_DTYPE."""
 
@@ -249,6 +274,7 @@ class VolumeState(NamedTuple):
     holes: RowArray
     closed_holes: RowArray = NO_HOLES
     ends: tuple[CutEnd, ...] = ()
+    origins: OriginPages | None = None
 
 
 def hole_count_max(place_count: int) -> int:
@@ -256,10 +282,20 @@ def hole_count_max(place_count: int) -> int:
     return max(HOLES_MIN, place_count // PLACES_PER_HOLE)
 
 
+def origin_size_max(place_count: int) -> int:
+    """Return how many bytes of origin maps the area of a device has room for."""
+    return min(ORIGIN_SIZE_MAX, max(ORIGIN_SIZE_MIN, place_count * ORIGIN_BYTES_PER_PLACE))
+
+
 def area_size(place_count: int, zone_count: int) -> int:
     """Return the bytes of an area that takes every checkpoint of a device."""
     return CheckpointLayout(
-        place_count, zone_count, VOLUME_COUNT_MAX, hole_count_max(place_count), end_count=END_COUNT_MAX
+        place_count,
+        zone_count,
+        VOLUME_COUNT_MAX,
+        hole_count_max(place_count),
+        end_count=END_COUNT_MAX,
+        origin_size=origin_size_max(place_count),
     ).size
 
 
@@ -267,7 +303,7 @@ def area_size(place_count: int, zone_count: int) -> int:
 
 
 def encode_volumes(volumes: Sequence[VolumeState]) -> bytes:
-    """Return the volume table: all rows, then all holes, then all ends of cuts."""
+    """Return the volume table without the origin maps that follow: all rows, then all holes, then all ends of cuts."""
     assert len(volumes) <= VOLUME_COUNT_MAX
     rows = [
         VOLUME_ROW.pack(
@@ -277,6 +313,8 @@ def encode_volumes(volumes: Sequence[VolumeState]) -> bytes:
             volume.holes.size,
             volume.closed_holes.size,
             len(volume.ends),
+            0 if volume.origins is None else len(volume.origins.states),
+            0 if volume.origins is None else volume.origins.asked_to,
         )
         for volume in volumes
     ]
@@ -293,11 +331,12 @@ def decode_volumes(table: Buffer, layout: CheckpointLayout, *, place: str) -> li
     rows_size = layout.volume_count * VOLUME_ROW.size
     holes = np.frombuffer(table, HOLE_DTYPE, layout.hole_count, rows_size)
     _check_holes(holes, place)
-    ends = memoryview(table)[rows_size + holes.nbytes : layout.volume_size]
+    origin_at = layout.volume_size - layout.origin_size
+    ends = memoryview(table)[rows_size + holes.nbytes : origin_at]
     volumes: list[VolumeState] = []
     at = end_at = 0
     for packed, version, acknowledged, *counts in VOLUME_ROW.iter_unpack(memoryview(table)[:rows_size]):
-        hole_count, closed_count, end_count = counts
+        hole_count, closed_count, end_count, page_count, asked_to = counts
         note = decode_volume_note(packed, place=place)
         part = ends[end_at * CUT_END.size : (end_at + end_count) * CUT_END.size]
         own = tuple(
@@ -305,19 +344,37 @@ def decode_volumes(table: Buffer, layout: CheckpointLayout, *, place: str) -> li
         )
         closed_at, at = at + hole_count, at + hole_count + closed_count
         state = VolumeState(note, version, acknowledged, holes[closed_at - hole_count : closed_at], holes[closed_at:at])
-        volumes.append(state._replace(ends=own))
+        origins = _origin_pages(memoryview(table)[origin_at : layout.volume_size], page_count, asked_to, place)
+        volumes.append(state._replace(ends=own, origins=origins))
         end_at += end_count
+        origin_at += 0 if origins is None else origins.size
     keys = [volume.note.volume_key for volume in volumes]
-    if (at, end_at) != (layout.hole_count, layout.end_count) or len(set(keys)) != len(keys):
+    found = (at, end_at, origin_at)
+    if found != (layout.hole_count, layout.end_count, layout.volume_size) or len(set(keys)) != len(keys):
         raise CorruptionError(
             place=place,
             what="checkpoint volumes",
-            expected=f"{layout.hole_count} holes, {layout.end_count} ends of cuts, distinct keys",
-            found=(at, end_at, keys),
+            expected=f"{layout.hole_count} holes, {layout.end_count} ends of cuts, {layout.volume_size} bytes, "
+            "distinct keys",
+            found=(*found, keys),
         )
     for volume in volumes:
         _check_ends(volume, place)
     return volumes
+
+
+def _origin_pages(rest: memoryview, page_count: int, asked_to: int, place: str) -> OriginPages | None:
+    """Return the origin map that `rest` begins with."""
+    if page_count == 0:
+        return None
+    states = bytes(rest[:page_count])
+    mixed = states.count(1)
+    if len(states) != page_count or max(states) > 2 or page_count + mixed * ORIGIN_PAGE_SIZE > rest.nbytes:
+        raise CorruptionError(
+            place=place, what="origin map", expected=f"{page_count} states and their pages", found=rest.nbytes
+        )
+    starts = range(page_count, page_count + mixed * ORIGIN_PAGE_SIZE, ORIGIN_PAGE_SIZE)
+    return OriginPages(states, [bytearray(rest[at : at + ORIGIN_PAGE_SIZE]) for at in starts], asked_to)
 
 
 def _check_ends(volume: VolumeState, place: str) -> None:
@@ -452,7 +509,7 @@ def decode_checkpoint_header(block: Buffer, *, device: bytes, size_max: int, pla
     if not is_limit(header.limit_average, header.limit_peak):
         found_limit = (header.limit_average, header.limit_peak)
         raise CorruptionError(place=place, what="checkpoint limit", expected="average <= peak", found=found_limit)
-    if any(copy[6:8]) or any(copy[108:112]) or any(copy[HEADER.size :]):
+    if any(copy[6:8]) or any(copy[HEADER.size :]):
         raise CorruptionError(place=place, what="checkpoint unused bytes", expected="zeros", found="others")
     return header
 

@@ -31,16 +31,18 @@ Entry, 32 bytes, little-endian:
 
     offset  size  type  field        meaning
     ------  ----  ----  -----------  -----------------------------------------------------------------------
-         0     8  u64   lba          WRITE, FILL, MOVE, PIN: block; TRIM, ZERO, DROP: first block; BLOB: 1 a
-                                     VolumeNote, 2 a CutEnd; else 0
-         8     8  u64   version      of the change; ACKNOWLEDGED: cuts are upstream through it; LIMIT: average
-        16     8  u64   checksum     of the data block; TRIM, ZERO, DROP: count of blocks; BLOB: size; LIMIT: peak;
-                                     else a value
+         0     8  u64   lba          WRITE, FILL, MOVE, PIN: block; TRIM, ZERO, DROP, ORIGIN: first block;
+                                     BLOB: 1 a VolumeNote, 2 a CutEnd; else 0
+         8     8  u64   version      of the change; ACKNOWLEDGED: cuts are upstream through it; LIMIT: average;
+                                     ORIGIN: block up to which the store was asked for the map
+        16     8  u64   checksum     of the data block; TRIM, ZERO, DROP, ORIGIN: count of blocks; BLOB: size;
+                                     LIMIT: peak; else a value
         24     4  u32   volume_key   1 to 2**24 - 1, see VolumeNote; LIMIT: 0
         28     1  u8    kind         1 WRITE, 2 FILL, 3 MOVE, 4 PIN (a MOVE of a version that is not the newest of its
                                      block), 5 TRIM, 6 ZERO, 7 ACKNOWLEDGED,
                                      8 DROP (older blocks are stale: the volume changed elsewhere),
-                                     9 LIMIT (of all volumes together, as the checkpoint's header has it), 10 BLOB
+                                     9 LIMIT (of all volumes together, as the checkpoint's header has it), 10 BLOB,
+                                     11 ORIGIN (the clone's blocks read as its origin does)
         29     1  u8    flags        0
         30     1  u8    sector_mask  0xff; reserved for partial blocks
         31     1  u8    reserved     0
@@ -107,6 +109,7 @@ ACKNOWLEDGED: Final = 7
 DROP: Final = 8
 LIMIT: Final = 9
 BLOB: Final = 10
+ORIGIN: Final = 11
 
 BLOB_VOLUME: Final = 1
 BLOB_CUT_END: Final = 2
@@ -306,7 +309,7 @@ def _check_entries_with_blocks(entries: EntryArray, place: str) -> None:
 
 def _is_state(header: RecordHeader, lba: int, value: int, kind: int) -> bool:
     """Tell whether an entry without data is as its table says."""
-    if kind in (TRIM, ZERO, DROP):
+    if kind in (TRIM, ZERO, DROP, ORIGIN):
         return value > 0 and lba + value <= LBA_MAX + 1
     if kind == BLOB:
         alone = header.kind == NOTE and header.entry_count == 1
