@@ -14,7 +14,9 @@ from forebay_wire.messages import BAD_REQUEST, AnyMessage, Failed
 from forebay_wire.peer import Peer
 from forebay_wire.server import WireServer
 
-Answer: TypeAlias = Callable[[AnyMessage], AnyMessage | None]
+Answer: TypeAlias = Callable[[AnyMessage], AnyMessage | tuple[AnyMessage, Sequence[Buffer]] | None]
+"""What a message is answered with, with a payload or without; None: it is refused."""
+
 START_TIMEOUT_S = 30
 
 
@@ -35,7 +37,7 @@ class FakePeer:
             raise RefusedError(BAD_REQUEST, f"{type(message).__name__} is not for this one")
         if isinstance(answer, Failed):
             raise RefusedError(answer.code, answer.text)
-        return answer, ()
+        return answer if isinstance(answer, tuple) else (answer, ())
 
 
 @contextmanager
