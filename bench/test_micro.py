@@ -303,4 +303,4 @@ def _part(index: int, lbas: Sequence[int]) -> LogRecord:
 
 
 def _apply(index: LmdbIndex, number: int, records: list[LogRecord]) -> None:
-    index.update(lambda writer: apply_segments(writer, [LogSegment(SegmentName(1, number), records)]))
+    index.update(lambda writer: apply_segments(writer, [LogSegment(SegmentName(1, number), records, 1 << 25)]))

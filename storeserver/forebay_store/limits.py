@@ -9,6 +9,15 @@ from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX, PAYLOAD_S
 SEGMENT_SIZE_MAX: Final = 32 * MIB
 """Bytes of one segment; the largest record fits with room for its headers."""
 
+INCARNATION_MAX: Final = (1 << 20) - 1
+"""Starts of a store; an entry of the index has 20 bits for it."""
+
+SEGMENT_NUMBER_MAX: Final = (1 << 32) - 1
+"""Segments of one start; an entry of the index has 32 bits for it."""
+
+VOLUME_NUMBER_MAX: Final = (1 << 24) - 2
+"""Volumes that a store may ever make: a key of the head has 24 bits for it."""
+
 SEGMENT_RECORDS_MAX: Final = 16384
 """Records in one segment: bounds what replay builds at a time."""
 
@@ -43,13 +52,28 @@ STAGED_PARTS_MAX: Final = 2 * PARTS_PER_CUT_MAX
 """Parts of all unfinished cuts of one volume."""
 
 ROWS_PER_PAGE_MAX: Final = 1024
-"""Volumes in one answer to ListVolumes."""
+"""Volumes in one answer to ListVolumes, snapshots in one to ListSnapshots."""
 
 SCAN_ENTRIES_MAX: Final = 65536
 """Entries of the head that one page of Changed or MapExtents looks at."""
 
 PURGE_ENTRIES_MAX: Final = 4096
-"""Entries of a deleted volume that one index transaction removes."""
+"""Entries of a deleted volume or snapshot that one record removes, or moves to an older snapshot."""
+
+DISPLACED_PER_ROW_MAX: Final = 240
+"""Entries of the history in one row of `displaced`: with it a row stays within a page of LMDB."""
+
+CLONE_NAMES_MAX: Final = 64
+"""Clones that the row of a snapshot names."""
+
+CLONE_DEPTH_MAX: Final = 32
+"""Snapshots through which a clone may read: each costs a read of the index where nothing above it has a block."""
+
+SNAPSHOTS_PER_VOLUME_MAX: Final = 65536
+"""Snapshots of one volume that are taken at the store. One that closes a cut is never refused."""
+
+FLATTEN_BLOCKS_MAX: Final = 512
+"""Blocks that one step of flattening copies: 2 MiB."""
 
 OPEN_FILES_MAX: Final = 128
 """Segments kept open for reading."""

@@ -86,18 +86,16 @@ def cut_applied_out_of_order() -> None:
 def cut_half_applied() -> None:
     apply_part = store_apply._apply_part
 
-    def half(writer, volume, part, version):
+    def half(change, part):
         kept = part.entries[: len(part.entries) // PART_ENTRY.size // 2 * PART_ENTRY.size]
-        return apply_part(writer, volume, part._replace(entries=kept), version)
+        apply_part(change, part._replace(entries=kept))
 
     store_apply._apply_part = half
 
 
 def holes_of_a_cut_forgotten() -> None:
     apply_part = store_apply._apply_part
-    store_apply._apply_part = lambda writer, volume, part, version: apply_part(
-        writer, volume, part._replace(holes=b""), version
-    )
+    store_apply._apply_part = lambda change, part: apply_part(change, part._replace(holes=b""))
 
 
 def checksum_not_checked() -> None:

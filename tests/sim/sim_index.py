@@ -36,10 +36,11 @@ class DictCursor:
 
 
 class DictView:
-    """One transaction over sorted dictionaries."""
+    """One transaction over sorted dictionaries; those that it writes to are copied first."""
 
     def __init__(self, tables: dict[Table, SortedDict]) -> None:
-        self.tables = tables
+        self.tables = dict(tables)
+        self._copied: set[Table] = set()
 
     def get(self, table: Table, key: bytes) -> bytes | None:
         found: bytes | None = self.tables[table].get(key)
@@ -60,13 +61,19 @@ class DictView:
 
     def put_many(self, table: Table, rows: Sequence[tuple[bytes, bytes]]) -> None:
         assert list(rows) == sorted(rows)
-        self.tables[table].update(rows)
+        self._own(table).update(rows)
 
     def put(self, table: Table, key: bytes, value: bytes) -> None:
-        self.tables[table][key] = value
+        self._own(table)[key] = value
 
     def delete(self, table: Table, key: bytes) -> None:
-        self.tables[table].pop(key, None)
+        self._own(table).pop(key, None)
+
+    def _own(self, table: Table) -> SortedDict:
+        if table not in self._copied:
+            self._copied.add(table)
+            self.tables[table] = SortedDict(self.tables[table])
+        return self.tables[table]
 
 
 class DictIndex:
@@ -83,15 +90,15 @@ class DictIndex:
     def update(self, change: Callable[[IndexWriter], Result]) -> Result:
         if self.full:
             raise NoSpaceError("the index is full")
-        copy = {table: SortedDict(rows) for table, rows in self.tables.items()}
-        result = change(DictView(copy))
-        self.tables = copy
+        view = DictView(self.tables)
+        result = change(view)
+        self.tables = view.tables
         return result
 
     def copy(self) -> "DictIndex":
         """Return the index as it is now, for a later crash to fall back to."""
         other = DictIndex()
-        other.tables = {table: SortedDict(rows) for table, rows in self.tables.items()}
+        other.tables = dict(self.tables)  # which are never changed, only replaced
         return other
 
     def rows(self) -> dict[Table, dict[bytes, bytes]]:

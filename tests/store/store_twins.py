@@ -13,18 +13,18 @@ from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError, Ref
 from forebay_core.extents import Extent, pack
 from forebay_core.units import Buffer
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
+from forebay_store.engine.background import Copied, CopyOrigin
 from forebay_store.engine.changes import Change, Incoming
 from forebay_store.engine.ports import BackendError, NothingKeptError, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import check_frames, plan_read
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
-from forebay_store.engine.store import Answer, ApplySegments, Command, PurgeVolume, StoreEngine, WriteSegment
-from forebay_store.engine.volumes import purge_head
+from forebay_store.engine.store import Answer, ApplySegments, Command, StoreEngine, WriteSegment
 from forebay_store.format.layout import build_segment
 from forebay_store.format.part import parse_part
 from forebay_store.format.records import StoreClaimed
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
-from forebay_store.limits import PURGE_ENTRIES_MAX
+from forebay_store.service.copying import copy_origin
 from forebay_wire import messages
 from forebay_wire.pieces import PlainPiece, plain_pieces
 
@@ -99,7 +99,7 @@ class StoreTwin:
         built = build_segment(SegmentHeader(STORE, newest, names[-1] if names else NO_SEGMENT), [(record, ())])
         self.backend.create(newest.text, built.buffers)
         log_record = LogRecord(record, built.placed[0].payload_offset, 0, b"")
-        self.index.update(lambda writer: apply_segments(writer, [LogSegment(newest, [log_record])]))
+        self.index.update(lambda writer: apply_segments(writer, [LogSegment(newest, [log_record], built.size)]))
         self.engine = StoreEngine(self.index, store=STORE, newest=newest)
         self.answers: dict[int, messages.AnyMessage] = {}
         self.todo: list[Command] = []
@@ -135,14 +135,10 @@ class StoreTwin:
                 self.engine.complete_apply(
                     self._try(lambda: self.index.update(lambda writer: apply_segments(writer, command.segments)))
                 )
-            case PurgeVolume():
-                done: list[bool] = []
-                error = self._try(
-                    lambda: done.append(
-                        self.index.update(lambda writer: purge_head(writer, command.volume, PURGE_ENTRIES_MAX))
-                    )
-                )
-                self.engine.complete_purge(command.volume, done == [True], error)
+            case CopyOrigin():
+                copied: list[Copied | None] = []
+                error = self._try(lambda: copied.append(copy_origin(self.index, self.backend, command)))
+                self.engine.complete_copy(error or copied[0])
         self.collect()
 
     def _try(self, work: Callable[[], object]) -> ForebayError | None:
@@ -167,7 +163,7 @@ class StoreTwin:
         """Answer a request that changes nothing."""
         try:
             with self.index.view() as reader:
-                return answer_query(reader, message)
+                return answer_query(reader, message, self.engine.controls)
         except RefusedError as error:
             return messages.Failed(error.code, str(error))
 

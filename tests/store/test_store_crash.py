@@ -9,6 +9,7 @@ from store_twins import STORE, Crash, DictIndex, MemoryBackend, StoreTwin
 
 from forebay_core.errors import CorruptionError
 from forebay_core.extents import Extent, pack
+from forebay_core.frame import FrameBuilder
 from forebay_core.units import BLOCK_SIZE, make_version, sequence_of
 from forebay_store.engine.ports import SegmentMissingError
 from forebay_store.engine.replay import replay
@@ -297,16 +298,23 @@ def test_a_large_deleted_volume_goes_in_steps_and_on_after_a_crash() -> None:
     created = twin.ask(messages.CreateVolume("vm", 1 << 30))
     opened = twin.ask(messages.OpenVolume("vm", DEVICE))
     assert isinstance(created, messages.Volume) and isinstance(opened, messages.Opened)
-    holes = pack([Extent(at * 2, 1) for at in range(PURGE_ENTRIES_MAX + 10)])
     key = (created.row.id, opened.epoch, opened.session)
-    twin.ask(messages.StagePart(*key, 1, 0, holes))
-    assert isinstance(twin.ask(messages.CommitCut(*key, 1, 1, 1, 1, 1)), messages.Committed)
+    builder = FrameBuilder()
+    for part in range(2):
+        starts = range(part * PURGE_ENTRIES_MAX, (part + 1) * PURGE_ENTRIES_MAX, 16)
+        frames = [builder.build([Extent(2 * (at + i), 1) for i in range(16)], b"x" * (16 << 12)) for at in starts]
+        twin.ask(messages.StagePart(*key, 1, part), b"".join(frames))
+    assert isinstance(twin.ask(messages.CommitCut(*key, 1, 2, 1, 1, 1)), messages.Committed)
     twin.ask(messages.ReleaseVolume(*key))
     ticket = twin.submit(messages.DeleteVolume("vm"))
     while ticket not in twin.answers:
         twin.step()
     assert len(twin.index.rows()[Table.HEAD]) > PURGE_ENTRIES_MAX
+    while len(twin.index.rows()[Table.HEAD]) > PURGE_ENTRIES_MAX:
+        twin.step()
+    assert len(twin.index.rows()[Table.HEAD]) == PURGE_ENTRIES_MAX
     restarted = StoreTwin(twin.backend, twin.index.copy())
     restarted.collect()
     restarted.settle()
     assert not restarted.index.rows()[Table.HEAD] and not restarted.index.rows()[Table.DELETED]
+    assert restarted.rebuilt().rows() == restarted.index.rows()

@@ -4,16 +4,21 @@ Pure: each function looks at one view of the index in which all earlier changes 
 changes take turns. So what it returns still holds when its records are durable.
 """
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from forebay_core.errors import ProtocolError, RefusedError, WrongUsageError
 from forebay_core.extents import unpack
-from forebay_core.names import check_name
+from forebay_core.names import NAME_SIZE_MAX, check_name, is_name
 from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, SEQUENCE_MAX, VOLUME_SIZE_MAX, make_version, sequence_of
 from forebay_store.engine.ports import IndexReader
-from forebay_store.engine.volumes import attempts_of, find_name, find_volume, staged_parts
+from forebay_store.engine.snapshots import find_snapshot_name
+from forebay_store.engine.views import find_view
+from forebay_store.engine.volumes import attempts_of, find_name, find_volume, staged_parts, volumes_made
+from forebay_store.format.head_rows import blocks_end_of
 from forebay_store.format.part import PartTable
 from forebay_store.format.records import (
+    NO_ORIGIN,
     AttemptForgotten,
     CutCommitted,
     CutPart,
@@ -24,23 +29,38 @@ from forebay_store.format.records import (
     WriterReleased,
     WriterTaken,
 )
-from forebay_store.format.rows import NOBODY, VolumeState
-from forebay_store.limits import ATTEMPTS_PER_VOLUME_MAX, CUT_ENTRIES_MAX, STAGED_BYTES_MAX, STAGED_PARTS_MAX
+from forebay_store.format.rows import NOBODY, Table, VolumeState
+from forebay_store.format.snapshot_rows import SnapshotState
+from forebay_store.limits import (
+    ATTEMPTS_PER_VOLUME_MAX,
+    CUT_ENTRIES_MAX,
+    STAGED_BYTES_MAX,
+    STAGED_PARTS_MAX,
+    VOLUME_NUMBER_MAX,
+)
 from forebay_wire import messages
 from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX
 
 _U64_MAX: Final = (1 << 64) - 1
 _TIME_MAX: Final = (1 << 63) - 1
 
-Change = (
+SnapshotChange = (
+    messages.CreateSnapshot
+    | messages.DeleteSnapshot
+    | messages.RollbackVolume
+    | messages.CloneVolume
+    | messages.FlattenVolume
+)
+QueuedChange = (
     messages.CreateVolume
     | messages.ResizeVolume
     | messages.DeleteVolume
     | messages.OpenVolume
     | messages.ReleaseVolume
-    | messages.StagePart
     | messages.CommitCut
+    | SnapshotChange
 )
+Change = QueuedChange | messages.StagePart
 
 
 class Incoming(NamedTuple):
@@ -49,44 +69,80 @@ class Incoming(NamedTuple):
     message: Change
     part: PartTable | None  # of a StagePart's payload
     now_ns: int
-    fresh_id: bytes  # for a volume that it may create
+    fresh_id: bytes  # for a volume or snapshot that it may create
 
 
 def create(reader: IndexReader, message: messages.CreateVolume, *, now_ns: int, fresh_id: bytes) -> list[Record]:
     """Decide on CreateVolume."""
     _check_size(message.name, message.size)
-    try:
-        check_name(message.name)
-    except WrongUsageError as error:
-        raise RefusedError(messages.BAD_REQUEST, str(error)) from error
-    if find_name(reader, message.name) is not None:
-        raise RefusedError(messages.VOLUME_EXISTS, f"volume {message.name} exists already; choose another name")
-    assert len(fresh_id) == ID_SIZE
-    assert find_volume(reader, fresh_id) is None
+    check_new(reader, message.name, fresh_id)
     return [VolumeCreated(fresh_id, message.size, now_ns, message.name)]
 
 
-def resize(reader: IndexReader, message: messages.ResizeVolume) -> list[Record]:
+def check_new(reader: IndexReader, name: str, fresh_id: bytes) -> None:
+    """Check that a volume may be made under a name.
+
+    Raises:
+        RefusedError: it may not.
+    """
+    check_free_name(name, "volume")
+    if find_name(reader, name) is not None:
+        raise RefusedError(messages.VOLUME_EXISTS, f"volume {name} exists already; choose another name")
+    if volumes_made(reader) >= VOLUME_NUMBER_MAX:
+        text = f"this store made {VOLUME_NUMBER_MAX} volumes, which is all it can; make a new store"
+        raise RefusedError(messages.FAILED, text)
+    check_fresh(reader, fresh_id)
+
+
+def check_free_name(name: str, kind: str) -> None:
+    """Check that a name may be given.
+
+    Raises:
+        RefusedError: it may not.
+    """
+    try:
+        check_name(name, kind)
+    except WrongUsageError as error:
+        raise RefusedError(messages.BAD_REQUEST, str(error)) from error
+
+
+def check_fresh(reader: IndexReader, fresh_id: bytes) -> None:
+    """Check that nothing has an id that was made here."""
+    assert len(fresh_id) == ID_SIZE
+    assert find_volume(reader, fresh_id) is None
+    assert reader.get(Table.SNAPSHOT_IDS, fresh_id) is None
+
+
+def resize(reader: IndexReader, message: messages.ResizeVolume, controls: Mapping[bytes, str]) -> list[Record]:
     """Decide on ResizeVolume."""
     row = expect_name(reader, message.name)
     _check_size(message.name, message.size)
-    _check_released(row, "resized")
+    expect_released(row, "resized", controls)
     if message.size < row.size:
-        raise RefusedError(
-            messages.BAD_REQUEST,
-            f"volume {message.name} has {row.size} bytes and can't shrink to {message.size}; give a larger size",
-        )
-    return [VolumeResized(row.id, message.size)] if message.size > row.size else []
+        if not message.force:
+            raise RefusedError(
+                messages.BAD_REQUEST,
+                f"volume {message.name} has {row.size} bytes and can't shrink to {message.size} without --force, "
+                "which throws away what lies behind; give a larger size",
+            )
+        expect_sequence(row)
+    return [VolumeResized(row.id, message.size)] if message.size != row.size else []
 
 
-def delete(reader: IndexReader, message: messages.DeleteVolume) -> list[Record]:
+def delete(reader: IndexReader, message: messages.DeleteVolume, controls: Mapping[bytes, str]) -> list[Record]:
     """Decide on DeleteVolume."""
     row = expect_name(reader, message.name)
-    _check_released(row, "deleted")
+    expect_released(row, "deleted", controls)
+    if row.snapshots:
+        raise RefusedError(
+            messages.HAS_CLONES,
+            f"volume {row.name} has {row.snapshots} snapshot{'s' if row.snapshots > 1 else ''} and can't be deleted; "
+            "delete the snapshots first",
+        )
     return [VolumeDeleted(row.id)]
 
 
-def take(reader: IndexReader, message: messages.OpenVolume) -> list[Record]:
+def take(reader: IndexReader, message: messages.OpenVolume, controls: Mapping[bytes, str]) -> list[Record]:
     """Decide on OpenVolume; nothing to record when the device holds the volume already."""
     row = expect_name(reader, message.name)
     if len(message.device) != ID_SIZE or message.device == NOBODY:
@@ -102,7 +158,7 @@ def take(reader: IndexReader, message: messages.OpenVolume) -> list[Record]:
     if row.writer and not message.take_over:
         raise RefusedError(
             messages.VOLUME_IN_USE,
-            f"volume {row.name} is held by device {row.writer.hex()}; detach it there, or take it over",
+            f"volume {row.name} is held by {_holder(row, controls)}; detach it there, or take it over",
         )
     if row.epoch >= EPOCH_MAX:
         raise RefusedError(messages.FAILED, f"volume {row.name} changed hands {EPOCH_MAX} times; copy it to a new one")
@@ -127,6 +183,7 @@ def commit(reader: IndexReader, row: VolumeState, message: messages.CommitCut) -
             "the last sequence here",
         )
     _check_parts(reader, row, message)
+    name = _closing_name(reader, row, message) if message.snapshot else ""
     return [
         CutCommitted(
             row.id,
@@ -137,27 +194,39 @@ def commit(reader: IndexReader, row: VolumeState, message: messages.CommitCut) -
             message.last,
             message.committed_ns,
             message.in_sync_version,
+            message.snapshot or NO_ORIGIN,
+            message.snapshot_ns if message.snapshot else 0,
+            message.size,
+            name,
         )
     ]
 
 
-def stage(message: messages.StagePart, row: VolumeState, part: PartTable) -> CutPart:
-    """Decide on StagePart, but for the limits."""
+def _closing_name(reader: IndexReader, row: VolumeState, message: messages.CommitCut) -> str:
+    """Return the name of the snapshot that closes a cut: its own, or another if that is taken by now."""
+    check_free_name(message.snapshot_name, "snapshot")
+    if find_view(reader, message.snapshot) is not None:
+        text = f"the id {message.snapshot.hex()} of snapshot {message.snapshot_name} is taken; take another snapshot"
+        raise RefusedError(messages.BAD_REQUEST, text)
+    name, suffix = message.snapshot_name, ""
+    while find_snapshot_name(reader, row.number, name) is not None:
+        suffix += f".{message.last}"
+        name = message.snapshot_name[: NAME_SIZE_MAX - len(suffix)] + suffix
+    return name
+
+
+def stage(message: messages.StagePart, row: VolumeState) -> CutPart:
+    """Decide on StagePart, but for the limits. Whether it ends where the volume does is asked at its commit: it may be
+    staged while the cut before it, which makes the volume larger, is being committed."""
     if not 0 <= message.attempt <= _U64_MAX or not 0 <= message.index < PARTS_PER_CUT_MAX:
         raise RefusedError(
             messages.BAD_REQUEST,
             f"part {message.index} of attempt {message.attempt}: at most {PARTS_PER_CUT_MAX} parts",
         )
     try:
-        holes = unpack(message.holes, count_max=HOLES_PER_PART_MAX)
+        unpack(message.holes, count_max=HOLES_PER_PART_MAX)
     except ProtocolError as error:
         raise RefusedError(messages.BAD_REQUEST, str(error)) from error
-    blocks_end = max(part.blocks_end, holes[-1].end if holes else 0)
-    if blocks_end * BLOCK_SIZE > row.size:
-        raise RefusedError(
-            messages.BAD_REQUEST,
-            f"part reaches to block {blocks_end}, volume {row.name} has {row.size // BLOCK_SIZE} blocks",
-        )
     return CutPart(row.id, message.epoch, message.attempt, message.index, message.holes)
 
 
@@ -231,12 +300,44 @@ def _check_size(name: str, size: int) -> None:
         )
 
 
-def _check_released(row: VolumeState, verb: str) -> None:
+def expect_released(row: VolumeState, verb: str, controls: Mapping[bytes, str]) -> None:
+    """Check that nobody holds a volume.
+
+    Raises:
+        RefusedError: VOLUME_IN_USE; the text names the holder.
+    """
     if row.writer:
         raise RefusedError(
             messages.VOLUME_IN_USE,
-            f"volume {row.name} is held by device {row.writer.hex()} and can't be {verb}; detach it first",
+            f"volume {row.name} is held by {_holder(row, controls)} and can't be {verb}; detach it first",
         )
+
+
+def expect_sequence(row: VolumeState) -> None:
+    """Check that a volume may have one more change.
+
+    Raises:
+        RefusedError: its sequence numbers are used up.
+    """
+    if sequence_of(row.version) >= SEQUENCE_MAX:
+        raise RefusedError(messages.FAILED, f"volume {row.name} had {SEQUENCE_MAX} changes; copy it to a new one")
+
+
+def expect_snapshot(reader: IndexReader, row: VolumeState, name: str) -> SnapshotState:
+    """Return the snapshot of a name.
+
+    Raises:
+        RefusedError: the volume has none.
+    """
+    found = find_snapshot_name(reader, row.number, name) if is_name(name) else None
+    if found is None:
+        raise RefusedError(messages.NO_SUCH_SNAPSHOT, f"volume {row.name} has no snapshot {name[:NAME_SIZE_MAX]!r}")
+    return found
+
+
+def _holder(row: VolumeState, controls: Mapping[bytes, str]) -> str:
+    control = controls.get(row.id, "")
+    return f"device {row.writer.hex()}" + (f", whose daemon takes commands at {control}," if control else "")
 
 
 def _check_commit(message: messages.CommitCut) -> None:
@@ -246,6 +347,12 @@ def _check_commit(message: messages.CommitCut) -> None:
         and 0 <= message.attempt <= _U64_MAX
         and 0 <= message.committed_ns <= _TIME_MAX
         and 0 <= message.in_sync_version <= _U64_MAX
+        and len(message.snapshot) in (0, ID_SIZE)
+        and message.snapshot != NO_ORIGIN
+        and 0 <= message.snapshot_ns <= _TIME_MAX
+        and 0 <= message.size <= VOLUME_SIZE_MAX
+        and message.size % BLOCK_SIZE == 0
+        and not (message.snapshot and message.size)
     ):
         raise RefusedError(
             messages.BAD_REQUEST, f"cut {message.first} to {message.last} in {message.part_count} parts is malformed"
@@ -259,6 +366,10 @@ def _check_parts(reader: IndexReader, row: VolumeState, message: messages.Commit
             break
         expected += 1
         entries += part.entry_count
+        blocks_end = blocks_end_of(part)
+        if blocks_end * BLOCK_SIZE > row.size:
+            text = f"part reaches to block {blocks_end}, volume {row.name} has {row.size // BLOCK_SIZE} blocks"
+            raise RefusedError(messages.BAD_REQUEST, text)
         if entries > CUT_ENTRIES_MAX:
             raise RefusedError(messages.BAD_REQUEST, f"a cut of more than {CUT_ENTRIES_MAX} extents; commit earlier")
     if expected < message.part_count:

@@ -1,52 +1,42 @@
-"""The head of a volume in the index: entries that never overlap, and how a cut replaces them.
+"""The head of a volume in the index: entries that never overlap, and how a change replaces them.
 
 Invariants:
-    no two entries of a volume overlap; a missing one is a hole that was never written (version 0).
-    adjacent holes of one version are one entry, up to the largest count.
-    the deltas that `replace` returns add up to the volume's stored_size and data_blocks.
+    no two entries of a volume overlap; what has none was never written: zeros, or of a clone the origin.
+    a hole over a hole keeps the older one, and what was never written gets one in a clone only: nothing else changes.
+    adjacent holes that one change made are one entry, up to the largest count.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import Final
 
-from forebay_core.extents import EXTENT_COUNT_MAX
+from forebay_core.extents import EXTENT_COUNT_MAX, Extent
+from forebay_store.engine.head_change import HeadChange
 from forebay_store.engine.ports import IndexReader, IndexWriter
-from forebay_store.format.rows import HeadEntry, Table, decode_entry, encode_entry, head_key
-from forebay_store.format.segment import NO_SEGMENT
+from forebay_store.format.entries import (
+    HOLE,
+    HeadEntry,
+    decode_entry,
+    encode_entry,
+    head_key,
+    make_hole,
+    narrow,
+    number_of,
+)
+from forebay_store.format.rows import Table
+
+_ENTRIES_PER_STEP: Final = 4096
+"""Entries that a trim takes into memory at a time."""
 
 
-class Delta(NamedTuple):
-    """What a change adds to a volume's counters."""
-
-    stored_size: int
-    data_blocks: int
-
-
-def make_hole(start: int, length: int, version: int) -> HeadEntry:
-    """Return a tombstone."""
-    return HeadEntry(start, length, False, version, NO_SEGMENT, 0, 0, 0, 0)
-
-
-def stored_share(entry: HeadEntry) -> int:
-    """Return the bytes that an entry counts for: per block its frame's bytes by its frame's blocks, rounded down."""
-    return entry.length * (entry.frame_size // entry.frame_blocks) if entry.is_data else 0
-
-
-def narrow(entry: HeadEntry, start: int, end: int) -> HeadEntry:
-    """Return the part of an entry between two blocks that it holds."""
-    assert entry.start <= start < end <= entry.end
-    block = entry.block + start - entry.start if entry.is_data else 0
-    return entry._replace(start=start, length=end - start, block=block)
-
-
-def overlapping(reader: IndexReader, volume: bytes, start: int, end: int) -> Iterator[HeadEntry]:
+def overlapping(reader: IndexReader, number: int, start: int, end: int) -> Iterator[HeadEntry]:
     """Yield the entries that share a block with [start, end), in order, whole."""
     assert start < end
-    first, last = head_key(volume, start), head_key(volume, end)
+    first, last = head_key(number, start), head_key(number, end)
     rows = reader.scan(Table.HEAD, first)
     row = next(rows, None)
     if row is None or row[0] != first:  # One that begins exactly here tells that none reaches in from before.
-        reaching = _before(reader, volume, start)
+        reaching = _before(reader, number, start)
         if reaching is not None and reaching.end > start:
             yield reaching
     while row is not None and row[0] < last:
@@ -54,37 +44,70 @@ def overlapping(reader: IndexReader, volume: bytes, start: int, end: int) -> Ite
         row = next(rows, None)
 
 
-def replace(writer: IndexWriter, volume: bytes, entries: Sequence[HeadEntry]) -> Delta:
+def replace(change: HeadChange, entries: Sequence[HeadEntry]) -> None:
     """Put entries in place of whatever lies under them; of entries that overlap each other the later one wins."""
-    stored_size = data_blocks = 0
     for run in _runs(entries):
-        old, rests = _make_room(writer, volume, run[0].start, run[-1].end)
+        _make_room(change, run[0].start, run[-1].end)
         for entry in run:
-            _put(writer, volume, entry)
-        for entry in (*rests, *run):
-            if entry.is_data:
-                stored_size += stored_share(entry)
-                data_blocks += entry.length
-        for entry in old:
-            if entry.is_data:
-                stored_size -= stored_share(entry)
-                data_blocks -= entry.length
-    return Delta(stored_size, data_blocks)
+            change.add(entry)
+            if entry.kind == HOLE:
+                _put_hole(change, entry)
+            else:
+                change.writer.put(Table.HEAD, *encode_entry(change.number, entry))
 
 
-def _make_room(writer: IndexWriter, volume: bytes, start: int, end: int) -> tuple[list[HeadEntry], list[HeadEntry]]:
-    """Remove what lies in [start, end); return the entries that did, and what is left of them outside."""
-    old = list(overlapping(writer, volume, start, end))
-    rests: list[HeadEntry] = []
-    for entry in old:
-        writer.delete(Table.HEAD, head_key(volume, entry.start))
-        if entry.start < start:
-            rests.append(narrow(entry, entry.start, start))
-        if entry.end > end:
-            rests.append(narrow(entry, end, entry.end))
-    for entry in rests:
-        writer.put(Table.HEAD, *encode_entry(volume, entry))
-    return old, rests
+def trim(change: HeadChange, extents: Sequence[Extent]) -> None:
+    """Make blocks read as zeros."""
+    for extent in extents:
+        _trim(change, extent.start, extent.end)
+
+
+def _trim(change: HeadChange, start: int, end: int) -> None:
+    at = begin = start  # [begin, at) is known to need a hole
+    while at < end:
+        found = list(islice(overlapping(change.writer, change.number, at, end), _ENTRIES_PER_STEP))
+        for entry in found:
+            if at < entry.start:
+                begin, at = _pass_gap(change, begin, at, entry.start)
+            stop = min(entry.end, end)
+            if entry.kind == HOLE:
+                _end_hole(change, begin, at)
+                begin = stop
+            else:
+                _cut_out(change, entry, at, stop)
+            at = stop
+        if len(found) < _ENTRIES_PER_STEP and at < end:
+            begin, at = _pass_gap(change, begin, at, end)
+    _end_hole(change, begin, end)
+
+
+def _pass_gap(change: HeadChange, begin: int, at: int, end: int) -> tuple[int, int]:
+    """Go on from `at` to `end` over blocks that were never written; return where the hole begins now, and `end`."""
+    if change.is_clone:
+        return begin, end
+    _end_hole(change, begin, at)
+    return end, end
+
+
+def _end_hole(change: HeadChange, begin: int, end: int) -> None:
+    if begin < end:
+        _put_hole(change, make_hole(begin, end - begin, change.version))
+
+
+def _cut_out(change: HeadChange, entry: HeadEntry, start: int, end: int) -> None:
+    """Take [start, end) out of an entry that holds it."""
+    change.writer.delete(Table.HEAD, head_key(change.number, entry.start))
+    if entry.start < start:
+        change.writer.put(Table.HEAD, *encode_entry(change.number, narrow(entry, entry.start, start)))
+    if entry.end > end:
+        change.writer.put(Table.HEAD, *encode_entry(change.number, narrow(entry, end, entry.end)))
+    change.displace(narrow(entry, start, end))
+
+
+def _make_room(change: HeadChange, start: int, end: int) -> None:
+    """Remove what lies in [start, end)."""
+    for entry in list(overlapping(change.writer, change.number, start, end)):
+        _cut_out(change, entry, max(entry.start, start), min(entry.end, end))
 
 
 def _runs(entries: Sequence[HeadEntry]) -> Iterator[Sequence[HeadEntry]]:
@@ -96,37 +119,36 @@ def _runs(entries: Sequence[HeadEntry]) -> Iterator[Sequence[HeadEntry]]:
             begin = index
 
 
-def _put(writer: IndexWriter, volume: bytes, entry: HeadEntry) -> None:
-    writer.put(Table.HEAD, *encode_entry(volume, entry if entry.is_data else _merge_hole(writer, volume, entry)))
-
-
-def _merge_hole(writer: IndexWriter, volume: bytes, hole: HeadEntry) -> HeadEntry:
-    """Return the hole joined with neighbours of its version, which are removed."""
-    left = _before(writer, volume, hole.start)
+def _put_hole(change: HeadChange, hole: HeadEntry) -> None:
+    """Put a hole, joined with neighbours of its version."""
+    writer, number = change.writer, change.number
+    left = _before(writer, number, hole.start)
     if left is not None and _joins(left, hole):
-        writer.delete(Table.HEAD, head_key(volume, left.start))
+        writer.delete(Table.HEAD, head_key(number, left.start))
         hole = make_hole(left.start, left.length + hole.length, hole.version)
-    value = writer.get(Table.HEAD, head_key(volume, hole.end))
-    if value is not None:
-        right = decode_entry(head_key(volume, hole.end), value)
-        if _joins(hole, right):
-            writer.delete(Table.HEAD, head_key(volume, right.start))
-            hole = make_hole(hole.start, hole.length + right.length, hole.version)
-    return hole
+    right = _at(writer, number, hole.end)
+    if right is not None and _joins(hole, right):
+        writer.delete(Table.HEAD, head_key(number, right.start))
+        hole = make_hole(hole.start, hole.length + right.length, hole.version)
+    writer.put(Table.HEAD, *encode_entry(number, hole))
 
 
 def _joins(left: HeadEntry, right: HeadEntry) -> bool:
     return (
-        not left.is_data
-        and not right.is_data
+        left.kind == HOLE
+        and right.kind == HOLE
         and left.end == right.start
         and left.version == right.version
         and left.length + right.length <= EXTENT_COUNT_MAX
     )
 
 
-def _before(reader: IndexReader, volume: bytes, start: int) -> HeadEntry | None:
-    found = reader.before(Table.HEAD, head_key(volume, start))
-    if found is None or not found[0].startswith(volume):
-        return None
-    return decode_entry(*found)
+def _before(reader: IndexReader, number: int, start: int) -> HeadEntry | None:
+    found = reader.before(Table.HEAD, head_key(number, start))
+    return decode_entry(*found) if found is not None and number_of(found[0]) == number else None
+
+
+def _at(writer: IndexWriter, number: int, start: int) -> HeadEntry | None:
+    key = head_key(number, start)
+    value = writer.get(Table.HEAD, key)
+    return decode_entry(key, value) if value is not None and number_of(key) == number else None

@@ -5,48 +5,56 @@ of all other volumes waiting. Here what is known of the neighbourhood is used fo
 is looked up once, and neighbours are found by stepping on.
 
 Invariants, while the walk goes on:
-    the index is unchanged, writes come last; `_last` is what the walk made of the entry before `_next_start`.
+    the head is unchanged, writes come last; `_last` is what the walk made of the entry before `_next_start`.
     no entry begins between the end of what was walked and `_next_start`.
 """
 
 from typing import Final
 
-from forebay_store.engine.head import Delta, narrow, stored_share
-from forebay_store.engine.ports import IndexWriter
+from forebay_store.engine.head_change import HeadChange
+from forebay_store.format.entries import (
+    HeadEntry,
+    decode_entry,
+    encode_entry,
+    head_key,
+    narrow,
+    number_of,
+    start_of,
+)
 from forebay_store.format.head_rows import HeadRows, Run
-from forebay_store.format.rows import HEAD_KEY, HeadEntry, Table, decode_entry, encode_entry, head_key
+from forebay_store.format.rows import Table
+from forebay_store.format.segment import SegmentName
 
 _NOWHERE: Final = 1 << 64  # behind every block
 
 
-def replace_rows(writer: IndexWriter, volume: bytes, fresh: HeadRows) -> Delta:
+def replace_rows(change: HeadChange, fresh: HeadRows, segment: SegmentName) -> None:
     """Put the rows of a part in place of whatever lies under them; the same as `replace` with their entries."""
-    walk = _Walk(writer, volume)
+    walk = _Walk(change)
     for run in fresh.runs:
         walk.clear(run)
     walk.end()
     rows = sorted(walk.rests + fresh.rows) if walk.rests else fresh.rows
     if walk.removed:
         for key in sorted(walk.removed.difference(key for key, _ in rows)):
-            writer.delete(Table.HEAD, key)
-    writer.put_many(Table.HEAD, rows)
-    return Delta(walk.stored_size + fresh.stored_size, walk.data_blocks + fresh.data_blocks)
+            change.writer.delete(Table.HEAD, key)
+    change.writer.put_many(Table.HEAD, rows)
+    change.add_rows(fresh, segment)
 
 
 class _Walk:
     """Goes along the head of a volume and clears one run of blocks after the other, in their order."""
 
-    def __init__(self, writer: IndexWriter, volume: bytes) -> None:
-        self._volume = volume
-        self._cursor = writer.cursor(Table.HEAD)
+    def __init__(self, change: HeadChange) -> None:
+        self._displace = change.displace
+        self._number = change.number
+        self._cursor = change.writer.cursor(Table.HEAD)
         self._next: tuple[bytes, bytes] = (b"", b"")
         self._next_start = -1  # nothing is known yet
         self._last: HeadEntry | None = None
         self._last_is_rest = False  # not in the index as it is
         self.rests: list[tuple[bytes, bytes]] = []
         self.removed: set[bytes] = set()
-        self.stored_size = 0
-        self.data_blocks = 0
 
     def clear(self, run: Run) -> None:
         """Remove what lies in a run; what is left of it outside becomes rests."""
@@ -59,10 +67,12 @@ class _Walk:
         while self._next_start < end:
             entry = decode_entry(*self._next)
             self._keep_last(None)
-            self._count(entry, -1)
             self.removed.add(self._next[0])
             if entry.end > end:
+                self._displace(narrow(entry, entry.start, end))
                 self._keep_last(narrow(entry, end, entry.end), is_rest=True)
+            else:
+                self._displace(entry)
             self._show(self._cursor.step())
 
     def end(self) -> None:
@@ -75,21 +85,21 @@ class _Walk:
         self._show(self._cursor.seek(key))
         if self._next_start != start:  # One that begins exactly here tells that none reaches in from before.
             before = self._cursor.before()
-            if before is not None and before[0].startswith(self._volume):
+            if before is not None and number_of(before[0]) == self._number:
                 self._keep_last(decode_entry(*before))
 
     def _show(self, row: tuple[bytes, bytes] | None) -> None:
-        if row is not None and row[0].startswith(self._volume):
+        if row is not None and number_of(row[0]) == self._number:
             self._next = row
-            self._next_start = HEAD_KEY.unpack(row[0])[1]
+            self._next_start = start_of(row[0])
         else:
             self._next_start = _NOWHERE
 
     def _cut(self, last: HeadEntry, start: int, end: int) -> None:
         """Take [start, end) out of the entry that reaches into it from before."""
         if not self._last_is_rest:
-            self._count(last, -1)
-            self.removed.add(head_key(self._volume, last.start))
+            self.removed.add(head_key(self._number, last.start))
+        self._displace(narrow(last, max(last.start, start), min(last.end, end)))
         self._last = None
         if last.start < start:
             self._keep_last(narrow(last, last.start, start), is_rest=True)
@@ -99,11 +109,5 @@ class _Walk:
     def _keep_last(self, entry: HeadEntry | None, *, is_rest: bool = False) -> None:
         """Go on to another last entry; the one before is final, and to be written if it is a rest."""
         if self._last is not None and self._last_is_rest:
-            self._count(self._last, 1)
-            self.rests.append(encode_entry(self._volume, self._last))
+            self.rests.append(encode_entry(self._number, self._last))
         self._last, self._last_is_rest = entry, is_rest
-
-    def _count(self, entry: HeadEntry, sign: int) -> None:
-        if entry.is_data:
-            self.stored_size += sign * stored_share(entry)
-            self.data_blocks += sign * entry.length

@@ -137,7 +137,7 @@ class Log:
         ]
         self._end_writing(taken)
         self._newest = name
-        return Written(LogSegment(name, records), taken[0].serial, taken[-1].serial)
+        return Written(LogSegment(name, records, built.size), taken[0].serial, taken[-1].serial)
 
     def refused(self) -> list[int]:
         """Nothing of the segment remains: return the serials of its records; the next one takes its name."""

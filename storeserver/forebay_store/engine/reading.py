@@ -1,4 +1,4 @@
-"""Reads of the head: which frames answer them, which bytes of which segments those are, and whether they are right.
+"""Reads of heads and snapshots: which frames answer them, where in segments those are, and whether they are right.
 
 Invariant: a frame leaves the store only when its header, its stored checksum and its blocks' places are as the index
 says; anything else is an error that names segment and offset.
@@ -14,16 +14,17 @@ from forebay_core.errors import CorruptionError, ProtocolError, RefusedError
 from forebay_core.extents import EXTENT_DTYPE, Extent, unpack
 from forebay_core.frame import check_stored, decode_header
 from forebay_core.units import Buffer
-from forebay_store.engine.changes import expect_epoch, expect_volume
-from forebay_store.engine.head import narrow, overlapping
+from forebay_store.engine.changes import expect_epoch
 from forebay_store.engine.ports import IndexReader
 from forebay_store.engine.queries import check_blocks
-from forebay_store.format.rows import HeadEntry
+from forebay_store.engine.views import expect_view, walk
+from forebay_store.format.entries import DATA, HOLE, HeadEntry
+from forebay_store.format.rows import VolumeState
 from forebay_store.format.segment import SegmentName
 from forebay_store.limits import READ_GAP_MAX
 from forebay_wire import messages
 from forebay_wire.limits import EXTENTS_MAX, READ_BLOCKS_MAX
-from forebay_wire.messages import HOLE_FRAME, PIECE_DTYPE
+from forebay_wire.messages import HOLE_FRAME, ORIGIN_FRAME, PIECE_DTYPE
 
 _ONE_EXTENT: Final = struct.Struct("<QI")
 assert _ONE_EXTENT.size == EXTENT_DTYPE.itemsize
@@ -38,7 +39,7 @@ class FramePlace(NamedTuple):
 
 
 class WantedFrame(NamedTuple):
-    """A frame, and the entries of the head that it must hold."""
+    """A frame, and the entries of the index that it must hold."""
 
     place: FramePlace
     entries: list[HeadEntry]
@@ -67,7 +68,32 @@ def plan_read(reader: IndexReader, message: messages.Read) -> ReadPlan:
     Raises:
         RefusedError: no such volume, an epoch that is over, behind `min_version`, or a malformed extent list.
     """
-    row = expect_volume(reader, message.volume)
+    view = expect_view(reader, message.volume)
+    if view.snapshot is None:
+        _check_head(view.row, message)
+    entries: list[HeadEntry] = []
+    for extent in _extents(message.extents):
+        check_blocks(view, extent.start, extent.end)
+        walked = walk(reader, view, extent.start, extent.end, through=message.through)
+        entries += [entry for entry in walked if entry is not None]
+    return plan_entries(entries)
+
+
+def plan_entries(entries: Sequence[HeadEntry]) -> ReadPlan:
+    """Return how to read these entries."""
+    pieces: list[tuple[int, int, int, int, int]] = []
+    frames: list[WantedFrame] = []
+    known: dict[FramePlace, int] = {}
+    for entry in entries:
+        if entry.kind == DATA:
+            frame = _frame_index(known, frames, entry)
+        else:
+            frame = HOLE_FRAME if entry.kind == HOLE else ORIGIN_FRAME
+        pieces.append((entry.start, entry.length, frame, entry.block, entry.version))
+    return ReadPlan(np.array(pieces, PIECE_DTYPE).tobytes(), frames, _gather(frames))
+
+
+def _check_head(row: VolumeState, message: messages.Read) -> None:
     if message.epoch:
         expect_epoch(row, message.epoch)
     if row.version < message.min_version:
@@ -75,22 +101,6 @@ def plan_read(reader: IndexReader, message: messages.Read) -> ReadPlan:
             messages.STORE_BEHIND,
             f"volume {row.name} stands at version {row.version:#x} here, {message.min_version:#x} was asked for",
         )
-    pieces: list[tuple[int, int, int, int, int]] = []
-    frames: list[WantedFrame] = []
-    known: dict[FramePlace, int] = {}
-    for extent in _extents(message.extents):
-        check_blocks(row, extent.start, extent.end)
-        at = extent.start
-        for whole in overlapping(reader, row.id, extent.start, extent.end):
-            entry = narrow(whole, max(whole.start, extent.start), min(whole.end, extent.end))
-            if at < entry.start:
-                pieces.append((at, entry.start - at, HOLE_FRAME, 0, 0))
-            frame = _frame_index(known, frames, entry) if entry.is_data else HOLE_FRAME
-            pieces.append((entry.start, entry.length, frame, entry.block, entry.version))
-            at = entry.end
-        if at < extent.end:
-            pieces.append((at, extent.end - at, HOLE_FRAME, 0, 0))
-    return ReadPlan(np.array(pieces, PIECE_DTYPE).tobytes(), frames, _gather(frames))
 
 
 def check_frames(plan: ReadPlan, buffers: Sequence[Buffer]) -> list[Buffer]:

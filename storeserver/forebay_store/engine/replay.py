@@ -13,7 +13,7 @@ from forebay_store.engine.ports import Index, SegmentBackend, SegmentMissingErro
 from forebay_store.engine.volumes import read_applied
 from forebay_store.format.layout import DecodedSegment, decode_segment, payload_of
 from forebay_store.format.part import parse_part
-from forebay_store.format.records import CutPart
+from forebay_store.format.records import PART_RECORDS
 from forebay_store.format.segment import NO_SEGMENT, SegmentName, parse_name
 
 
@@ -42,7 +42,7 @@ def replay(backend: SegmentBackend, index: Index, *, store: bytes, until: Segmen
     for name in newer:
         segment = load_segment(backend.read(name.text), name, store=store)
         check_previous(segment, previous)
-        batch = [LogSegment(name, list(segment_records(segment)))]
+        batch = [segment.log_segment()]
         index.update(lambda writer, batch=batch: apply_segments(writer, batch))  # type: ignore[misc]
         previous = name
     return len(newer)
@@ -60,6 +60,10 @@ class LoadedSegment:
     def place(self) -> str:
         """What errors call it."""
         return f"segment {self.name.text}"
+
+    def log_segment(self) -> LogSegment:
+        """Return it as the log had it; raises as `segment_records` does."""
+        return LogSegment(self.name, list(segment_records(self)), memoryview(self.buffer).nbytes)
 
 
 def load_segment(buffer: Buffer, name: SegmentName, *, store: bytes) -> LoadedSegment:
@@ -100,7 +104,7 @@ def segment_records(segment: LoadedSegment) -> Iterator[LogRecord]:
     """
     for placed in segment.decoded.placed:
         entries = b""
-        if isinstance(placed.record, CutPart):
+        if isinstance(placed.record, PART_RECORDS):
             place = f"{segment.place} payload at {placed.payload_offset}"
             entries = parse_part(payload_of(segment.buffer, placed), place=place, stored=False).entries
         yield LogRecord(placed.record, placed.payload_offset, placed.payload_size, entries)

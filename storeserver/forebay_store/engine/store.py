@@ -12,24 +12,29 @@ Crash: what was answered is in a segment; replay brings the index up.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError, RefusedError
 from forebay_core.units import Buffer, make_version
-from forebay_store.engine import changes
+from forebay_store.engine import changes, snapshot_changes
 from forebay_store.engine.apply import LogSegment
-from forebay_store.engine.changes import Change, Incoming
+from forebay_store.engine.background import Background, Copied, CopyOrigin
+from forebay_store.engine.changes import Change, Incoming, QueuedChange, SnapshotChange
 from forebay_store.engine.log import Log, Written
 from forebay_store.engine.ports import Index, IndexReader, NothingKeptError
-from forebay_store.engine.rows import volume_row
-from forebay_store.engine.volumes import deleted_volumes
-from forebay_store.format.records import CutPart, Record
+from forebay_store.engine.rows import snapshot_row, volume_row
+from forebay_store.format.records import CutPart, OriginPart, Record
 from forebay_store.format.rows import VolumeState
 from forebay_store.format.segment import SegmentName
 from forebay_store.limits import UNAPPLIED_SEGMENTS_MAX, WAITING_PER_VOLUME_MAX
 from forebay_wire import messages
 
+_NOT_UP: Final = 1 << 64
+"""The barrier of a turn that is not the first yet: behind every serial."""
+
+_CONTROL_SIZE_MAX: Final = 300
 _BUSY: Final = "the store is busy; repeat the request"
 _FULL_INDEX: Final = "the disk under the store is full; the request shows when there is space: repeat it then"
 
@@ -48,12 +53,6 @@ class ApplySegments(NamedTuple):
     segments: tuple[LogSegment, ...]
 
 
-class PurgeVolume(NamedTuple):
-    """Remove some head entries of a deleted volume, then call `complete_purge`."""
-
-    volume: bytes
-
-
 class Answer(NamedTuple):
     """The reply to the request of this ticket."""
 
@@ -61,17 +60,19 @@ class Answer(NamedTuple):
     message: messages.AnyMessage
 
 
-Command = WriteSegment | ApplySegments | PurgeVolume | Answer
+Command = WriteSegment | ApplySegments | CopyOrigin | Answer
 
 
 @dataclass(slots=True)
 class Turn:
-    """A request that changes a volume; `barrier` and `serial` are those of the records before and of its own."""
+    """A request that changes volumes, usually one; `barrier` and `serial` are those of the records before and of its
+    own. It is the turn's when it is the first in the queue of each of them."""
 
     ticket: int
     incoming: Incoming
     payload: tuple[Buffer, ...]
-    barrier: int = 0
+    names: tuple[str, ...] = ()
+    barrier: int = _NOT_UP
     serial: int = 0
     answered: bool = False
 
@@ -86,21 +87,20 @@ class StoreEngine:
         self._incarnation = newest.incarnation
         self._commands: list[Command] = []
         self._turns: dict[str, deque[Turn]] = {}
-        self._owners: dict[int, int | tuple[str, Turn]] = {}  # by serial: the ticket of a part, or a turn
+        self._owners: dict[int, int | Turn] = {}  # by serial: the ticket of a part, or a turn
         self._newest_serials: dict[str, int] = {}  # by volume, of records that are not settled
         self._unapplied: deque[Written] = deque()
         self._applying: tuple[Written, ...] = ()
-        self._purging = False
+        self._background = Background(index)
         self._urgent = 0  # the index is wanted up to this serial
         self._sessions: dict[bytes, int] = {}
+        self.controls: dict[bytes, str] = {}  # by volume, where its holder takes commands
         self._session = newest.incarnation << 32
         self._index_full = False
         self._retry_index = False
         self._stopping = False
         self._error = ""
         self._cuts = 0
-        with index.view() as reader:
-            self._deleted = deque(deleted_volumes(reader))
         self._advance()
 
     @property
@@ -121,7 +121,7 @@ class StoreEngine:
     @property
     def idle(self) -> bool:
         """Whether nothing is under way and the index shows everything; a failed store never gets further."""
-        if self._commands or self._log.writing or self._applying or self._purging:
+        if self._commands or self._log.writing or self._applying or self._background.busy:
             return False
         stuck = bool(self._error) or (self._index_full and not self._retry_index)
         return stuck or not (self._log.pending or self._unapplied)
@@ -156,12 +156,12 @@ class StoreEngine:
         """Take no more requests and bring the index up, so that the next start has nothing to replay."""
         self._stopping = True
         self._retry_index = True
-        self._deleted.clear()
         self._advance()
 
     def complete_write(self, error: ForebayError | None) -> None:
         """The segment of the last WriteSegment is durable, or nothing of it remains, or nobody knows."""
         if error is None:
+            self._background.resume()
             self._after_write(self._log.written())
         elif isinstance(error, NoSpaceError | NothingKeptError):
             self._refuse(self._log.refused(), _failed(error))
@@ -187,13 +187,16 @@ class StoreEngine:
                 self._fail(error)
         self._advance()
 
-    def complete_purge(self, volume: bytes, done: bool, error: ForebayError | None) -> None:
-        """Some of a deleted volume's entries are gone; a full disk leaves the rest for the next start."""
-        self._purging = False
-        if error is not None and not isinstance(error, NoSpaceError):
-            self._fail(error)
-        elif done or error is not None:
-            self._deleted = deque(one for one in self._deleted if one != volume)
+    def complete_copy(self, copied: Copied | ForebayError | None) -> None:
+        """The blocks of the last CopyOrigin are in frames, or can't be; None: the volume is no clone any more."""
+        record = None if self._error else self._background.copied(copied)
+        if isinstance(record, OriginPart):
+            assert isinstance(copied, Copied)
+            self._note_background(
+                self._log.append(record, copied.payload, copied.table.entries), self._background.copies
+            )
+        elif record is not None:
+            self._note_background(self._log.append(record), self._background.copies)
         self._advance()
 
     # Admission.
@@ -216,23 +219,22 @@ class StoreEngine:
             row = self._expect_writer(reader, message)
             if self._append_part(reader, turn, row, message):
                 return
-            name = row.name
-        elif isinstance(message, messages.ReleaseVolume | messages.CommitCut):
-            name = changes.expect_volume(reader, message.volume).name
+            names: tuple[str, ...] = (row.name,)
         else:
-            name = message.name
-        queue = self._turns.setdefault(name, deque())
-        if len(queue) >= WAITING_PER_VOLUME_MAX:
+            names = _names(reader, message)
+        queues = [self._turns.setdefault(name, deque()) for name in names]
+        if any(len(queue) >= WAITING_PER_VOLUME_MAX for queue in queues):
             raise RefusedError(messages.FAILED, _BUSY)
-        queue.append(turn)
-        if len(queue) == 1:
-            self._come_up(name, turn)
+        turn.names = names
+        for queue in queues:
+            queue.append(turn)
+        self._come_up(turn)
 
     def _append_part(self, reader: IndexReader, turn: Turn, row: VolumeState, message: messages.StagePart) -> bool:
         """Put a part into the log, unless an older cut must make way for it."""
         part = turn.incoming.part
         assert part is not None
-        record = changes.stage(message, row, part)
+        record = changes.stage(message, row)
         if changes.make_way(reader, row, record, part.payload_size):
             return False
         serial = self._log.append(record, turn.payload, part.entries)
@@ -250,14 +252,16 @@ class StoreEngine:
 
     # Turns.
 
-    def _come_up(self, name: str, turn: Turn) -> None:
-        """A turn is the next of its volume: it begins when the index shows what was recorded before."""
-        turn.barrier = self._newest_serials.get(name, 0)
+    def _come_up(self, turn: Turn) -> None:
+        """A turn that is the next of its volumes begins when the index shows what was recorded before."""
+        if not all(self._turns[name][0] is turn for name in turn.names):
+            return
+        turn.barrier = max(self._newest_serials.get(name, 0) for name in turn.names)
         self._urgent = max(self._urgent, turn.barrier)
         if turn.barrier < self._first_unsettled():
-            self._begin(name, turn)
+            self._begin(turn)
 
-    def _begin(self, name: str, turn: Turn) -> None:
+    def _begin(self, turn: Turn) -> None:
         try:
             with self._index.view() as reader:
                 records = self._decide(reader, turn)
@@ -265,7 +269,7 @@ class StoreEngine:
         except ForebayError as error:
             reply, records = _failed(error), []
         if reply is not None:
-            self._end(name, turn, reply)
+            self._end(turn, reply)
             return
         for record in records:
             if isinstance(record, CutPart):
@@ -273,8 +277,9 @@ class StoreEngine:
                 turn.serial = self._log.append(record, turn.payload, turn.incoming.part.entries)
             else:
                 turn.serial = self._log.append(record)
-            self._owners[turn.serial] = (name, turn)
-        self._newest_serials[name] = turn.serial
+            self._owners[turn.serial] = turn
+        for name in turn.names:
+            self._newest_serials[name] = turn.serial
         self._urgent = max(self._urgent, turn.serial)
 
     def _decide(self, reader: IndexReader, turn: Turn) -> list[Record]:
@@ -284,11 +289,11 @@ class StoreEngine:
                 incoming = turn.incoming
                 return changes.create(reader, message, now_ns=incoming.now_ns, fresh_id=incoming.fresh_id)
             case messages.ResizeVolume():
-                return changes.resize(reader, message)
+                return changes.resize(reader, message, self.controls)
             case messages.DeleteVolume():
-                return changes.delete(reader, message)
+                return changes.delete(reader, message, self.controls)
             case messages.OpenVolume():
-                return changes.take(reader, message)
+                return changes.take(reader, message, self.controls)
             case messages.ReleaseVolume():
                 return changes.release(self._expect_writer(reader, message))
             case messages.CommitCut():
@@ -296,65 +301,101 @@ class StoreEngine:
             case messages.StagePart():
                 assert turn.incoming.part is not None
                 row = self._expect_writer(reader, message)
-                record = changes.stage(message, row, turn.incoming.part)
+                record = changes.stage(message, row)
                 return [*changes.make_way(reader, row, record, turn.incoming.part.payload_size), record]
+            case _:
+                return self._decide_more(reader, turn.incoming, message)
+
+    def _decide_more(self, reader: IndexReader, incoming: Incoming, message: SnapshotChange) -> list[Record]:
+        now_ns, fresh_id = incoming.now_ns, incoming.fresh_id
+        match message:
+            case messages.CreateSnapshot():
+                return snapshot_changes.take_snapshot(reader, message, self.controls, now_ns=now_ns, fresh_id=fresh_id)
+            case messages.DeleteSnapshot():
+                return snapshot_changes.delete_snapshot(reader, message)
+            case messages.RollbackVolume():
+                return snapshot_changes.roll_back(reader, message, self.controls)
+            case messages.CloneVolume():
+                return snapshot_changes.clone(reader, message, now_ns=now_ns, fresh_id=fresh_id)
+            case messages.FlattenVolume():
+                return snapshot_changes.flatten(reader, message)
 
     def _reply(self, reader: IndexReader, turn: Turn) -> messages.AnyMessage:
         """Return the answer to a change that the index shows."""
         message = turn.incoming.message
         match message:
-            case messages.CreateVolume() | messages.ResizeVolume():
-                return messages.Volume(volume_row(changes.expect_name(reader, message.name)))
+            case messages.CreateVolume() | messages.ResizeVolume() | messages.CloneVolume():
+                return self._volume(reader, message.name)
+            case messages.RollbackVolume():
+                return self._volume(reader, message.volume)
+            case messages.CreateSnapshot():
+                row = changes.expect_name(reader, message.volumes[0])
+                state = changes.expect_snapshot(reader, row, message.snapshot)
+                return messages.SnapshotTaken(snapshot_row(reader, row, state))
             case messages.OpenVolume():
-                return self._opened(changes.expect_name(reader, message.name))
+                return self._opened(reader, message)
             case messages.CommitCut():
                 already_applied = turn.serial == 0
                 self._cuts += not already_applied
                 return messages.Committed(make_version(message.epoch, message.last), already_applied)
             case messages.ReleaseVolume():
                 self._sessions.pop(message.volume, None)
-            case messages.DeleteVolume():
-                self._deleted = deque(deleted_volumes(reader))
+                self.controls.pop(message.volume, None)
+            case messages.DeleteVolume() | messages.DeleteSnapshot():
+                self._background.want_purge()
+            case messages.FlattenVolume():
+                self._background.flatten(changes.expect_name(reader, message.name).id)
             case messages.StagePart():
                 pass
         return messages.Done()
 
-    def _opened(self, row: VolumeState) -> messages.Opened:
+    def _volume(self, reader: IndexReader, name: str) -> messages.Volume:
+        return messages.Volume(volume_row(reader, changes.expect_name(reader, name), self.controls))
+
+    def _opened(self, reader: IndexReader, message: messages.OpenVolume) -> messages.Opened:
+        row = changes.expect_name(reader, message.name)
         self._session += 1
         self._sessions[row.id] = self._session
-        return messages.Opened(volume_row(row), row.epoch, self._session)
+        self.controls[row.id] = message.control if _is_control(message.control) else ""
+        return messages.Opened(volume_row(reader, row, self.controls), row.epoch, self._session)
 
     def _finish(self, serial: int) -> None:
         """A record shows in the index: if it was the last of a turn, the turn is over."""
         owner = self._owners.pop(serial, None)
-        if isinstance(owner, tuple) and owner[1].serial == serial and not owner[1].answered:
+        if owner is None:
+            self._background.settle(serial)
+        if isinstance(owner, Turn) and owner.serial == serial and not owner.answered:
             try:
                 with self._index.view() as reader:
-                    reply = self._reply(reader, owner[1])
+                    reply = self._reply(reader, owner)
             except ForebayError as error:
                 reply = _failed(error)
-            self._end(*owner, reply)
+            self._end(owner, reply)
 
-    def _end(self, name: str, turn: Turn, reply: messages.AnyMessage) -> None:
+    def _end(self, turn: Turn, reply: messages.AnyMessage) -> None:
         if turn.answered:
             return
         turn.answered = True
         self._answer(turn.ticket, reply)
-        queue = self._turns[name]
-        assert queue[0] is turn
-        queue.popleft()
-        if queue:
-            self._come_up(name, queue[0])
-        else:
-            del self._turns[name]
+        for name in turn.names:
+            queue = self._turns[name]
+            assert queue[0] is turn
+            queue.popleft()
+            if not queue:
+                del self._turns[name]
+        for name in turn.names:
+            if name in self._turns:
+                following = self._turns[name][0]
+                if following.barrier == _NOT_UP:
+                    self._come_up(following)
 
     def _wake(self) -> None:
         """Begin the turns that waited for records which are settled now."""
         settled = self._first_unsettled()
         self._newest_serials = {name: serial for name, serial in self._newest_serials.items() if serial >= settled}
-        for name, queue in list(self._turns.items()):
-            if queue[0].serial == 0 and queue[0].barrier < settled:
-                self._begin(name, queue[0])
+        for queue in list(self._turns.values()):
+            if queue and queue[0].serial == 0 and queue[0].barrier < settled:
+                self._begin(queue[0])
 
     # Log and index.
 
@@ -375,20 +416,30 @@ class StoreEngine:
         """Start whatever can be started."""
         if self._error:
             return
+        self._start_background()
         lag = len(self._unapplied) + len(self._applying)
         if self._log.pending and not self._log.writing and lag < UNAPPLIED_SEGMENTS_MAX:
             name, built = self._log.start()
             self._commands.append(WriteSegment(name, built.buffers, built.size))
-        if self._applying or self._purging:
-            return
-        if self._index_wanted():
+        if not self._applying and self._index_wanted():
             self._retry_index = False
             self._applying = tuple(self._unapplied)
             self._unapplied.clear()
             self._commands.append(ApplySegments(tuple(written.segment for written in self._applying)))
-        elif self._deleted and not self._index_full:
-            self._purging = True
-            self._commands.append(PurgeVolume(self._deleted[0]))
+
+    def _start_background(self) -> None:
+        if self._stopping or self._index_full:
+            return
+        purge = self._background.next_purge()
+        if purge is not None:
+            self._note_background(self._log.append(purge), self._background.purges)
+        copy = self._background.next_copy()
+        if copy is not None:
+            self._commands.append(copy)
+
+    def _note_background(self, serial: int, note: Callable[[int], None]) -> None:
+        note(serial)
+        self._urgent = max(self._urgent, serial)
 
     def _index_wanted(self) -> bool:
         if not self._unapplied or (self._index_full and not self._retry_index):
@@ -406,8 +457,10 @@ class StoreEngine:
             owner = self._owners.pop(serial, None)
             if isinstance(owner, int):
                 self._answer(owner, reply)
-            elif owner is not None and owner[1].serial == serial:
-                self._end(*owner, reply)
+            elif owner is None:
+                self._background.refuse(serial)
+            elif owner.serial == serial:
+                self._end(owner, reply)
         self._wake()
 
     def _stop_waiting(self) -> None:
@@ -423,15 +476,36 @@ class StoreEngine:
 
     def _refuse_all(self, reply: messages.Failed) -> None:
         pending = set(self._log.drop_pending())
+        for serial in pending.difference(self._owners):
+            self._background.refuse(serial)
         for serial, owner in list(self._owners.items()):
             if isinstance(owner, int) and (serial in pending or self._error):
                 del self._owners[serial]
                 self._answer(owner, reply)
-        turns = [turn for queue in self._turns.values() for turn in queue]
+        turns = {turn.ticket: turn for queue in self._turns.values() for turn in queue}.values()
         self._turns.clear()
         for turn in turns:
             turn.answered = True
             self._answer(turn.ticket, reply)
+
+
+def _names(reader: IndexReader, message: QueuedChange) -> tuple[str, ...]:
+    """Return the names of the volumes that a request changes, or needs as they are."""
+    match message:
+        case messages.ReleaseVolume() | messages.CommitCut():
+            return (changes.expect_volume(reader, message.volume).name,)
+        case messages.CreateSnapshot():
+            return message.volumes[:1] or ("",)
+        case messages.DeleteSnapshot() | messages.RollbackVolume():
+            return (message.volume,)
+        case messages.CloneVolume():
+            return tuple(dict.fromkeys((message.volume, message.name)))
+        case _:
+            return (message.name,)
+
+
+def _is_control(address: str) -> bool:
+    return address.isprintable() and len(address) <= _CONTROL_SIZE_MAX
 
 
 def _failed(error: ForebayError) -> messages.Failed:

@@ -6,18 +6,25 @@ Invariants:
 """
 
 from collections.abc import Iterator
+from itertools import takewhile
 
 from forebay_core.errors import CorruptionError
 from forebay_core.names import is_name
+from forebay_store.engine.live import LiveBytes
 from forebay_store.engine.ports import IndexReader, IndexWriter
+from forebay_store.format.head_rows import stored_share_of
 from forebay_store.format.rows import (
     APPLIED_KEY,
     APPLIED_MARK,
     ATTEMPT_KEY,
+    DELETED_KEY,
+    DELETED_PREFIX,
     INDEX_FORMAT,
     STAGED_KEY,
     STORE_KEY,
     STORE_MARK,
+    VOLUMES_KEY,
+    VOLUMES_MARK,
     Attempt,
     StagedPart,
     Table,
@@ -51,30 +58,26 @@ def put_volume(writer: IndexWriter, row: VolumeState) -> None:
 
 
 def delete_volume(writer: IndexWriter, row: VolumeState) -> None:
-    """Remove a volume's row and name; its head is removed in steps by `purge_head`."""
+    """Remove a volume's row and name; its entries are removed in steps, see `forebay_store.engine.purge`."""
     writer.delete(Table.VOLUMES, row.id)
     writer.delete(Table.NAMES, row.name.encode())
-    writer.put(Table.DELETED, row.id, b"")
+    for key in _keys(writer, Table.DELETED, DELETED_PREFIX.pack(row.number)):
+        writer.delete(Table.DELETED, key)
+    writer.put(Table.DELETED, DELETED_KEY.pack(row.number, 0), b"")
 
 
-def deleted_volumes(reader: IndexReader) -> list[bytes]:
-    """Return the volumes whose head is still to be removed."""
-    return [key for key, _ in reader.scan(Table.DELETED, b"")]
+def count_volume(writer: IndexWriter) -> int:
+    """Return the number of a volume that is made now."""
+    value = writer.get(Table.META, VOLUMES_KEY)
+    number: int = 1 + (0 if value is None else VOLUMES_MARK.unpack(value)[0])
+    writer.put(Table.META, VOLUMES_KEY, VOLUMES_MARK.pack(number))
+    return number
 
 
-def purge_head(writer: IndexWriter, volume: bytes, entries_max: int) -> bool:
-    """Remove some head entries of a deleted volume; tell whether that was the last of it."""
-    keys: list[bytes] = []
-    for key, _ in writer.scan(Table.HEAD, volume):
-        if not key.startswith(volume) or len(keys) == entries_max:
-            break
-        keys.append(key)
-    for key in keys:
-        writer.delete(Table.HEAD, key)
-    if len(keys) < entries_max:
-        writer.delete(Table.DELETED, volume)
-        return True
-    return False
+def volumes_made(reader: IndexReader) -> int:
+    """Return how many volumes were ever made."""
+    value = reader.get(Table.META, VOLUMES_KEY)
+    return 0 if value is None else int(VOLUMES_MARK.unpack(value)[0])
 
 
 def attempts_of(reader: IndexReader, volume: bytes) -> list[Attempt]:
@@ -103,33 +106,43 @@ def staged_parts(reader: IndexReader, volume: bytes, epoch: int, attempt: int) -
         yield STAGED_KEY.unpack(key)[3], decode_staged(value)
 
 
-def put_staged(writer: IndexWriter, volume: bytes, epoch: int, attempt: int, part_index: int, part: StagedPart) -> None:
+def put_staged(
+    writer: IndexWriter, live: LiveBytes, volume: bytes, epoch: int, attempt: int, part_index: int, part: StagedPart
+) -> None:
     """Stage a part, in place of one of the same index."""
     attempt_key = ATTEMPT_KEY.pack(volume, epoch, attempt)
     staged_key = STAGED_KEY.pack(volume, epoch, attempt, part_index)
     known = find_attempt(writer, volume, epoch, attempt)
     row = known or Attempt(part.segment, part.payload_offset, epoch, attempt, 0, 0)
-    older = writer.get(Table.STAGED, staged_key)
-    if older is not None:
-        row = row._replace(
-            part_count=row.part_count - 1, stored_size=row.stored_size - decode_staged(older).payload_size
-        )
+    value = writer.get(Table.STAGED, staged_key)
+    if value is not None:
+        older = decode_staged(value)
+        live.add(older.segment, -stored_share_of(older))
+        row = row._replace(part_count=row.part_count - 1, stored_size=row.stored_size - older.payload_size)
     row = row._replace(part_count=row.part_count + 1, stored_size=row.stored_size + part.payload_size)
+    live.add(part.segment, stored_share_of(part))
     writer.put(Table.STAGED, staged_key, encode_staged(part))
     writer.put(Table.ATTEMPTS, attempt_key, encode_attempt(row))
 
 
-def forget_attempt(writer: IndexWriter, volume: bytes, epoch: int, attempt: int) -> None:
+def forget_attempt(writer: IndexWriter, live: LiveBytes, volume: bytes, epoch: int, attempt: int) -> None:
     """Remove an unfinished cut and its parts."""
     prefix = ATTEMPT_KEY.pack(volume, epoch, attempt)
     keys: list[bytes] = []
-    for key, _ in writer.scan(Table.STAGED, prefix):
+    for key, value in writer.scan(Table.STAGED, prefix):
         if not key.startswith(prefix):
             break
+        part = decode_staged(value)
+        live.add(part.segment, -stored_share_of(part))
         keys.append(key)
     for key in keys:
         writer.delete(Table.STAGED, key)
     writer.delete(Table.ATTEMPTS, prefix)
+
+
+def _keys(reader: IndexReader, table: Table, prefix: bytes) -> list[bytes]:
+    """Return the keys that begin so."""
+    return list(takewhile(lambda key: key.startswith(prefix), (key for key, _ in reader.scan(table, prefix))))
 
 
 def read_applied(reader: IndexReader) -> SegmentName:
@@ -159,5 +172,7 @@ def read_store(reader: IndexReader) -> bytes | None:
         return None
     found, store = STORE_MARK.unpack(value) if len(value) == STORE_MARK.size else (None, b"")
     if found != INDEX_FORMAT:
-        raise CorruptionError(place="index meta", what="index format", expected=INDEX_FORMAT, found=found)
+        raise CorruptionError(
+            place="index meta", what="index format", expected=f"{INDEX_FORMAT}; run store rebuild-index", found=found
+        )
     return bytes(store)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from forebay_core.errors import CorruptionError
 from forebay_core.units import Buffer
 from forebay_store.format.records import (
+    PART_RECORDS,
     RECORD_HEADER,
-    CutPart,
     Record,
     StoreClaimed,
     decode_body,
@@ -117,5 +117,5 @@ def _check_claim(header: SegmentHeader, placed: Sequence[PlacedRecord], place: s
 
 def payload_of(buffer: Buffer, placed: PlacedRecord) -> memoryview:
     """Return the frames of a part within its segment."""
-    assert isinstance(placed.record, CutPart)
+    assert isinstance(placed.record, PART_RECORDS)
     return memoryview(buffer)[placed.payload_offset : placed.payload_offset + placed.payload_size]

@@ -1,6 +1,6 @@
 """The records of a segment: every change of the store's state, as facts that were checked before they were written.
 
-A record is a header, a body, and for parts of cuts a payload of whole frames (`forebay_core.frame`).
+A record is a header, a body, and for the kinds that hold blocks a payload of whole frames (`forebay_core.frame`).
 
 Record header, 32 bytes, little-endian:
 
@@ -10,7 +10,7 @@ Record header, 32 bytes, little-endian:
          4     2  u16   kind          see Kind
          6     2  u16   version       0
          8     4  u32   body_size     bytes of the body
-        12     4  u32   payload_size  bytes of frames behind the body; 0 but for cut-part
+        12     4  u32   payload_size  bytes of frames behind the body; 0 but for those
         16     8  u64   body_xxh3     over the body
         24     8  u64   header_xxh3   over the 24 bytes before it
 
@@ -32,7 +32,7 @@ volume-created, 50 bytes, then the name in UTF-8:
         32    16  16s   origin      zeros; reserved for the origin of a clone
         48     2  u16   name_size   bytes of the name
 
-volume-resized, 24 bytes:
+volume-resized, 24 bytes; a smaller size is a change with the next sequence, and trims what lies behind it:
 
     offset  size  type  field       meaning
     ------  ----  ----  ----------  --------------------------------------------------------
@@ -70,7 +70,7 @@ cut-part, 36 bytes, then hole_count times (u64 start, u32 count); the payload is
         28     4  u32   part_index  from 0
         32     4  u32   hole_count  extents that read as zeros from this cut on
 
-cut-committed, 68 bytes:
+cut-committed, 68 bytes, then the closing change if the cut ends with one:
 
     offset  size  type  field            meaning
     ------  ----  ----  ---------------  --------------------------------------------------------
@@ -84,6 +84,15 @@ cut-committed, 68 bytes:
         52     8  u64   committed_ns     wall clock of the cache, Unix nanoseconds
         60     8  u64   in_sync_version  of the in-sync set it was sent under
 
+closing change, 34 bytes, then the snapshot's name in UTF-8:
+
+    offset  size  type  field        meaning
+    ------  ----  ----  -----------  --------------------------------------------------------
+         0    16  16s   snapshot     id of the snapshot that the change `last` is; zeros: it is none
+        16     8  u64   snapshot_ns  when that was taken, Unix nanoseconds
+        24     8  u64   size         bytes of the volume since the change `last`; 0: it is no resize
+        32     2  u16   name_size    bytes of the name
+
 attempt-forgotten, 28 bytes:
 
     offset  size  type  field       meaning
@@ -91,6 +100,65 @@ attempt-forgotten, 28 bytes:
          0    16  16s   volume      its id
         16     4  u32   epoch       of the attempt
         20     8  u64   attempt     whose parts are forgotten
+
+snapshot-taken, 42 bytes, then the name in UTF-8; a change with the next sequence of a volume that nobody holds:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      its id
+        16    16  16s   snapshot    id of the snapshot
+        32     8  u64   created_ns  Unix nanoseconds
+        40     2  u16   name_size   bytes of the name
+
+snapshot-deleted, 32 bytes:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      its id
+        16    16  16s   snapshot    id of the snapshot
+
+rolled-back, 32 bytes; a change with the next sequence of a volume that nobody holds:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      its id
+        16    16  16s   snapshot    id of the snapshot that the head is like from now on
+
+clone-created, 42 bytes, then the name in UTF-8; the clone's version is 1:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      id of the clone
+        16    16  16s   origin      id of the snapshot
+        32     8  u64   created_ns  Unix nanoseconds
+        40     2  u16   name_size   bytes of the name
+
+flatten-begun, 16 bytes:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      id of the clone
+
+origin-part, 16 bytes; the payload is frames with blocks of the origin, which the clone has as its own now unless it has
+others:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      id of the clone
+
+flattened, 16 bytes:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      id of the volume, which has no origin from now on
+
+purged, 16 bytes; a step of removing what a deletion left:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0     4  u32   number      of the volume
+         4     8  u64   version     of the deleted snapshot; 0: the whole volume
+        12     4  u32   entries     looked at in this step, about
 """
 
 import enum
@@ -115,7 +183,16 @@ WRITER_TAKEN_BODY: Final = struct.Struct("<16sI16s")
 WRITER_RELEASED_BODY: Final = struct.Struct("<16sI")
 CUT_PART_BODY: Final = struct.Struct("<16sIQII")
 CUT_COMMITTED_BODY: Final = struct.Struct("<16sIQIIQQQQ")
+CLOSING_CHANGE: Final = struct.Struct("<16sQQH")
 ATTEMPT_FORGOTTEN_BODY: Final = struct.Struct("<16sIQ")
+SNAPSHOT_TAKEN_BODY: Final = struct.Struct("<16s16sQH")
+SNAPSHOT_DELETED_BODY: Final = struct.Struct("<16s16s")
+ROLLED_BACK_BODY: Final = struct.Struct("<16s16s")
+CLONE_CREATED_BODY: Final = struct.Struct("<16s16sQH")
+FLATTEN_BEGUN_BODY: Final = struct.Struct("<16s")
+ORIGIN_PART_BODY: Final = struct.Struct("<16s")
+FLATTENED_BODY: Final = struct.Struct("<16s")
+PURGED_BODY: Final = struct.Struct("<IQI")
 
 BODY_SIZE_MAX: Final = CUT_PART_BODY.size + HOLES_PER_PART_MAX * EXTENT_DTYPE.itemsize
 NO_ORIGIN: Final = bytes(ID_SIZE)
@@ -124,8 +201,7 @@ _U64: Final = struct.Struct("<Q")
 
 
 class Kind(enum.IntEnum):
-    """Numbers of the kinds. 16 snapshot-taken, 17 snapshot-deleted, 18 rolled-back, 19 clone-created and
-    20 in-sync-set are reserved."""
+    """Numbers of the kinds. 20 in-sync-set is reserved."""
 
     STORE_CLAIMED = 1
     VOLUME_CREATED = 2
@@ -136,7 +212,18 @@ class Kind(enum.IntEnum):
     CUT_PART = 7
     CUT_COMMITTED = 8
     ATTEMPT_FORGOTTEN = 9
+    SNAPSHOT_TAKEN = 16
+    SNAPSHOT_DELETED = 17
+    ROLLED_BACK = 18
+    CLONE_CREATED = 19
+    FLATTEN_BEGUN = 21
+    ORIGIN_PART = 22
+    FLATTENED = 23
+    PURGED = 24
 
+
+PAYLOAD_KINDS: Final = frozenset((Kind.CUT_PART, Kind.ORIGIN_PART))
+"""Kinds whose records hold frames."""
 
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
 
@@ -205,6 +292,10 @@ class CutCommitted(NamedTuple):
     last: int
     committed_ns: int
     in_sync_version: int
+    snapshot: bytes = NO_ORIGIN
+    snapshot_ns: int = 0
+    size: int = 0
+    snapshot_name: str = ""
 
 
 class AttemptForgotten(NamedTuple):
@@ -214,6 +305,68 @@ class AttemptForgotten(NamedTuple):
     epoch: int
     attempt: int
 
+
+class SnapshotTaken(NamedTuple):
+    """A volume that nobody holds has a snapshot of what it is."""
+
+    volume: bytes
+    snapshot: bytes
+    created_ns: int
+    name: str
+
+
+class SnapshotDeleted(NamedTuple):
+    """The snapshot is gone; its id is never used again."""
+
+    volume: bytes
+    snapshot: bytes
+
+
+class RolledBack(NamedTuple):
+    """The volume is what it was when the snapshot was taken."""
+
+    volume: bytes
+    snapshot: bytes
+
+
+class CloneCreated(NamedTuple):
+    """A volume exists that reads through to a snapshot."""
+
+    volume: bytes
+    origin: bytes
+    created_ns: int
+    name: str
+
+
+class FlattenBegun(NamedTuple):
+    """A clone is being given the blocks of its origin."""
+
+    volume: bytes
+
+
+class OriginPart(NamedTuple):
+    """Some blocks of its origin are the clone's own."""
+
+    volume: bytes
+
+
+class Flattened(NamedTuple):
+    """All are: it is no clone any more."""
+
+    volume: bytes
+
+
+class Purged(NamedTuple):
+    """A step of removing the entries of a deleted volume or snapshot."""
+
+    number: int
+    version: int
+    entries: int
+
+
+PartRecord = CutPart | OriginPart
+PART_RECORDS: Final = (CutPart, OriginPart)
+"""The records that hold frames; each of them names the volume whose blocks they are."""
 
 Record = (
     StoreClaimed
@@ -225,6 +378,14 @@ Record = (
     | CutPart
     | CutCommitted
     | AttemptForgotten
+    | SnapshotTaken
+    | SnapshotDeleted
+    | RolledBack
+    | CloneCreated
+    | FlattenBegun
+    | OriginPart
+    | Flattened
+    | Purged
 )
 
 
@@ -245,7 +406,7 @@ class RecordHeader(NamedTuple):
 def encode_record(record: Record, payload_size: int = 0) -> tuple[bytes, bytes]:
     """Return header and body; the payload of a part follows them unchanged."""
     kind, body = _encode_body(record)
-    assert payload_size == 0 or kind == Kind.CUT_PART
+    assert payload_size == 0 or kind in PAYLOAD_KINDS
     assert len(body) <= BODY_SIZE_MAX
     header = RECORD_HEADER.pack(RECORD_MAGIC, kind, 0, len(body), payload_size, checksum(body), 0)[:_PREFIX_SIZE]
     return header + _U64.pack(checksum(header)), body
@@ -268,7 +429,7 @@ def decode_record_header(view: memoryview, *, place: str) -> RecordHeader:
     if kind not in _KINDS or version != 0:
         raise CorruptionError(place=place, what="record kind", expected="a known kind", found=(kind, version))
     header = RecordHeader(Kind(kind), body_size, payload_size, body_xxh3)
-    if header.size > view.nbytes or body_size > BODY_SIZE_MAX or (payload_size and kind != Kind.CUT_PART):
+    if header.size > view.nbytes or body_size > BODY_SIZE_MAX or (payload_size and kind not in PAYLOAD_KINDS):
         raise CorruptionError(place=place, what="record size", expected=f"at most {view.nbytes}", found=header.size)
     return header
 
@@ -312,16 +473,49 @@ def _encode_body(record: Record) -> tuple[Kind, bytes]:
         case CutPart():
             return Kind.CUT_PART, _encode_part(record)
         case CutCommitted():
-            head, tail = record[:4], record[4:]
-            return Kind.CUT_COMMITTED, CUT_COMMITTED_BODY.pack(*head, 0, *tail)
+            return Kind.CUT_COMMITTED, _encode_commit(record)
         case AttemptForgotten():
             return Kind.ATTEMPT_FORGOTTEN, ATTEMPT_FORGOTTEN_BODY.pack(*record)
+        case Purged():
+            return Kind.PURGED, PURGED_BODY.pack(*record)
+        case _:
+            return _encode_snapshots(record)
+
+
+def _encode_snapshots(
+    record: SnapshotTaken | SnapshotDeleted | RolledBack | CloneCreated | FlattenBegun | OriginPart | Flattened,
+) -> tuple[Kind, bytes]:
+    match record:
+        case SnapshotTaken():
+            name = record.name.encode()
+            return Kind.SNAPSHOT_TAKEN, SNAPSHOT_TAKEN_BODY.pack(*record[:-1], len(name)) + name
+        case SnapshotDeleted():
+            return Kind.SNAPSHOT_DELETED, SNAPSHOT_DELETED_BODY.pack(*record)
+        case RolledBack():
+            return Kind.ROLLED_BACK, ROLLED_BACK_BODY.pack(*record)
+        case CloneCreated():
+            name = record.name.encode()
+            return Kind.CLONE_CREATED, CLONE_CREATED_BODY.pack(*record[:-1], len(name)) + name
+        case FlattenBegun():
+            return Kind.FLATTEN_BEGUN, FLATTEN_BEGUN_BODY.pack(*record)
+        case OriginPart():
+            return Kind.ORIGIN_PART, ORIGIN_PART_BODY.pack(*record)
+        case Flattened():
+            return Kind.FLATTENED, FLATTENED_BODY.pack(*record)
 
 
 def _encode_part(part: CutPart) -> bytes:
     assert len(part.holes) % EXTENT_DTYPE.itemsize == 0
     hole_count = len(part.holes) // EXTENT_DTYPE.itemsize
     return CUT_PART_BODY.pack(part.volume, part.epoch, part.attempt, part.part_index, hole_count) + part.holes
+
+
+def _encode_commit(commit: CutCommitted) -> bytes:
+    fixed = CUT_COMMITTED_BODY.pack(*commit[:4], 0, *commit[4:8])
+    if commit.snapshot == NO_ORIGIN and commit.size == 0:
+        return fixed
+    name = commit.snapshot_name.encode()
+    return fixed + CLOSING_CHANGE.pack(commit.snapshot, commit.snapshot_ns, commit.size, len(name)) + name
 
 
 def _decode_body(kind: Kind, body: bytes) -> Record:
@@ -342,10 +536,45 @@ def _decode_body(kind: Kind, body: bytes) -> Record:
         case Kind.CUT_PART:
             return _decode_part(body)
         case Kind.CUT_COMMITTED:
-            fields = CUT_COMMITTED_BODY.unpack(body)
-            return CutCommitted(*fields[:4], *fields[5:])
+            return _decode_commit(body)
         case Kind.ATTEMPT_FORGOTTEN:
             return AttemptForgotten(*ATTEMPT_FORGOTTEN_BODY.unpack(body))
+        case Kind.PURGED:
+            return Purged(*PURGED_BODY.unpack(body))
+        case _:
+            return _decode_snapshots(kind, body)
+
+
+def _decode_snapshots(kind: Kind, body: bytes) -> Record:
+    match kind:
+        case Kind.SNAPSHOT_TAKEN:
+            volume, snapshot, created_ns, _ = SNAPSHOT_TAKEN_BODY.unpack_from(body)
+            return SnapshotTaken(volume, snapshot, created_ns, body[SNAPSHOT_TAKEN_BODY.size :].decode())
+        case Kind.SNAPSHOT_DELETED:
+            return SnapshotDeleted(*SNAPSHOT_DELETED_BODY.unpack(body))
+        case Kind.ROLLED_BACK:
+            return RolledBack(*ROLLED_BACK_BODY.unpack(body))
+        case Kind.CLONE_CREATED:
+            volume, origin, created_ns, _ = CLONE_CREATED_BODY.unpack_from(body)
+            return CloneCreated(volume, origin, created_ns, body[CLONE_CREATED_BODY.size :].decode())
+        case Kind.FLATTEN_BEGUN:
+            return FlattenBegun(*FLATTEN_BEGUN_BODY.unpack(body))
+        case Kind.ORIGIN_PART:
+            return OriginPart(*ORIGIN_PART_BODY.unpack(body))
+        case Kind.FLATTENED:
+            return Flattened(*FLATTENED_BODY.unpack(body))
+        case _:
+            raise AssertionError(kind)
+
+
+def _decode_commit(body: bytes) -> CutCommitted:
+    fields = CUT_COMMITTED_BODY.unpack_from(body)
+    commit = CutCommitted(*fields[:4], *fields[5:])
+    if len(body) == CUT_COMMITTED_BODY.size:
+        return commit
+    snapshot, snapshot_ns, size, _ = CLOSING_CHANGE.unpack_from(body, CUT_COMMITTED_BODY.size)
+    name = body[CUT_COMMITTED_BODY.size + CLOSING_CHANGE.size :].decode()
+    return commit._replace(snapshot=snapshot, snapshot_ns=snapshot_ns, size=size, snapshot_name=name)
 
 
 def _decode_part(body: bytes) -> CutPart:

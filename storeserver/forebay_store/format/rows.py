@@ -2,45 +2,45 @@
 
 Table `volumes`, key: volume id.
 
-Volume row, 114 bytes, then the name in UTF-8:
+Volume row, 134 bytes, then the name in UTF-8:
 
     offset  size  type  field            meaning
     ------  ----  ----  ---------------  --------------------------------------------------------
          0     8  u64   size             bytes
          8     4  u32   epoch            of the newest writer; 0 before the first
-        12     4  u32   reserved         0
-        16     8  u64   version          of the newest committed cut
-        24     8  u64   committed_ns     wall clock of the cache at that cut
+        12     4  u32   flags            1: the tie to the origin is being cut
+        16     8  u64   version          of the newest change
+        24     8  u64   committed_ns     wall clock of the cache at the newest cut
         32     8  u64   created_ns       Unix nanoseconds
         40     8  u64   stored_size      bytes of frames that the head refers to: per live block its frame's bytes
                                          divided by its frame's blocks, rounded down
-        48     8  u64   data_blocks      blocks of the head that are not holes
+        48     8  u64   data_blocks      blocks of the head that hold data
         56     8  u64   floor            changes since an older version can't be listed
         64     8  u64   in_sync_version  of the newest committed cut
-        72    16  16s   writer           device that holds it; zeros: nobody
-        88    16  16s   origin           zeros; reserved for clones
-       104     2  u16   name_size        bytes of the name
-       106     8  u64   row_xxh3         over the row with zeros here, and the name
+        72     8  u64   newest_snapshot  version of it; 0: there is none
+        80     4  u32   number           stands for the id in the keys of other tables; never used again
+        84     4  u32   snapshots        how many it has
+        88     4  u32   clones           volumes that read through to one of its snapshots
+        92    16  16s   writer           device that holds it; zeros: nobody
+       108    16  16s   origin           snapshot that a clone reads through to; zeros: none
+       124     2  u16   name_size        bytes of the name
+       126     8  u64   row_xxh3         over the row with zeros here, and the name
 
 Table `names`, key: name in UTF-8, value: volume id.
 
-Table `head`, key: volume id, u64 start (big-endian). Entries never overlap.
+Tables `head`, `history` and `displaced`: see `forebay_store.format.entries`. Tables `snapshots`, `snapshot_ids`,
+`snapshot_names` and `clones`: see `forebay_store.format.snapshot_rows`.
 
-Head entry, 40 bytes:
+Table `segments`, key: u32 incarnation, u64 number (big-endian).
 
-    offset  size  type  field         meaning
-    ------  ----  ----  ------------  --------------------------------------------------------
-         0     4  u32   count         blocks
-         4     1  u8    kind          0 hole, 1 data
-         5     1  u8    frame_blocks  plain blocks of the frame; 0 for a hole, as all below but version
-         6     1  u8    block         index of the first block among the frame's plain blocks
-         7     1  u8    reserved      0
-         8     8  u64   version       last version of the cut that wrote or trimmed it
-        16     4  u32   incarnation   of the segment
-        20     8  u64   number        of the segment
-        28     4  u32   frame_offset  of the frame in the segment
-        32     4  u32   frame_size    bytes of the frame
-        36     4  u32   entry_check   lower half of the xxh3-64 over the key and the 36 bytes before it
+Segment row, 24 bytes:
+
+    offset  size  type  field    meaning
+    ------  ----  ----  -------  --------------------------------------------------------
+         0     8  u64   size     bytes of the segment
+         8     8  u64   live     of them, bytes that entries of head and history and staged parts refer to, counted as
+                                 in stored_size
+        16     8  u64   written  bytes of all segments before it: by this what is in it has its age
 
 Table `attempts`, key: volume id, u32 epoch, u64 attempt (big-endian).
 
@@ -67,7 +67,10 @@ Staged part, 24 bytes, then hole_count times (u64 start, u32 count), then the pa
         16     4  u32   payload_size    bytes of the frames
         20     4  u32   hole_count      extents
 
-Table `deleted`, key: volume id, value empty: its head entries are being removed.
+Table `deleted`, key: u32 volume's number, u64 version (big-endian), value empty: the entries of this snapshot, or
+with version 0 of the whole volume, are being removed.
+
+Table `flattening`, key: volume id, value empty: clones whose tie to the origin is being cut.
 
 Table `meta`, key `store`: to which store the index belongs.
 
@@ -75,8 +78,12 @@ Store mark, 20 bytes:
 
     offset  size  type  field         meaning
     ------  ----  ----  ------------  --------------------------------------------------------
-         0     4  u32   format        1
+         0     4  u32   format        2
          4    16  16s   store         UUID of the store
+
+Table `meta`, key `volumes`: u32 (little-endian), how many volumes were ever made: the newest one's number.
+
+Table `meta`, key `written`: u64 (little-endian), bytes of all segments that the index shows or has shown.
 
 Table `meta`, key `applied`: the newest segment whose records the index shows.
 
@@ -99,10 +106,12 @@ from forebay_core.units import ID_SIZE
 from forebay_store.format.part import PART_ENTRY
 from forebay_store.format.segment import SegmentName
 
-INDEX_FORMAT: Final = 1
-VOLUME_ROW: Final = struct.Struct("<QIIQQQQQQQ16s16sHQ")
-HEAD_KEY: Final = struct.Struct(">16sQ")
-HEAD_ENTRY: Final = struct.Struct("<IBBBBQIQIII")
+INDEX_FORMAT: Final = 2
+VOLUME_ROW: Final = struct.Struct("<QIIQQQQQQQQIII16s16sHQ")
+SEGMENT_KEY: Final = struct.Struct(">IQ")
+SEGMENT_ROW: Final = struct.Struct("<QQQ")
+DELETED_KEY: Final = struct.Struct(">IQ")
+DELETED_PREFIX: Final = struct.Struct(">I")
 ATTEMPT_KEY: Final = struct.Struct(">16sIQ")
 ATTEMPT_ROW: Final = struct.Struct("<IQIIQ")
 STAGED_KEY: Final = struct.Struct(">16sIQI")
@@ -111,15 +120,16 @@ STORE_MARK: Final = struct.Struct("<I16s")
 APPLIED_MARK: Final = struct.Struct("<IQ")
 STORE_KEY: Final = b"store"
 APPLIED_KEY: Final = b"applied"
+VOLUMES_KEY: Final = b"volumes"
+WRITTEN_KEY: Final = b"written"
+VOLUMES_MARK: Final = struct.Struct("<I")
+WRITTEN_MARK: Final = struct.Struct("<Q")
 NOBODY: Final = bytes(ID_SIZE)
-assert VOLUME_ROW.size == 114
-assert HEAD_ENTRY.size == 40
+FLATTENING: Final = 1
+assert VOLUME_ROW.size == 134
+assert SEGMENT_ROW.size == 24
 
 _U64: Final = struct.Struct("<Q")
-_U32: Final = struct.Struct("<I")
-_ENTRY_PREFIX: Final = struct.Struct("<IBBBBQIQII")
-_LOW: Final = (1 << 32) - 1
-assert _ENTRY_PREFIX.size + _U32.size == HEAD_ENTRY.size
 
 
 class Table(enum.StrEnum):
@@ -128,9 +138,17 @@ class Table(enum.StrEnum):
     VOLUMES = "volumes"
     NAMES = "names"
     HEAD = "head"
+    HISTORY = "history"
+    DISPLACED = "displaced"
+    SNAPSHOTS = "snapshots"
+    SNAPSHOT_IDS = "snapshot_ids"
+    SNAPSHOT_NAMES = "snapshot_names"
+    CLONES = "clones"
+    SEGMENTS = "segments"
     ATTEMPTS = "attempts"
     STAGED = "staged"
     DELETED = "deleted"
+    FLATTENING = "flattening"
     META = "meta"
 
 
@@ -150,25 +168,19 @@ class VolumeState(NamedTuple):
     in_sync_version: int
     writer: bytes
     origin: bytes
+    number: int = 0
+    newest_snapshot: int = 0
+    snapshots: int = 0
+    clones: int = 0
+    flattening: bool = False
 
 
-class HeadEntry(NamedTuple):
-    """What an extent of the head is: data in a frame, or a hole with the version that made it."""
+class SegmentState(NamedTuple):
+    """One segment as the index shows it; fields as in the table above."""
 
-    start: int
-    length: int  # blocks
-    is_data: bool
-    version: int
-    segment: SegmentName
-    frame_offset: int
-    frame_size: int
-    frame_blocks: int
-    block: int
-
-    @property
-    def end(self) -> int:
-        """First block behind it."""
-        return self.start + self.length
+    size: int
+    live: int
+    written: int
 
 
 class Attempt(NamedTuple):
@@ -203,7 +215,7 @@ def encode_volume(row: VolumeState) -> bytes:
     fixed = VOLUME_ROW.pack(
         row.size,
         row.epoch,
-        0,
+        FLATTENING if row.flattening else 0,
         row.version,
         row.committed_ns,
         row.created_ns,
@@ -211,6 +223,10 @@ def encode_volume(row: VolumeState) -> bytes:
         row.data_blocks,
         row.floor,
         row.in_sync_version,
+        row.newest_snapshot,
+        row.number,
+        row.snapshots,
+        row.clones,
         row.writer or NOBODY,
         row.origin or NOBODY,
         len(name),
@@ -234,9 +250,8 @@ def decode_volume(volume: bytes, value: bytes) -> VolumeState:
     found = checksum(value[: VOLUME_ROW.size - _U64.size] + name)
     if found != fields[-1]:
         raise CorruptionError(place=place, what="volume row checksum", expected=fields[-1], found=found)
-    size, epoch, _, version, committed_ns, created_ns, stored_size, data_blocks, floor, in_sync, writer, origin = (
-        fields[:12]
-    )
+    size, epoch, flags, version, committed_ns, created_ns, stored_size, data_blocks, floor, in_sync = fields[:10]
+    newest_snapshot, number, snapshots, clones, writer, origin = fields[10:16]
     return VolumeState(
         volume,
         name.decode(),
@@ -251,50 +266,27 @@ def decode_volume(volume: bytes, value: bytes) -> VolumeState:
         in_sync,
         b"" if writer == NOBODY else writer,
         b"" if origin == NOBODY else origin,
+        number,
+        newest_snapshot,
+        snapshots,
+        clones,
+        flags == FLATTENING,
     )
 
 
-def head_key(volume: bytes, start: int) -> bytes:
-    """Return the key of `head`."""
-    return HEAD_KEY.pack(volume, start)
+def segment_key(segment: SegmentName) -> bytes:
+    """Return the key of `segments`."""
+    return SEGMENT_KEY.pack(*segment)
 
 
-def encode_entry(volume: bytes, entry: HeadEntry) -> tuple[bytes, bytes]:
-    """Return key and value of `head`."""
-    key = HEAD_KEY.pack(volume, entry.start)
-    prefix = _ENTRY_PREFIX.pack(
-        entry.length,
-        entry.is_data,
-        entry.frame_blocks,
-        entry.block,
-        0,
-        entry.version,
-        entry.segment.incarnation,
-        entry.segment.number,
-        entry.frame_offset,
-        entry.frame_size,
-    )
-    return key, prefix + _U32.pack(checksum(key + prefix) & _LOW)
+def encode_segment(row: SegmentState) -> bytes:
+    """Return the value of `segments`."""
+    return SEGMENT_ROW.pack(*row)
 
 
-def decode_entry(key: bytes, value: bytes) -> HeadEntry:
-    """Return the entry of a key and value of `head`.
-
-    Raises:
-        CorruptionError: the entry was damaged.
-    """
-    if len(value) != HEAD_ENTRY.size:
-        raise CorruptionError(
-            place=f"index head {key.hex()}", what="head entry size", expected=HEAD_ENTRY.size, found=len(value)
-        )
-    start = HEAD_KEY.unpack(key)[1]
-    length, kind, blocks, block, _, version, incarnation, number, offset, size, expected = HEAD_ENTRY.unpack(value)
-    found = checksum(key + value[:-4]) & _LOW
-    if found != expected:
-        raise CorruptionError(
-            place=f"index head {key.hex()}", what="head entry checksum", expected=expected, found=found
-        )
-    return HeadEntry(start, length, kind != 0, version, SegmentName(incarnation, number), offset, size, blocks, block)
+def decode_segment_row(value: bytes) -> SegmentState:
+    """Return the segment of a value of `segments`."""
+    return SegmentState(*SEGMENT_ROW.unpack(value))
 
 
 def encode_attempt(attempt: Attempt) -> bytes:

@@ -40,14 +40,13 @@ from xxhash import xxh3_64
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.units import ID_SIZE, Buffer
+from forebay_store.limits import INCARNATION_MAX, SEGMENT_NUMBER_MAX
 
 SEGMENT_MAGIC: Final = b"FBSEGMNT"
 SEGMENT_FORMAT: Final = 1
 SEGMENT_HEADER: Final = struct.Struct("<8sII16sIIQQQ")
 FOOTER_MAGIC: Final = 0x46534246
 SEGMENT_FOOTER: Final = struct.Struct("<IIQQQ")
-INCARNATION_MAX: Final = (1 << 32) - 1
-NUMBER_MAX: Final = (1 << 48) - 1
 assert SEGMENT_HEADER.size == 64
 assert SEGMENT_FOOTER.size == 32
 
@@ -113,7 +112,7 @@ def encode_header(header: SegmentHeader) -> bytes:
     """Return the 64 bytes."""
     assert len(header.store) == ID_SIZE
     assert 0 < header.name.incarnation <= INCARNATION_MAX
-    assert 0 <= header.name.number <= NUMBER_MAX
+    assert 0 <= header.name.number <= SEGMENT_NUMBER_MAX
     assert header.previous < header.name
     prefix = SEGMENT_HEADER.pack(
         SEGMENT_MAGIC,

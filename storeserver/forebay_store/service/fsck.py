@@ -32,7 +32,7 @@ from forebay_store.engine.replay import LoadedSegment, check_previous, load_segm
 from forebay_store.engine.volumes import read_applied, read_store, write_store
 from forebay_store.format import segment as segment_format
 from forebay_store.format.layout import PlacedRecord, payload_of
-from forebay_store.format.records import CutPart
+from forebay_store.format.records import PART_RECORDS
 from forebay_store.format.rows import Table
 from forebay_store.format.segment import NO_SEGMENT, parse_name
 from forebay_store.service.dir_backend import DirBackend, is_temporary
@@ -48,7 +48,6 @@ from forebay_store.service.lmdb_index import LmdbIndex
 
 FINDINGS_MAX: Final = 1000
 INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb"))
-_COMPARED: Final = (Table.META, Table.VOLUMES, Table.NAMES, Table.HEAD, Table.ATTEMPTS, Table.STAGED)
 
 
 class CheckError(ForebayError):
@@ -162,7 +161,7 @@ def _check_segments(backend: DirBackend, store: bytes, findings: Findings) -> No
             with findings.noting("segment-missing"):
                 check_previous(loaded, previous)
             for placed in loaded.decoded.placed:
-                if isinstance(placed.record, CutPart):
+                if isinstance(placed.record, PART_RECORDS):
                     _check_frames(loaded, placed, findings)
         previous = name
 
@@ -244,19 +243,11 @@ def _scratch_index() -> Iterator[LmdbIndex]:
 
 
 def _compare(found: IndexReader, expected: IndexReader, findings: Findings) -> None:
-    for table in _COMPARED:
-        for key, is_there, should_be in _join(_rows(found, table), _rows(expected, table)):
+    for table in Table:
+        for key, is_there, should_be in _join(found.scan(table, b""), expected.scan(table, b"")):
             if is_there != should_be:
                 text = f"the index has {_show(is_there)}, the segments give {_show(should_be)}"
                 findings.add("index-differs", f"index {table.value} {key.hex()}", text)
-
-
-def _rows(reader: IndexReader, table: Table) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the rows; what is left of deleted volumes is on its way out and does not count."""
-    deleted = {key for key, _ in reader.scan(Table.DELETED, b"")} if table is Table.HEAD else set()
-    for key, value in reader.scan(table, b""):
-        if key[:16] not in deleted:
-            yield key, value
 
 
 def _join(

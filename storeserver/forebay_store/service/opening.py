@@ -70,7 +70,7 @@ def claim(backend: DirBackend, index: LmdbIndex, *, store: bytes, now_ns: int) -
     record = StoreClaimed(now_ns)
     built = build_segment(SegmentHeader(store, name, names[-1] if names else NO_SEGMENT), [(record, ())])
     backend.create(name.text, built.buffers)
-    segment = LogSegment(name, [LogRecord(record, built.placed[0].payload_offset, 0, b"")])
+    segment = LogSegment(name, [LogRecord(record, built.placed[0].payload_offset, 0, b"")], built.size)
     index.update(lambda writer: apply_segments(writer, [segment]))
     return name
 

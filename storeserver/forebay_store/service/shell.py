@@ -16,15 +16,16 @@ from typing import Final, assert_never
 from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.units import ID_SIZE, KIB, Buffer
 from forebay_store.engine.apply import apply_segments
+from forebay_store.engine.background import Copied, CopyOrigin
 from forebay_store.engine.changes import Change, Incoming, expect_name
 from forebay_store.engine.ports import BackendError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import ReadPlan, check_frames, plan_read
-from forebay_store.engine.store import Answer, ApplySegments, Command, PurgeVolume, StoreEngine, WriteSegment
-from forebay_store.engine.volumes import purge_head
+from forebay_store.engine.store import Answer, ApplySegments, Command, StoreEngine, WriteSegment
 from forebay_store.format.part import PartTable, parse_part
 from forebay_store.format.rows import Table
-from forebay_store.limits import PART_ENTRIES_MAX, PURGE_ENTRIES_MAX
+from forebay_store.limits import PART_ENTRIES_MAX
+from forebay_store.service.copying import copy_origin
 from forebay_store.service.kept_reports import KeptReports
 from forebay_store.service.opening import OpenStore
 from forebay_wire import messages
@@ -78,7 +79,9 @@ class StoreShell:
                 return await self._read(peer, message)
             case messages.GetVolume():
                 return self._query(message), ()
-            case messages.ListVolumes() | messages.Changed():
+            case messages.GetSnapshot():
+                return self._query(message), ()
+            case messages.ListVolumes() | messages.ListSnapshots() | messages.Changed():
                 await peer.reserve(BODY_SIZE_MAX)
                 return await self._loop.run_in_executor(self._readers, self._query, message), ()
             case messages.MapExtents():
@@ -103,6 +106,11 @@ class StoreShell:
                 messages.CreateVolume()
                 | messages.ResizeVolume()
                 | messages.DeleteVolume()
+                | messages.CreateSnapshot()
+                | messages.DeleteSnapshot()
+                | messages.RollbackVolume()
+                | messages.CloneVolume()
+                | messages.FlattenVolume()
                 | messages.ReleaseVolume()
                 | messages.CommitCut()
             ):
@@ -129,7 +137,7 @@ class StoreShell:
 
     def _query(self, message: Query) -> messages.AnyMessage:
         with self._store.index.view() as reader:
-            return answer_query(reader, message)
+            return answer_query(reader, message, self._engine.controls)
 
     async def _read(self, peer: Peer, message: messages.Read) -> Reply:
         self._reads += 1
@@ -234,13 +242,8 @@ class StoreShell:
                 self._run(self._writer, lambda: self._write(command), self._engine.complete_write)
             case ApplySegments():
                 self._run(self._indexer, lambda: self._apply(command), self._engine.complete_apply)
-            case PurgeVolume():
-                finished: list[bool] = []
-                self._run(
-                    self._indexer,
-                    lambda: finished.append(self._purge(command)),
-                    lambda error: self._engine.complete_purge(command.volume, finished == [True], error),
-                )
+            case CopyOrigin():
+                self._start_copy(command)
             case _:
                 assert_never(command)
 
@@ -252,8 +255,19 @@ class StoreShell:
     def _apply(self, command: ApplySegments) -> None:
         self._store.index.update(lambda writer: apply_segments(writer, command.segments))
 
-    def _purge(self, command: PurgeVolume) -> bool:
-        return self._store.index.update(lambda writer: purge_head(writer, command.volume, PURGE_ENTRIES_MAX))
+    def _start_copy(self, command: CopyOrigin) -> None:
+        copied: list[Copied | None] = []
+
+        def done(error: ForebayError | None) -> None:
+            if error is not None:
+                _LOG.error("volume %s can't be flattened before the next start: %s", command.volume.hex(), error)
+            self._engine.complete_copy(error or copied[0])
+
+        self._run(
+            self._readers,
+            lambda: copied.append(copy_origin(self._store.index, self._store.backend, command)),
+            done,
+        )
 
     def _run(self, thread: ThreadPoolExecutor, work: Callable[[], None], done: Done) -> None:
         future = self._loop.run_in_executor(thread, work)

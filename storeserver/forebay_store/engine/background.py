@@ -1,0 +1,133 @@
+"""What the store does by itself, a step at a time: purging what deletions left, and flattening clones.
+
+Each step is a record of the log, like every other change: a crash in between leaves the rest for the next start.
+At most one step of either kind is under way: between two of them everybody else has a turn.
+
+Invariants:
+    `_purge_serial` and `_copy_serial` are those of records that did not settle yet; 0: there is none.
+    `_flattening` has every clone that is being flattened, and from which block on its origin was not looked at.
+Crash: see above; flattening begins at block 0 again, and skips what it finds there.
+"""
+
+from typing import NamedTuple
+
+from forebay_core.errors import ForebayError
+from forebay_core.units import Buffer
+from forebay_store.engine.ports import Index
+from forebay_store.engine.purge import next_deleted
+from forebay_store.format.part import PartTable
+from forebay_store.format.records import Flattened, OriginPart, Purged
+from forebay_store.format.rows import Table
+from forebay_store.limits import PURGE_ENTRIES_MAX
+
+
+class CopyOrigin(NamedTuple):
+    """Copy some blocks of a clone's origin, from block `start` on, into frames, then call `complete_copy`."""
+
+    volume: bytes
+    start: int
+
+
+class Copied(NamedTuple):
+    """Frames that a clone is to get, and the block to go on from; -1: there are none, that was all."""
+
+    payload: tuple[Buffer, ...]
+    table: PartTable
+    next_start: int
+
+
+class Background:
+    """Says what the next step is."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._purge_wanted = True
+        self._purge_serial = 0
+        self._copying = b""
+        self._copy_serial = 0
+        self._paused = False
+        with index.view() as reader:
+            self._flattening = {key: 0 for key, _ in reader.scan(Table.FLATTENING, b"")}
+
+    @property
+    def busy(self) -> bool:
+        """Whether blocks are being copied."""
+        return bool(self._copying) and self._copy_serial == 0
+
+    def want_purge(self) -> None:
+        """Something was deleted."""
+        self._purge_wanted = True
+
+    def flatten(self, volume: bytes) -> None:
+        """A clone is to be flattened."""
+        self._flattening.setdefault(volume, 0)
+
+    def resume(self) -> None:
+        """There may be space again."""
+        self._paused = False
+
+    def next_purge(self) -> Purged | None:
+        """Return the next step of purging; its serial is to be noted with `purges`."""
+        if not self._purge_wanted or self._purge_serial or self._paused:
+            return None
+        with self._index.view() as reader:
+            found = next_deleted(reader)
+        if found is None:
+            self._purge_wanted = False
+            return None
+        return Purged(*found, PURGE_ENTRIES_MAX)
+
+    def purges(self, serial: int) -> None:
+        """The step of purging is in the log."""
+        self._purge_serial = serial
+
+    def next_copy(self) -> CopyOrigin | None:
+        """Return the next step of flattening."""
+        if self._copying or self._paused or not self._flattening:
+            return None
+        self._copying = next(iter(self._flattening))
+        return CopyOrigin(self._copying, self._flattening[self._copying])
+
+    def copied(self, copied: Copied | ForebayError | None) -> OriginPart | Flattened | None:
+        """Take what was copied, None if the clone is none any more; return the record that says so, if any.
+
+        A clone whose origin can't be read stays one until the next start.
+        """
+        volume = self._copying
+        if copied is None or isinstance(copied, ForebayError):
+            del self._flattening[volume]
+            self._copying = b""
+            return None
+        assert copied.next_start >= 0 or copied.table.payload_size == 0
+        self._flattening[volume] = copied.next_start
+        if copied.table.payload_size:
+            return OriginPart(volume)
+        if copied.next_start < 0:
+            return Flattened(volume)
+        self._copying = b""
+        return None
+
+    def copies(self, serial: int) -> None:
+        """The record of the step is in the log."""
+        self._copy_serial = serial
+
+    def settle(self, serial: int) -> None:
+        """A record shows in the index."""
+        if serial == self._purge_serial:
+            self._purge_serial = 0
+        if serial == self._copy_serial:
+            self._copy_serial = 0
+            if self._flattening[self._copying] < 0:
+                del self._flattening[self._copying]
+            self._copying = b""
+
+    def refuse(self, serial: int) -> None:
+        """A record will never be: there was no space for it. Begin again later."""
+        if serial == self._purge_serial:
+            self._purge_serial = 0
+            self._paused = True
+        if serial == self._copy_serial:
+            self._copy_serial = 0
+            self._flattening[self._copying] = 0
+            self._copying = b""
+            self._paused = True
