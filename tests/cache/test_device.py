@@ -14,7 +14,7 @@ from typing import TypeVar
 import pytest
 
 from forebay_cache.service import device as device_module
-from forebay_cache.service.device import IOV_MAX, FileDevice
+from forebay_cache.service.device import IOV_MAX, NEAR_SIZE_MAX, FileDevice
 from forebay_cache.service.device_file import DeviceFile, drop_pages, open_device
 from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.ring_reads import RING_ENTRIES
@@ -234,6 +234,62 @@ def test_nothing_is_refused_before_the_mark_is_left_and_the_reason_told(tmp_path
 
     asyncio.run(run())
     assert told == ["sync failed: Invalid argument", False]
+
+
+def test_a_sync_asked_for_while_a_failed_one_is_told_fails_as_well(make: Make, tmp_path: Path) -> None:
+    async def run() -> None:
+        device = failing_device(make, "/dev/zero", tmp_path)
+        try:
+            answers = await asyncio.gather(*(completed(device.sync) for _ in range(3)))
+            assert answers == [False, False, False]
+        finally:
+            device.close()
+
+    asyncio.run(run())
+
+
+def test_small_writes_between_large_ones_stay_in_order(make: Make, tmp_path: Path) -> None:
+    large = NEAR_SIZE_MAX // BLOCK_SIZE + 1
+
+    async def run(device: FileDevice) -> None:
+        order: list[int] = []
+        answers = []
+        for index, blocks in enumerate((1, large, 1, 1, large, 1)):
+            payload = bytes([index + 1]) * BLOCK_SIZE * blocks
+            ended = asyncio.get_running_loop().create_future()
+            answers.append(ended)
+            device.write(0, [payload], lambda ok, at=index, ended=ended: (order.append(at), ended.set_result(ok)))
+        assert all(await asyncio.wait_for(asyncio.gather(*answers), 30))
+        assert order == list(range(6))
+        assert await read(device, 0, 2 * BLOCK_SIZE) == bytes([6]) * BLOCK_SIZE + bytes([5]) * BLOCK_SIZE
+
+    on_device(make, tmp_path / "device", run)
+
+
+def test_after_a_write_at_once_that_waited_others_go_to_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads_seen = []
+
+    def pwritev(fd: int, buffers: list[Buffer], offset: int) -> int:
+        threads_seen.append(threading.current_thread().name)
+        return sum(map(len, buffers))
+
+    async def run(device: FileDevice) -> None:
+        assert await write(device, 0, bytes(BLOCK_SIZE))
+        clock = iter((0, device_module.NEAR_NS_MAX + 1))
+        with monkeypatch.context() as patched:
+            patched.setattr("forebay_cache.service.device.time.perf_counter_ns", lambda: next(clock))
+            assert await write(device, 0, bytes(BLOCK_SIZE))
+        for _ in range(device_module.FAR_WRITES + 1):
+            assert await write(device, 0, bytes(BLOCK_SIZE))
+
+    here = threading.current_thread().name
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", pwritev)
+        on_device(uring, tmp_path / "device", run)
+    far = ["device-write"] * device_module.FAR_WRITES
+    assert threads_seen == [here, here, *far, here]
 
 
 def test_more_commands_than_a_ring_has_entries_are_all_completed(make: Make, tmp_path: Path) -> None:

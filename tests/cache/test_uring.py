@@ -65,3 +65,17 @@ def test_an_error_is_a_negative_number(ring: Ring) -> None:
     ring.wait()
     assert ring.completions() == [(7, -9)]
     ring.close()
+
+
+def test_a_sync_is_completed_and_its_error_is_a_negative_number(ring: Ring, tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x")
+        file.flush()
+        results = {}
+        for tag, fd in enumerate((file.fileno(), ring.event_fd)):  # an eventfd can't be synced
+            ring.prepare_sync(fd, tag)
+            assert ring.submit()
+            ring.wait()
+            results.update(ring.completions())
+    assert results == {0: 0, 1: -22}
+    ring.close()

@@ -29,15 +29,29 @@ class Completions:
             self._woken = True
             os.eventfd_write(self._fd, 1)
 
-    def close(self) -> None:
-        """Call the rest and stop; no thread may post any more, calls may."""
+    def post_here(self, call: Callable[[], None]) -> None:
+        """Have `call` called soon; from the loop's thread, which needs no eventfd to be woken."""
+        self._posted.append(call)
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon(self._run)
+
+    def run(self) -> None:
+        """Call the rest now."""
         while self._posted:
             self._posted.popleft()()
+
+    def close(self) -> None:
+        """Call the rest and stop; no thread may post any more, calls may."""
+        self.run()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
 
     def _wake(self) -> None:
         os.eventfd_read(self._fd)
+        self._run()
+
+    def _run(self) -> None:
         # First the flag, then the deque: what is posted from here on wakes the loop again.
         self._woken = False
         posted = self._posted

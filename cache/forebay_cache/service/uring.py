@@ -1,4 +1,4 @@
-"""An io_uring: reads that the kernel does without a thread of ours.
+"""An io_uring: reads and syncs that the kernel does without a thread of ours.
 
 Why: a Python thread that comes back from a system call waits for the GIL, and the event loop, which gives the GIL
 away at each of its own calls, then waits for that thread. With eight reading threads a `preadv` that never blocks took
@@ -12,21 +12,21 @@ Submission entry, 64 bytes, little-endian (struct io_uring_sqe of Linux):
 
     offset  size  type  field       meaning
     ------  ----  ----  ----------  ------------------------------------------
-         0     1  u8    opcode      22 READ
+         0     1  u8    opcode      22 READ, 3 FSYNC
          1     1  u8    flags       0
          2     2  u16   priority    0
          4     4  i32   fd          the file
-         8     8  u64   offset      bytes
-        16     8  u64   address     of the buffer
-        24     4  u32   size        bytes
-        28     4  u32   op_flags    0
+         8     8  u64   offset      bytes; 0 of FSYNC
+        16     8  u64   address     of the buffer; 0 of FSYNC
+        24     4  u32   size        bytes; 0 of FSYNC: the whole file
+        28     4  u32   op_flags    0; 1 of FSYNC: as fdatasync
         32     8  u64   tag         comes back with the completion
         40    24  24x   unused      0
 
 Completion entry, 16 bytes: u64 tag, i32 result (bytes, or a negative errno), u32 flags.
 
 Invariants:
-    At most `entries` reads are in flight, so the completion queue, twice as long, never overflows.
+    At most `entries` commands are in flight, so the completion queue, twice as long, never overflows.
     Whoever prepares a read keeps its memory until the completion.
 """
 
@@ -40,6 +40,8 @@ import sys
 from typing import Final
 
 READ: Final = 22
+FSYNC: Final = 3
+_FSYNC_DATASYNC: Final = 1
 SUBMISSION: Final = struct.Struct("<BBHiQQIIQ24x")
 COMPLETION: Final = struct.Struct("<QiI")
 PARAMS: Final = struct.Struct("<10I 7I 4x Q 7I 4x Q")
@@ -94,15 +96,22 @@ class Ring:
 
     @property
     def has_room(self) -> bool:
-        """Whether one more read may be prepared."""
+        """Whether one more command may be prepared."""
         return self.in_flight < self._entry_count
 
     def prepare_read(self, fd: int, offset: int, address: int, size: int, tag: int) -> None:
         """Queue a read of `size` bytes at a byte offset into memory at `address`; `submit` starts it."""
+        self._prepare(READ, fd, offset, address, size, 0, tag)
+
+    def prepare_sync(self, fd: int, tag: int) -> None:
+        """Queue an fdatasync; it covers what was written before `submit` starts it."""
+        self._prepare(FSYNC, fd, 0, 0, 0, _FSYNC_DATASYNC, tag)
+
+    def _prepare(self, opcode: int, fd: int, offset: int, address: int, size: int, op_flags: int, tag: int) -> None:
         assert self.in_flight < self._entry_count
         tail = self._words[self._sq_tail]
         at = (tail & self._sq_mask) * SUBMISSION.size
-        SUBMISSION.pack_into(self._entries, at, READ, 0, 0, fd, offset, address, size, 0, tag)
+        SUBMISSION.pack_into(self._entries, at, opcode, 0, 0, fd, offset, address, size, op_flags, tag)
         self._words[self._sq_tail] = (tail + 1) & _U32_MASK
         self._prepared += 1
         self.in_flight += 1
