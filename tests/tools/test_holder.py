@@ -14,6 +14,9 @@ from forebay_wire.messages import (
     AnyMessage,
     CacheStatus,
     CreateSnapshot,
+    Detach,
+    Done,
+    Drain,
     Failed,
     GetCacheStatus,
     GetVolume,
@@ -55,6 +58,8 @@ def daemon(*names: str) -> Answer:
                 return snapshot(pending=not message.stored)
             case ResizeVolume():
                 return Volume(row(size=message.size))
+            case Drain() | Detach():
+                return Done() if message.name in names else Failed("not-attached", f"{message.name} is not attached")
         return None
 
     return answer
@@ -158,3 +163,31 @@ def test_other_refusals_of_the_store_are_passed_on(serve: Serve, forebay: Foreba
     refused = forebay("snapshot", "create", "v@s", "--store", far.address)
     assert (refused.code, refused.err) == (1, "forebay: snapshot create: v has a snapshot s\n")
     assert kinds(far) == [CreateSnapshot]
+
+
+def test_a_drain_goes_where_the_volume_is_attached(tmp_path: Path, serve: Serve, forebay: Forebay) -> None:
+    here, there = serve(daemon("u"), run_dir=tmp_path), serve(daemon("v"))
+    far = serve(store(held=True, control=there.address))
+    assert forebay("drain", "u", "--run-dir", tmp_path).code == 0
+    assert forebay("drain", "u", "--run-dir", tmp_path, "--store", far.address).code == 0
+    assert (kinds(here).count(Drain), far.asked) == (2, [])
+    assert forebay("drain", "v", "--run-dir", tmp_path, "--store", far.address).code == 0
+    assert forebay("detach", "v", "--store", far.address).code == 0
+    assert there.asked == [Drain("v"), Detach("v", False)]
+
+
+def test_a_drain_that_nobody_can_do_says_why(tmp_path: Path, serve: Serve, forebay: Forebay) -> None:
+    serve(daemon("u"), run_dir=tmp_path)
+    free, silent = serve(store(held=False)), serve(store(held=True))
+    for words, part in (
+        (["--run-dir", tmp_path], "v is not attached"),
+        (["--run-dir", tmp_path, "--store", silent.address], "v is not attached"),
+        (["--run-dir", tmp_path, "--store", "127.0.0.1:1"], "v is not attached"),
+        (["--store", free.address], "volume v is not attached anywhere"),
+        (["--store", silent.address], "takes no commands over the network"),
+        (["--store", "127.0.0.1:1"], "no store answers"),
+    ):
+        refused = forebay("drain", "v", *words)
+        assert (refused.code, refused.out, refused.err.count("\n")) == (1, "", 1)
+        assert part in refused.err
+    assert forebay("drain", "v").code == 2

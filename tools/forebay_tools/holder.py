@@ -1,23 +1,26 @@
 """Asks whoever may change a volume: the cache daemon that has it attached, wherever that is, else the store.
 
 In this order: the daemon of the run directory, if the volume is attached there; the store, which does it itself if
-nobody holds the volume; the daemon that holds it, over TCP, if the store knows where it takes commands.
+nobody holds the volume; the daemon that holds it, over TCP, if the store knows where it takes commands. What only a
+daemon can do is asked in the same order, but of the store only where that daemon is.
 """
 
 import argparse
 from typing import TypeVar
 
-from forebay_core.errors import ForebayError, RefusedError, StoreUnreachableError
-from forebay_tools.arguments import names_run_dir, names_store, run_dir
+from forebay_core.errors import ForebayError, RefusedError, StoreUnreachableError, WrongUsageError
+from forebay_tools.arguments import RUN_DIR_VARIABLE, STORE_VARIABLE, names_run_dir, names_store, run_dir
 from forebay_tools.connect import cache_client, remote_client, store_client
 from forebay_wire.client import WireClient
 from forebay_wire.messages import (
+    NOT_ATTACHED,
     VOLUME_IN_USE,
     AnyMessage,
     CacheStatus,
     GetCacheStatus,
     GetVolume,
     Volume,
+    VolumeRow,
     VolumeStatus,
 )
 
@@ -46,8 +49,36 @@ async def ask_holder(
         except RefusedError as error:
             if error.code != VOLUME_IN_USE:
                 raise
-            control = await _control_of(client, name, error)
+            row = (await client.ask(GetVolume(name), Volume))[0].row
+            if not row.writer:  # released meanwhile
+                raise
+            control = _control(row)
     return await _ask_there(arguments, control, name, message, expect), control
+
+
+async def ask_daemon(arguments: argparse.Namespace, name: str, message: AnyMessage, expect: type[T]) -> T:
+    """Return the answer of the cache daemon that has the volume attached.
+
+    Raises:
+        ForebayError: it is refused, or there is no such daemon; of the daemon of the run directory if one is named.
+    """
+    here = names_run_dir(arguments)
+    if (here and not names_store(arguments)) or await attached_here(arguments, name) is not None:
+        return await _ask_local(arguments, message, expect)
+    if not here and not names_store(arguments):
+        raise WrongUsageError(
+            f"whose daemon? use --run-dir DIR or --store HOST:PORT, or set {RUN_DIR_VARIABLE} or {STORE_VARIABLE}"
+        )
+    try:
+        async with store_client(arguments) as client:
+            row = (await client.ask(GetVolume(name), Volume))[0].row
+    except ForebayError:
+        if here:
+            return await _ask_local(arguments, message, expect)
+        raise
+    if not row.control and here:
+        return await _ask_local(arguments, message, expect)
+    return await _ask_there(arguments, _control(row), name, message, expect)
 
 
 async def attached_here(arguments: argparse.Namespace, name: str) -> VolumeStatus | None:
@@ -69,6 +100,10 @@ async def attached_here(arguments: argparse.Namespace, name: str) -> VolumeStatu
 async def _ask_here(arguments: argparse.Namespace, name: str, message: AnyMessage, expect: type[T]) -> T | None:
     if await attached_here(arguments, name) is None:
         return None
+    return await _ask_local(arguments, message, expect)
+
+
+async def _ask_local(arguments: argparse.Namespace, message: AnyMessage, expect: type[T]) -> T:
     async with cache_client(arguments) as client:
         return (await client.ask(message, expect))[0]
 
@@ -78,22 +113,20 @@ async def _status_of(client: WireClient, name: str) -> VolumeStatus | None:
     return next((volume for volume in status.volumes if volume.name == name), None)
 
 
-async def _control_of(client: WireClient, name: str, refusal: RefusedError) -> str:
+def _control(row: VolumeRow) -> str:
     """Return where the holder of a volume takes commands.
 
     Raises:
-        RefusedError: it did not tell the store.
+        RefusedError: there is none, or it did not tell the store.
     """
-    answer, _ = await client.ask(GetVolume(name), Volume)
-    row = answer.row
     if row.control:
         return row.control
     if not row.writer:
-        raise refusal
+        raise RefusedError(NOT_ATTACHED, f"volume {row.name} is not attached anywhere")
     raise RefusedError(
         VOLUME_IN_USE,
-        f"volume {name} is attached on device {row.writer.hex()}, whose daemon takes no commands over the network (it "
-        "has no --control); run this on its host with --run-dir DIR, or detach it",
+        f"volume {row.name} is attached on device {row.writer.hex()}, whose daemon takes no commands over the network "
+        "(it has no --control); run this on its host with --run-dir DIR, or detach it",
     )
 
 

@@ -3,8 +3,8 @@
 import argparse
 import asyncio
 
-from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume_or_snapshot
-from forebay_tools.connect import cache_client
+from forebay_tools.arguments import Commands, add_command, add_run_dir, add_store, add_volume_or_snapshot
+from forebay_tools.holder import ask_daemon
 from forebay_wire.messages import Detach, Done
 
 
@@ -18,6 +18,7 @@ def add(commands: Commands) -> None:
         "--leave-dirty", action="store_true", help="destage nothing: dirty blocks stay here and so does the epoch"
     )
     add_run_dir(parser)
+    add_store(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,6 +27,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
-    async with cache_client(arguments) as client:
-        await client.ask(Detach(arguments.name, arguments.leave_dirty), Done)
+    await ask_daemon(arguments, arguments.name, Detach(arguments.name, arguments.leave_dirty), Done)
     return 0

@@ -3,8 +3,8 @@
 import argparse
 import asyncio
 
-from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume
-from forebay_tools.connect import cache_client
+from forebay_tools.arguments import Commands, add_command, add_run_dir, add_store, add_volume
+from forebay_tools.holder import ask_daemon
 from forebay_wire.messages import Done, Drain
 
 
@@ -18,6 +18,7 @@ def add(commands: Commands) -> None:
     )
     add_volume(parser)
     add_run_dir(parser)
+    add_store(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,6 +27,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
-    async with cache_client(arguments) as client:
-        await client.ask(Drain(arguments.name), Done)
+    await ask_daemon(arguments, arguments.name, Drain(arguments.name), Done)
     return 0
