@@ -173,7 +173,8 @@ class CloneRig(Rig):
     def attach(self) -> None:
         for volume_id in self.wanted:
             self.volumes[volume_id] = self.attach_one(volume_id)
-        self.volume = next(iter(self.volumes.values()))
+        if self.volumes:
+            self.volume = next(iter(self.volumes.values()))
 
     def attach_one(self, volume_id: VolumeId, stale=()) -> CacheVolume:
         view = self.view(volume_id)

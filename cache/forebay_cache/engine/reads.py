@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from forebay_cache.engine.volume import CacheVolume
 
 _IN_BLOCK = BLOCK_SIZE - 1
+_GONE = (messages.NO_SUCH_SNAPSHOT, messages.NO_SUCH_VOLUME)  # a read names an id, which is either's
 
 
 class _Read:
@@ -368,7 +369,7 @@ class Reads:
 
     def _refused(self, volume: "CacheVolume", request: _Read, refusal: UpstreamRefusal) -> None:
         """The store's no fails the request; but one that only an origin is gone is no end: its clones have all."""
-        gone = volume.snapshot and refusal.code == messages.NO_SUCH_SNAPSHOT
+        gone = volume.snapshot and refusal.code in _GONE
         if gone and self._engine.sources.gone(volume) and volume is not request.volume and not request.repeated:
             request.again = partial(self._begin_again, request)
         elif request.again is None:

@@ -15,6 +15,7 @@ Crash: rows are in log and checkpoint; what was cached of a temporary snapshot i
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,8 +29,7 @@ from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, LBA_BITS, StoreId, Version, VolumeId
-from forebay_wire import messages
+from forebay_core.units import LBA_BITS, StoreId, Version, VolumeId
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -152,6 +152,8 @@ class Sources:
         for volume in engine.volumes.values():
             if volume.temporary and volume.attached:
                 engine.attaching.forget_blocks(volume)
+            if volume.snapshot and volume.attached:
+                engine.after(0, partial(self.ask_map, volume))
 
     def gone(self, source: CacheVolume) -> bool:
         """The store has a snapshot no more. It could be deleted, so none of its clones needs it: each has all blocks.
@@ -276,18 +278,3 @@ class Sources:
         while source is not None and source.key not in self._needed:
             self._needed.add(source.key)
             source = source.source
-
-
-def chain_of(rows: Sequence[messages.SnapshotRow], store: StoreId) -> list[SnapshotView]:
-    """Return the views of snapshots as the store tells them."""
-    return [
-        SnapshotView(
-            VolumeId(row.id),
-            f"{row.volume_name}@{row.name}",
-            row.size // BLOCK_SIZE * BLOCK_SIZE,
-            Version(row.version),
-            store,
-            VolumeId(row.origin),
-        )
-        for row in rows
-    ]

@@ -21,6 +21,7 @@ from forebay_cache.service.completions import outcome
 from forebay_cache.service.exports import AttachedExports
 from forebay_cache.service.nbd_server import NbdServer
 from forebay_cache.service.run_folder import RunFolder
+from forebay_cache.service.snapshot_exports import SnapshotExports, is_snapshot_name
 from forebay_cache.service.store_session import FINAL_CODES, StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import ForebayError, RefusedError
@@ -59,6 +60,7 @@ class Shell:
         self._device = device
         self._device_size = device_size
         self._changing: set[str] = set()
+        self._snapshots = SnapshotExports(engine, session)
 
     def resume(self) -> None:
         """Serve the volumes that were attached when the daemon ended, whether the store is there or not.
@@ -66,9 +68,10 @@ class Shell:
         Those that were left dirty are opened at the store as well: their epoch is ours, and what they hold goes
         upstream without anybody attaching them. They stay ours then, as `detach --leave-dirty` says.
         """
+        for volume in self._engine.attached():
+            self._exports.add(volume)
+        self._snapshots.resume()
         for volume in self._engine.held():
-            if volume.attached:
-                self._exports.add(volume)
             if volume.attached or volume.has_changes:
                 self._session.keep_open(volume.id, volume.store, volume.name, volume.acknowledged)
 
@@ -83,6 +86,9 @@ class Shell:
     def on_refused(self, volume_id: VolumeId, code: str, text: str) -> None:
         """The store does not grant the volume (now, or for good)."""
         volume = self._engine.by_id(volume_id)
+        if volume is not None and volume.snapshot:
+            self._snapshots.refused(volume, code, text)
+            return
         if volume is None or not volume.held:
             return
         if code in FINAL_CODES:
@@ -115,15 +121,18 @@ class Shell:
             if volume is not None and not (volume.error and take_over):
                 if volume.error:
                     raise RefusedError(messages.FAILED, f"volume {name} has stopped: {volume.error}")
-                if volume.read_only != read_only:
+                if volume.read_only != read_only and not volume.snapshot:
                     raise RefusedError(messages.BAD_REQUEST, f"volume {name} is attached otherwise; detach it first")
                 refusal = self._session.refusal(volume.id)
                 if refusal is not None and refusal.code == messages.WRONG_STORE:
                     raise refusal
                 return self._folder.uri(name)
-            if volume is not None:
+            if volume is not None and not volume.snapshot:
                 await self._leave(volume)
-            volume = await self._open(name, read_only=read_only, take_over=take_over)
+            if is_snapshot_name(name):
+                volume = await self._snapshots.attach(name)
+            else:
+                volume = await self._open(name, read_only=read_only, take_over=take_over)
             self._exports.add(volume)
             _LOG.info("attached volume %s, epoch %d", name, volume.epoch)
             return self._folder.uri(name)
@@ -136,11 +145,13 @@ class Shell:
         """
         with self._alone(name):
             volume = self._attached(name)
-            if not leave_dirty:
+            if not (leave_dirty or volume.snapshot):
                 await self._drain(volume)
             self._exports.remove(name)
             await self._nbd.close_export(name)
-            if leave_dirty:
+            if volume.snapshot:
+                await self._snapshots.detach(volume)
+            elif leave_dirty:
                 await self._leave(volume)
             else:
                 await self._release(volume)
@@ -208,12 +219,14 @@ class Shell:
         before = self._engine.by_id(view.id)
         held = before is not None and before.held and before.epoch == view.epoch
         try:
-            stale = await self._stale(view, since) if attaching.compare(view) is Standing.STALE else []
-            await outcome(
-                lambda done: attaching.attach(
-                    view, stale, read_only=read_only, attached=lambda volume: done(volume is not None)
+            chain = await self._snapshots.chain(view.origin, store)
+            with self._snapshots.reading(chain):
+                stale = await self._stale(view, since) if attaching.compare(view) is Standing.STALE else []
+                await outcome(
+                    lambda done: attaching.attach(
+                        view, stale, read_only=read_only, attached=lambda volume: done(volume is not None), chain=chain
+                    )
                 )
-            )
         except ForebayError:
             if held:
                 self._session.forget(view.id)
@@ -277,6 +290,7 @@ class Shell:
         attaching = self._engine.attaching
         if not await outcome(lambda done: attaching.detach(volume, leave_dirty=leave_dirty, settled=done)):
             raise RefusedError(messages.FAILED, f"the cache device failed: {self._engine.failed}")
+        self._snapshots.forget_unneeded()
 
     # --- looking up -------------------------------------------------------------------------------------------
 
@@ -319,6 +333,7 @@ class Shell:
             error=volume.error or volume.warning,
             limit=_limit_status(volume.shaper, own=volume.own_limit != NOT_SET),
             write_delay_us=self._engine.slowing.delay_of(volume) // 1000,
+            origin=volume.source.name if volume.source is not None else "",
         )
 
 
@@ -330,4 +345,5 @@ def _limit_status(shaper: Shaper, *, own: bool) -> LimitStatus:
 
 def _view(opened: Opened, store: StoreId) -> StoreView:
     row = opened.row
-    return StoreView(VolumeId(row.id), row.name, row.size, Epoch(opened.epoch), Version(row.version), store)
+    origin = VolumeId(row.origin)
+    return StoreView(VolumeId(row.id), row.name, row.size, Epoch(opened.epoch), Version(row.version), store, origin)

@@ -5,7 +5,8 @@ Invariants:
     Of a volume nothing is asked and nothing sent anywhere but in the store that it lives in. Another one may answer
     under the address (and serve what lives there); the volume waits until its own is back.
     Refusals that somebody can mend (wrong store, no space, a store behind) are asked again; FENCED and VOLUME_IN_USE
-    are final, because a writer that lost its epoch must not come back by itself.
+    are final, because a writer that lost its epoch must not come back by itself, and so is NO_SUCH_SNAPSHOT.
+    A snapshot has neither epoch nor session: it is open as soon as its store says that it is there.
 Crash: nothing is kept; the next start opens every volume again.
 """
 
@@ -23,6 +24,7 @@ from forebay_wire.address import Address
 from forebay_wire.client import WireClient
 from forebay_wire.messages import (
     Done,
+    GetSnapshot,
     GetVolume,
     HeldReport,
     Opened,
@@ -31,6 +33,8 @@ from forebay_wire.messages import (
     ReleaseVolume,
     Reported,
     ReportHeld,
+    Snapshot,
+    SnapshotRow,
     Volume,
     VolumeRow,
 )
@@ -50,7 +54,7 @@ REFUSED_RETRY_S: Final = 2.0
 COMMAND_WAIT_S: Final = 5.0
 """How long a command waits for a store that is not connected yet before it is told so."""
 
-FINAL_CODES: Final = (messages.FENCED, messages.VOLUME_IN_USE)
+FINAL_CODES: Final = (messages.FENCED, messages.VOLUME_IN_USE, messages.NO_SUCH_SNAPSHOT)
 assert BACKOFF_S_MIN < BACKOFF_S_MAX <= STABLE_S
 assert PING_INTERVAL_S < PING_TIMEOUT_S
 
@@ -77,13 +81,16 @@ class Session(NamedTuple):
 class OpenedVolume:
     """A volume that is to be open at the store."""
 
-    __slots__ = ("acknowledged", "id", "name", "refusal", "session", "settled", "store")
+    __slots__ = ("acknowledged", "id", "name", "refusal", "session", "settled", "snapshot", "store")
 
-    def __init__(self, volume_id: VolumeId, store: StoreId, name: str, acknowledged: Version) -> None:
+    def __init__(
+        self, volume_id: VolumeId, store: StoreId, name: str, acknowledged: Version, *, snapshot: bool = False
+    ) -> None:
         self.id = volume_id
         self.store = store
         self.name = name
         self.acknowledged = acknowledged
+        self.snapshot = snapshot
         self.session: Session | None = None
         self.refusal: RefusedError | None = None  # the last one; final if settled
         self.settled = asyncio.Event()  # there is a session, or a final refusal
@@ -203,6 +210,18 @@ class StoreSession:
         if self._client is not None:
             self.spawn(self._reopen(self._client, volume))
 
+    def keep_snapshot(self, snapshot_id: VolumeId, store: StoreId, name: str) -> None:
+        """Let a snapshot be read, now or as soon as its store is there."""
+        if snapshot_id not in self._volumes:
+            snapshot = OpenedVolume(snapshot_id, store, name, Version(0), snapshot=True)
+            self._volumes[snapshot_id] = snapshot
+            if self._client is not None:
+                self.spawn(self._reopen(self._client, snapshot))
+
+    def snapshots(self) -> list[VolumeId]:
+        """Return the snapshots that may be read."""
+        return [volume.id for volume in self._volumes.values() if volume.snapshot]
+
     def refusal(self, volume_id: VolumeId) -> RefusedError | None:
         """Return why the volume is not open at the store that is connected, if that has said so."""
         volume = self._volumes.get(volume_id)
@@ -224,6 +243,23 @@ class StoreSession:
             RefusedError: there is no such volume.
         """
         answer, _ = await (await self._connected_client()).ask(GetVolume(name), Volume, timeout_s=OPEN_TIMEOUT_S)
+        return answer.row
+
+    async def find_snapshot(self, volume: str, snapshot: str) -> SnapshotRow:
+        """Return what the store knows of a snapshot.
+
+        Raises:
+            StoreUnreachableError: no store is connected.
+            RefusedError: there is no such volume or snapshot.
+        """
+        return await self._snapshot(GetSnapshot(volume, snapshot))
+
+    async def find_snapshot_by_id(self, snapshot_id: VolumeId) -> SnapshotRow:
+        """Return what the store knows of a snapshot. Raises as `find_snapshot`."""
+        return await self._snapshot(GetSnapshot(id=snapshot_id))
+
+    async def _snapshot(self, message: GetSnapshot) -> SnapshotRow:
+        answer, _ = await (await self._connected_client()).ask(message, Snapshot, timeout_s=OPEN_TIMEOUT_S)
         return answer.row
 
     async def open_volume(self, name: str, *, take_over: bool, acknowledged: Version) -> tuple[Opened, StoreId]:
@@ -374,6 +410,10 @@ class StoreSession:
         while client is self._client and self._volumes.get(volume.id) is volume:
             message = OpenVolume(volume.name, self._device, False, volume.acknowledged)
             try:
+                if volume.snapshot:
+                    await client.ask(GetSnapshot(id=volume.id), Snapshot, timeout_s=OPEN_TIMEOUT_S)
+                    volume.grant(Session(client, 0, Epoch(0)))
+                    return
                 opened, _ = await client.ask(message, Opened, timeout_s=OPEN_TIMEOUT_S)
                 if await self._is_same(client, volume, opened):
                     volume.grant(Session(client, opened.session, Epoch(opened.epoch)))
