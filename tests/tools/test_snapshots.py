@@ -143,6 +143,12 @@ def test_snapshots_are_listed_with_what_is_theirs_alone(tmp_path: Path, store: S
     assert "second" in forebay("volume", "info", "v").out
 
 
+def test_an_export_counts_all_that_it_copied(tmp_path: Path, store: StoreProcess, forebay: Forebay) -> None:
+    (tmp_path / "image").write_bytes(random.Random(1).randbytes(32 * MIB))
+    assert forebay("volume", "import", "v", tmp_path / "image").code == 0
+    assert "32 MiB, 32 MiB of it data" in forebay("volume", "export", "v", tmp_path / "out").out
+
+
 def test_what_depends_on_a_snapshot_keeps_it(store: StoreProcess, forebay: Forebay) -> None:
     assert forebay("volume", "create", "v", "--size", "1MiB").code == 0
     assert forebay("snapshot", "create", "v@s").code == 0

@@ -139,7 +139,9 @@ class _Copy:
         message = Read(self._view.id, extents, 0 if self._view.is_snapshot else self._view.version, through=True)
         answer, payload = await self._client.ask(message, Blocks)
         loop = asyncio.get_running_loop()
-        self._done_blocks += await loop.run_in_executor(executor, self._write, answer.pieces, payload, batch)
+        # Not `+= await`: that would add to the count as it was before others of these tasks added theirs.
+        blocks = await loop.run_in_executor(executor, self._write, answer.pieces, payload, batch)
+        self._done_blocks += blocks
         self._reached(self._done_blocks, batch[-1].extent)
 
     def _write(self, pieces: bytes, payload: memoryview, batch: list[Wanted]) -> int:
