@@ -15,6 +15,7 @@ from forebay_cache.engine.front import Allocation, Chunk, IoError
 from forebay_cache.engine.ports import BuildRequest, BuiltPart, CutIdentity, FetchedPiece, UpstreamRefusal
 from forebay_cache.engine.recovery import blank_device, recover
 from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format.cut_end import RESIZE, CutEnd
 from forebay_cache.format.superblock import Superblock, choose, plan_geometry
 from forebay_core.checksums import ZERO_BLOCK, block_checksums, checksum
 from forebay_core.extents import Extent, from_blocks
@@ -133,6 +134,8 @@ class SimulatedStore:
         self.fetched_blocks = 0
         self.history: list[tuple[Version, dict[int, bytes]]] = [(Version(0), {})]
         self.lose_acknowledgements = 0.0
+        self.snapshots: dict[str, tuple[Version, int, dict[int, bytes]]] = {}  # by name: version, size, content
+        self.size = 0  # as the last resize said
 
     def plain(self) -> dict[int, bytes]:
         return {lba: content for lba, (content, _) in self.blocks.items() if content is not None}
@@ -167,7 +170,7 @@ class SimulatedStore:
 
         self.queue.append(act)
 
-    def commit(self, cut: CutIdentity, part_count: int, committed_ns: int, done) -> None:
+    def commit(self, cut: CutIdentity, part_count: int, committed_ns: int, end, done) -> None:
         def act() -> None:
             last = make_version(cut.epoch, cut.last)
             if cut.epoch != self.epoch:
@@ -188,12 +191,22 @@ class SimulatedStore:
                     self.blocks[lba] = (content, last)
             self.version = last
             self.history.append((last, self.plain()))
+            if end is not None:
+                assert end.version == last, (end, last)
+                self._end(end)
             if self.rng.random() >= self.lose_acknowledgements:
                 done(None)
             else:
-                self.queue.append(lambda: self.commit(cut, part_count, committed_ns, done))
+                self.queue.append(lambda: self.commit(cut, part_count, committed_ns, end, done))
 
         self.queue.append(act)
+
+    def _end(self, end: CutEnd) -> None:
+        if end.kind == RESIZE:
+            self.size = end.size
+        else:
+            assert end.name not in self.snapshots
+            self.snapshots[end.name] = (self.version, end.size, self.plain())
 
     def step(self) -> bool:
         if self.away or not self.queue:
@@ -389,16 +402,16 @@ def check_books(engine: CacheEngine) -> None:
     keys = table.key_array
     linked = table.linked_mask(0, table.place_count)
     assert not (linked & (keys == 0)).any()
-    pinned = {int(p) for v in engine.volumes.values() for cut in v.cuts for p in cut.pinned if p >= 0}
     held = {int(p) for p in np.flatnonzero((keys != 0) & ~linked)}
-    assert held == pinned, held ^ pinned
+    assert held == set(table.held_places().tolist())
+    assert table.live_array.tolist() == linked.reshape(-1, table.zone_blocks).sum(axis=1).tolist()
     for volume in engine.volumes.values():
         dirty = {
             int(key) & ((1 << 40) - 1)
             for key, version in zip(keys[linked].tolist(), table.version_array[linked].tolist(), strict=True)
             if key >> 40 == volume.key and version > volume.acknowledged
         }
-        listed = set(volume.dirty) | {lba for cut in volume.cuts for lba in cut.lbas.tolist()}
+        listed = set(volume.dirty) | {lba for cut in volume.cuts for run in cut.runs for lba in run.tolist()}
         assert dirty <= listed, sorted(dirty - listed)[:5]
         for hole in volume.holes:
             for lba in range(hole.start, min(hole.end, hole.start + 3000)):

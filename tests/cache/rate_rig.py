@@ -38,11 +38,11 @@ class TwoStores(SimulatedStore):
         else:
             super().stage(cut, index, frames, holes, done)
 
-    def commit(self, cut, part_count, committed_ns, done) -> None:
+    def commit(self, cut, part_count, committed_ns, end, done) -> None:
         if cut.volume == SECOND_ID:
-            self.second.commit(cut, part_count, committed_ns, done)
+            self.second.commit(cut, part_count, committed_ns, end, done)
         else:
-            super().commit(cut, part_count, committed_ns, done)
+            super().commit(cut, part_count, committed_ns, end, done)
 
 
 class RateRig(Rig):

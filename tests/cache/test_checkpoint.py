@@ -306,6 +306,8 @@ def test_a_header_of_another_device_or_a_larger_area_is_refused() -> None:
         [volume(1, ((1 << 64) - 1, 2, 1))],
         [volume(1, (5, (1 << 64) - 1, 1))],
         [volume(1)._replace(closed_holes=holes((0, 0, 1)))],
+        [volume(1)._replace(closed_holes=holes((0, 1, 1)))],
+        [volume(1)._replace(closed_holes=holes((0, 1, 851)), ends=(taken(1, 850),))],
         [volume(1)._replace(ends=(taken(2, 850),))],
         [volume(1)._replace(ends=(taken(1, 800),))],
         [volume(1)._replace(ends=(taken(1, 902),))],

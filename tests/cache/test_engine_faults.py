@@ -6,16 +6,22 @@ here and nowhere else.
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from engine_rig import Rig
 from test_engine_damage import check_damaged, worked_in
 from test_engine_model import run_backlog, run_kills, run_power_cuts, run_requests
+from test_engine_snapshots import run_kills_with_snapshots, run_power_cuts_with_snapshots, run_snapshots
 
 from forebay_cache.engine import cache, fetches, log, reads, recovery
-from forebay_cache.engine.apply import Apply
+from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.checkpoints import Checkpoints
+from forebay_cache.engine.cut_ends import CutEnds
+from forebay_cache.engine.destage import Destage
+from forebay_cache.engine.dirty import MergedRuns
 from forebay_cache.engine.front import IoError
-from forebay_cache.engine.reclaim import Reclaim
+from forebay_cache.engine.holes import HoleMap
+from forebay_cache.engine.reclaim import PlaceArray, Reclaim
 from forebay_cache.engine.writes import Writes
 
 SEEDS = 32
@@ -54,10 +60,69 @@ def moved_blocks_dropped(patch: pytest.MonkeyPatch) -> None:
 
 
 def pinned_version_forgotten(patch: pytest.MonkeyPatch) -> None:
-    def forget(self, volume, key, lba, place) -> None:
-        self._engine.map.remove(key)
+    patch.setattr(BlockMap, "find_held", lambda self, keys, *, above, to: np.full(keys.size, -1, np.int64))
 
-    patch.setattr(Apply, "_pin", forget)
+
+def snapshot_answered_before_sync(patch: pytest.MonkeyPatch) -> None:
+    append = CutEnds._append
+
+    def early(self, asked) -> None:
+        when_durable = self._engine.log.when_durable
+
+        def applied(ok: bool) -> None:
+            asked.taken(asked.volume.ends[-1])
+
+        add_note = self._engine.log.add_note
+        self._engine.log.add_note = lambda end, settled: add_note(end, applied)
+        append(self, asked)
+        self._engine.log.add_note, self._engine.log.when_durable = add_note, when_durable
+
+    patch.setattr(CutEnds, "_append", early)
+
+
+def pinned_version_dropped_by_reclaim(patch: pytest.MonkeyPatch) -> None:
+    keep = Reclaim._to_keep
+
+    def linked_only(self, zone: int, *, worthy: bool) -> PlaceArray:
+        found = keep(self, zone, worthy=worthy)
+        return found[[self._engine.map.is_linked(place) for place in found.tolist()]] if found.size else found
+
+    patch.setattr(Reclaim, "_to_keep", linked_only)
+
+
+def pinned_version_lost_when_moved(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockMap, "hold", lambda self, key, version, checksum, place: None)
+
+
+def cut_merged_over_a_snapshot(patch: pytest.MonkeyPatch) -> None:
+    close_at = Destage.close_at
+
+    def merge(self, volume, end) -> None:
+        if len(volume.cuts) < 2:
+            close_at(self, volume, end)
+            return
+        last = volume.cuts[-1]
+        last.runs += volume.dirty.take()
+        last.last_version, last.end = volume.applied, end
+        last.merging = MergedRuns(last.runs)
+
+    patch.setattr(Destage, "close_at", merge)
+
+
+def snapshot_lost_at_recovery(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recovery._Replay, "_note_ends", lambda self, records: None)
+
+
+def pinned_version_lost_at_recovery(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(recovery._Replay, "older", lambda self, *_: None)
+
+
+def hole_of_a_closed_cut_lost_at_recovery(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        recovery,
+        "_with_ends",
+        lambda volume, ends, _: volume._replace(ends=ends, closed_holes=tuple(HoleMap() for _ in ends)),
+    )
 
 
 def stale_fetch_kept(patch: pytest.MonkeyPatch) -> None:
@@ -89,14 +154,12 @@ def checkpoint_header_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def cut_sent_before_sync(patch: pytest.MonkeyPatch) -> None:
-    from forebay_cache.engine.destage import Destage
-
     close = Destage._close
 
-    def early(self, volume) -> None:
+    def early(self, volume, end=None) -> None:
         when_durable = self._engine.log.when_durable
         self._engine.log.when_durable = lambda position, settled: settled(True)
-        close(self, volume)
+        close(self, volume, end)
         self._engine.log.when_durable = when_durable
 
     patch.setattr(Destage, "_close", early)
@@ -125,7 +188,14 @@ def test_the_store_never_runs_ahead_of_the_device() -> None:
         (acknowledge_before_written, run_kills),
         (torn_data_accepted, run_power_cuts),
         (moved_blocks_dropped, run_backlog),
-        (pinned_version_forgotten, run_requests),
+        (pinned_version_forgotten, run_snapshots),
+        (snapshot_answered_before_sync, run_power_cuts_with_snapshots),
+        (pinned_version_dropped_by_reclaim, run_snapshots),
+        (pinned_version_lost_when_moved, run_snapshots),
+        (cut_merged_over_a_snapshot, run_snapshots),
+        (snapshot_lost_at_recovery, run_kills_with_snapshots),
+        (pinned_version_lost_at_recovery, run_kills_with_snapshots),
+        (hole_of_a_closed_cut_lost_at_recovery, run_kills_with_snapshots),
         (stale_fetch_kept, run_requests),
         (known_blocks_fetched_over, run_requests),
         (trim_not_replayed, run_kills),

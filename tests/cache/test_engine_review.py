@@ -87,8 +87,8 @@ def committing(rig: Rig) -> tuple[list[object], Callable[[], None]]:
     """Begin a drain and stop when the store has applied the cut; return the drain's answer, and what acknowledges."""
     held: list[Callable[[], None]] = []
     commit = rig.store.commit
-    rig.store.commit = lambda cut, count, ns, done: commit(  # type: ignore[method-assign]
-        cut, count, ns, lambda answer: held.append(lambda: done(answer))
+    rig.store.commit = lambda cut, count, ns, end, done: commit(  # type: ignore[method-assign]
+        cut, count, ns, end, lambda answer: held.append(lambda: done(answer))
     )
     drained: list[object] = []
     rig.engine.destage.drain(rig.volume, drained.append)
@@ -200,8 +200,8 @@ def test_a_cut_whose_answer_was_lost_is_over_when_the_store_grants_the_volume() 
     engine, volume = rig.engine, rig.volume
     assert rig.write(0, b"a" * (4 * BLOCK_SIZE)) == IoError.OK
     commit = rig.store.commit
-    rig.store.commit = lambda cut, parts, ns, done: commit(  # type: ignore[method-assign]
-        cut, parts, ns, lambda _: done(UpstreamRefusal(messages.NOT_ATTACHED, "detached"))
+    rig.store.commit = lambda cut, parts, ns, end, done: commit(  # type: ignore[method-assign]
+        cut, parts, ns, end, lambda _: done(UpstreamRefusal(messages.NOT_ATTACHED, "detached"))
     )
     engine.destage.drain(volume, lambda _: None)
     rig.run_until(lambda: rig.store.version > 0)

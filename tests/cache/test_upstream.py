@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from forebay_cache.engine.ports import CutIdentity, FetchedPiece, UpstreamRefusal
+from forebay_cache.format.cut_end import RESIZE, SNAPSHOT, CutEnd
 from forebay_cache.service.store_session import StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import ForebayError, RefusedError, StoreUnreachableError
@@ -159,8 +160,8 @@ class Rig:
     def stage(self, frames: Sequence[Buffer] = (b"frame",)) -> Awaitable[UpstreamRefusal | None]:
         return asked(lambda done: self.upstream.stage(CUT, 0, frames, [Extent(1, 2)], done))
 
-    def commit(self) -> Awaitable[UpstreamRefusal | None]:
-        return asked(lambda done: self.upstream.commit(CUT, 1, 123, done))
+    def commit(self, end: CutEnd | None = None) -> Awaitable[UpstreamRefusal | None]:
+        return asked(lambda done: self.upstream.commit(CUT, 1, 123, end, done))
 
 
 def asked(start: Callable[[Callable[..., None]], None]) -> Awaitable[object]:
@@ -275,6 +276,25 @@ def test_the_newest_acknowledged_version_is_told_when_reopening() -> None:
             opens = [m for m in store.asked if isinstance(m, OpenVolume)]
             assert [m.acknowledged for m in opens] == [VERSION, make_version(3, 9)]
             assert opens[0].device == DEVICE and not opens[0].take_over
+
+    run(test())
+
+
+def test_a_commit_carries_the_snapshot_or_the_size_that_the_cut_ends_with() -> None:
+    async def test() -> None:
+        store = ScriptedStore()
+        async with running(store) as rig:
+            for end in (
+                None,
+                CutEnd(1, SNAPSHOT, make_version(3, 9), 1 << 30, 77, b"i" * 16, "monday"),
+                CutEnd(1, RESIZE, make_version(3, 9), 1 << 31),
+            ):
+                assert await rig.commit(end) is None
+        plain, snapshot, resize = (m for m in store.asked if isinstance(m, CommitCut))
+        assert (plain.snapshot, plain.snapshot_name, plain.snapshot_ns, plain.size) == (b"", "", 0, 0)
+        assert (snapshot.snapshot, snapshot.snapshot_name, snapshot.snapshot_ns) == (b"i" * 16, "monday", 77)
+        assert (snapshot.size, resize.size, resize.snapshot) == (0, 1 << 31, b"")
+        assert plain.last == snapshot.last == resize.last == 9
 
     run(test())
 

@@ -4,7 +4,12 @@ import numpy as np
 from sim_world import Violation
 
 from forebay_cache.engine.cache import CacheEngine
-from forebay_cache.engine.limits import HOLES_KEPT_MAX, PARTS_IN_FLIGHT_MAX, RECORDS_IN_FLIGHT_MAX
+from forebay_cache.engine.limits import (
+    HOLES_KEPT_MAX,
+    PARTS_IN_FLIGHT_MAX,
+    RECORDS_IN_FLIGHT_MAX,
+    SNAPSHOTS_PENDING_MAX,
+)
 from forebay_cache.engine.recovery import ReadDevice, Recovered, recover
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import record
@@ -27,13 +32,12 @@ def check_books(engine: CacheEngine) -> None:
     keys = table.key_array
     linked = table.linked_mask(0, table.place_count)
     claim(not (linked & (keys == 0)).any(), "a place is linked and holds nothing")
-    pinned = {int(p) for v in engine.volumes.values() for cut in v.cuts for p in cut.pinned if p >= 0}
     held = {int(p) for p in np.flatnonzero((keys != 0) & ~linked)}
-    claim(held == pinned, "held and pinned places differ")
+    claim(held == set(table.held_places().tolist()), "held places are not in the second table")
     for volume in engine.volumes.values():
         mine = linked & (keys >> np.uint64(LBA_BITS) == volume.key)
         dirty = set((keys[mine & (table.version_array > volume.acknowledged)] & np.uint64(LBA_MAX)).tolist())
-        listed = set(volume.dirty) | {lba for cut in volume.cuts for lba in cut.lbas.tolist()}
+        listed = set(volume.dirty) | {lba for cut in volume.cuts for run in cut.runs for lba in run.tolist()}
         claim(dirty <= listed, "there are dirty blocks that nobody will send")
         claim(len(dirty) <= volume.dirty_blocks, f"{volume.name}: {volume.dirty_blocks} dirty blocks are counted")
         for hole in volume.holes:
@@ -65,7 +69,11 @@ def check_limits(engine: CacheEngine, writes_max: int) -> None:
     in_flight = len(engine.log._in_flight)
     claim(in_flight <= RECORDS_IN_FLIGHT_MAX, f"{in_flight} records are under way")
     for volume in engine.volumes.values():
-        claim(len(volume.cuts) <= 1, f"{volume.name}: {len(volume.cuts)} cuts are closed")
+        plain = [cut for cut in volume.cuts if cut.end is None]
+        claim(len(plain) <= 1, f"{volume.name}: {len(plain)} cuts without an end are closed")
+        claim(not plain or volume.cuts[0] is plain[0], f"{volume.name}: a cut without an end waits behind another")
+        claim(all(cut.resting for cut in volume.cuts[1:]), f"{volume.name}: two cuts are sent at a time")
+        claim(len(volume.pending_snapshots) <= SNAPSHOTS_PENDING_MAX, f"{volume.name}: too many snapshots wait")
         claim(len(volume.holes) <= HOLES_KEPT_MAX + 64, f"{volume.name}: {len(volume.holes)} holes are kept")
 
 

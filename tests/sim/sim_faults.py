@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import sim_disk
 import sim_store
 from sim_points import ACTING, Crash, run_points
@@ -18,6 +17,7 @@ from sim_run import run_seed
 
 from forebay_cache.engine import cache, fetches, log_end, recovery
 from forebay_cache.engine.apply import Apply
+from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.destage import Destage
 from forebay_cache.engine.front import IoError
@@ -233,19 +233,21 @@ def checkpoint_counts_before_its_header() -> None:
 
 def prefix_cut_ignored() -> None:
     """A cut is closed at what was appended last, not at what was applied."""
-    identify = Destage._identify
+    close = Destage._close
 
-    def ahead(self, volume):
-        return identify(self, volume)._replace(last=sequence_of(volume.version))
+    def ahead(self, volume, end=None):
+        applied, volume.applied = volume.applied, volume.version
+        close(self, volume, end)
+        volume.applied = applied
 
-    Destage._identify = ahead
+    Destage._close = ahead
 
 
 def pinned_version_overwritten() -> None:
-    def forget(self, volume, lbas, places) -> None:
-        self._engine.map.clear_places(np.array(places, np.int64))
+    def forget(self, place) -> None:
+        self.key_array[place] = 0
 
-    Apply._pin = forget
+    BlockMap._hold_place = forget
 
 
 def fill_inserted_over_newer_write() -> None:

@@ -2,7 +2,9 @@
 
 Invariants:
     After a record is applied each of its WRITE blocks is mapped to its new place, unless a later entry changed it.
-    A version of a closed cut that is overwritten or trimmed stays held at its place, and the cut knows where.
+    A version of a closed cut that is overwritten or trimmed stays held at its place.
+    A cut is closed at the moment when the snapshot or resize that ends it is applied: all before it is in the map, and
+    nothing behind it.
 """
 
 import struct
@@ -10,17 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from forebay_cache.engine.cuts import Cut
 from forebay_cache.engine.entering import Entered
 from forebay_cache.engine.log import Batch, Change, Copy, Writes
 from forebay_cache.format import record
+from forebay_cache.format.cut_end import RESIZE, CutEnd
 from forebay_core.extents import Extent, from_blocks
 from forebay_core.units import LBA_BITS, LBA_MAX, Version
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
-    from forebay_cache.engine.volume import CacheVolume
-
 
 _version_of = struct.Struct("<8xQ").unpack_from  # of the packed entry at an offset
 
@@ -41,6 +41,8 @@ class Apply:
                 self._fill(item)
             else:
                 self._move(item)
+        if batch.end is not None:
+            self._end(batch.end)
         for change in batch.changes:
             if change.kind in (record.TRIM, record.ZERO):
                 self._zero(change)
@@ -54,7 +56,7 @@ class Apply:
         volume = engine.volumes[writes.volume_key]
         found, count = self._found, writes.count
         first_place = batch.first_place + writes.index
-        dirty_count, pinned_count = engine.map.enter_writes(
+        dirty_count, _ = engine.map.enter_writes(
             batch.packed,
             writes.index,
             count,
@@ -64,14 +66,13 @@ class Apply:
             found=found,
         )
         engine.policy.written(first_place, found.olds[:count], found.keys[:count])
-        volume.dirty.frombytes(found.dirty_lbas[:dirty_count].tobytes())
+        volume.dirty.add(found.dirty_lbas[:dirty_count])
         engine.dirty_blocks += dirty_count
-        if pinned_count:
-            self._pin(volume, found.pinned_lbas[:pinned_count].tolist(), found.pinned_places[:pinned_count].tolist())
         if hole_count := len(volume.holes):
             fresh = found.keys[:count][found.olds[:count] < 0] & np.uint64(LBA_MAX)
             for extent in from_blocks(fresh):
                 volume.holes.remove(extent)
+                volume.open_holes.remove(extent)
             engine.hole_count += max(0, len(volume.holes) - hole_count)  # some were cut in two
         if volume.origins is not None:
             volume.origins.remove_many(found.keys[:count][found.olds[:count] < 0] & np.uint64(LBA_MAX))
@@ -96,27 +97,33 @@ class Apply:
             table.insert(key, version, checksum, place)
             engine.policy.moved(source, place)
             return
-        cut = _cut_of(engine.volumes[volume_key], version)
-        assert cut is not None, "a held place belongs to a closed cut"
-        cut.pinned[cut.index_of(lba)] = place
         table.wipe(source)
-        table.hold(key, version, checksum, place)
+        if version > engine.acknowledged_versions[volume_key]:
+            table.hold(key, version, checksum, place)
+
+    def _end(self, end: CutEnd) -> None:
+        engine = self._engine
+        volume = engine.volumes[end.volume_key]
+        volume.applied = Version(end.version)
+        if end.kind == RESIZE:
+            volume.grow(end.size)
+        engine.destage.close_at(volume, end)
 
     def _zero(self, change: Change) -> None:
         engine = self._engine
         volume = engine.volumes[change.volume_key]
         engine.writes.event_applied()
         extent = Extent(change.start, change.value)
-        for cut in volume.cuts:
-            self._pin_extent(volume, cut, extent)
         key = change.volume_key << LBA_BITS | extent.start
-        for places in engine.map.remove_range(key, extent.count, below=change.version):
+        kept = (volume.acknowledged, volume.closed_version)
+        for places in engine.map.remove_range(key, extent.count, below=change.version, kept=kept):
             engine.policy.removed(places)
             volume.trimmed = volume.trimmed or places.size > 0
         engine.loading.forget(key, extent.count)
         volume.holes.add(extent, change.version)
         if volume.origins is not None:
             volume.origins.remove(extent)
+        volume.open_holes.add(extent, change.version)
         volume.applied = Version(change.version)
 
     def _drop(self, change: Change) -> None:
@@ -130,30 +137,3 @@ class Apply:
         volume.holes.remove(extent)
         if volume.origins is not None:
             volume.origins.forget(extent)
-
-    def _pin(self, volume: "CacheVolume", lbas: list[int], places: list[int]) -> None:
-        """Tell the closed cuts where the versions lie that were just overwritten."""
-        for lba, place in zip(lbas, places, strict=True):
-            cut = _cut_of(volume, self._engine.map.versions[place])
-            assert cut is not None
-            cut.pinned[cut.index_of(lba)] = place
-
-    def _pin_extent(self, volume: "CacheVolume", cut: Cut, extent: Extent) -> None:
-        """Pin the blocks of a closed cut that are about to be trimmed."""
-        table = self._engine.map
-        first, end = np.searchsorted(cut.lbas, (extent.start, extent.end))
-        lbas = cut.lbas[first:end]
-        if not lbas.size:
-            return
-        places = table.find_many(lbas | np.uint64(volume.key << LBA_BITS))
-        current = (places >= 0) & (table.version_array.take(np.maximum(places, 0)) == cut.versions[first:end])
-        table.unlink_places(places[current])
-        self._engine.policy.removed(places[current])
-        cut.pinned[np.flatnonzero(current) + int(first)] = places[current]
-
-
-def _cut_of(volume: "CacheVolume", version: int) -> Cut | None:
-    for cut in volume.cuts:
-        if cut.first_version <= version <= cut.last_version:
-            return cut
-    return None

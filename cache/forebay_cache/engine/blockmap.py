@@ -2,14 +2,16 @@
 
 A key is `volume_key << 40 | lba`; a place is `zone * zone_blocks + block`. Per place the map keeps key, version,
 checksum and the next place of its hash chain; the buckets hold each chain's first place: 8 + 8 + 8 + 4 + about 4 bytes.
+Held places, which keep pinned versions, are in a second table of the same kind: its memory is touched only by them.
 The bucket of a key is its remainder by a prime, so consecutive blocks of a volume lie in consecutive buckets and a run
 of them costs few cache misses. The prime may be drawn at random, so that a guest cannot aim at one bucket.
 
 Invariants:
     A place is linked (in exactly one chain) or not: it is if it has a key and `nexts[place]` is not UNLINKED.
     A linked place has a key, is in the chain of that key's bucket, and no two linked places have the same key.
-    A place that is not linked is empty (key 0) or held (a key, for a pinned version).
-    live[zone] == linked places of the zone.
+    A place that is not linked is empty (key 0) or held (a key, for a pinned version): then it is in exactly one chain
+    of the second table, that of its key's bucket; a key may have several there.
+    live[zone] == linked places of the zone; held_array[zone] == its held ones.
     bucket, place and key arrays never move, so that other code may keep views of them.
     All arrays begin as zeros that were never touched: a large map costs no time and memory before it is filled. So the
     end of a chain is 0, which is no place of a block: place 0 is the header of the first record of zone 0.
@@ -17,7 +19,7 @@ Crash: the map is only in memory; it is loaded from a checkpoint and brought up 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,15 @@ IntView = memoryview  # of ints: indexing one costs a third of indexing the nump
 _NIL: Final = np.uint32(NIL)
 _UNLINKED: Final = np.uint32(UNLINKED)
 _ONE: Final = np.uint16(1)
+
+
+class LostPlace(NamedTuple):
+    """What a place held that lost to a newer version of its block."""
+
+    key: int
+    version: int
+    checksum: int
+    place: int
 
 
 def make_key(volume_key: int, lba: int) -> int:
@@ -70,8 +81,12 @@ class BlockMap:
         self.version_array: Final[U64Array] = np.zeros(place_count, np.uint64)
         self.checksum_array: Final[U64Array] = np.zeros(place_count, np.uint64)
         self.live_array: Final[npt.NDArray[np.uint16]] = np.zeros(place_count // zone_blocks, np.uint16)
+        self.held_array: Final[npt.NDArray[np.uint16]] = np.zeros(place_count // zone_blocks, np.uint16)
         self._next_array: Final[U32Array] = np.zeros(place_count, np.uint32)
         self._head_array: Final[U32Array] = np.zeros(self.bucket_count, np.uint32)
+        self._held_nexts: Final[U32Array] = np.zeros(place_count, np.uint32)
+        self._held_heads: Final[U32Array] = np.zeros(self.bucket_count, np.uint32)
+        self._held_views: Final = (self._held_heads.data, self._held_nexts.data, self.held_array.data)
         self.keys: Final[IntView] = self.key_array.data
         self.versions: Final[IntView] = self.version_array.data
         self.checksums: Final[IntView] = self.checksum_array.data
@@ -83,14 +98,25 @@ class BlockMap:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of all arrays."""
-        arrays = (self.key_array, self.version_array, self.checksum_array, self.live_array)
-        return sum(array.nbytes for array in arrays) + self._next_array.nbytes + self._head_array.nbytes
+        """Bytes of all arrays but those of the second table: a place that holds no pinned version touches none."""
+        arrays = (self.key_array, self.version_array, self.checksum_array, self.live_array, self.held_array)
+        chains = (self._next_array, self._head_array)
+        return sum(array.nbytes for array in (*arrays, *chains))
 
     @property
     def linked_count(self) -> int:
         """Blocks in the map."""
         return int(self.live_array.sum(dtype=np.int64))
+
+    @property
+    def held_count(self) -> int:
+        """Places that hold a pinned version."""
+        return int(self.held_array.sum(dtype=np.int64))
+
+    @property
+    def used_zones(self) -> PlaceArray:
+        """Zones with a place that is not empty."""
+        return np.flatnonzero(self.live_array | self.held_array)
 
     # One block at a time.
 
@@ -140,12 +166,14 @@ class BlockMap:
             nexts[before] = nexts[place]
         nexts[place] = UNLINKED
         self.live[place // self.zone_blocks] -= 1
+        self._hold_place(place)
         return place
 
     def remove(self, key: int) -> int:
         """Take the key out and empty its place; return the place or -1."""
-        place = self.unlink(key)
+        place = self.find(key)
         if place >= 0:
+            self._unlink_place(place)
             self.keys[place] = 0
         return place
 
@@ -157,11 +185,12 @@ class BlockMap:
         self.keys[place] = key
         self.versions[place] = version
         self.checksums[place] = checksum
+        self._hold_place(place)
 
     def wipe(self, place: int) -> None:
         """Empty a place that is held or empty already."""
         assert not self.is_linked(place), place
-        self.keys[place] = 0
+        self.clear_places(np.array([place]))
         self.versions[place] = 0
         self.checksums[place] = 0
 
@@ -190,7 +219,12 @@ class BlockMap:
     ) -> tuple[int, int]:
         """Map packed entries to consecutive empty places; see `entering.enter_writes`."""
         views, zone_blocks = self._views, self.zone_blocks
-        return enter_writes_fast(views, zone_blocks, packed, index, count, first_place, acknowledged, closed, found)
+        dirty_count, pinned_count = enter_writes_fast(
+            views, zone_blocks, packed, index, count, first_place, acknowledged, closed, found
+        )
+        for place in found.pinned_places[:pinned_count].tolist():
+            self._hold_place(place)
+        return dirty_count, pinned_count
 
     def find_run(self, key: int, count: int) -> PlaceArray:
         """Return the places of `count` consecutive blocks, -1 where one is missing."""
@@ -214,6 +248,34 @@ class BlockMap:
             places, waiting = places[more], waiting[missed][more]
         return found
 
+    def find_held(self, keys: U64Array, *, above: int, to: int) -> PlaceArray:
+        """Return for each key the held place with the newest version in (above, to], -1 where there is none."""
+        found = np.full(keys.size, -1, np.int64)
+        newest = np.full(keys.size, above, np.uint64)
+        places = self._held_heads.take(self._buckets_of(keys))
+        asking = np.flatnonzero(places != _NIL)
+        places = places[asking]
+        while asking.size:
+            versions = self.version_array.take(places)
+            hit = (self.key_array.take(places) == keys[asking]) & (versions <= np.uint64(to))
+            hit &= versions > newest[asking]
+            found[asking[hit]] = places[hit]
+            newest[asking[hit]] = versions[hit]
+            places = self._held_nexts.take(places)
+            more = places != _NIL
+            places, asking = places[more], asking[more]
+        return found
+
+    def held_places(self) -> PlaceArray:
+        """Return all held places; looks at each zone that has one."""
+        zones = np.flatnonzero(self.held_array).tolist()
+        parts = []
+        for first in (zone * self.zone_blocks for zone in zones):
+            part = slice(first, first + self.zone_blocks)
+            held = (self._next_array[part] == _UNLINKED) & (self.key_array[part] != 0)
+            parts.append(np.flatnonzero(held) + first)
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
     def insert_absent(self, keys: U64Array, versions: U64Array, checksums: U64Array, places: PlaceArray) -> PlaceArray:
         """Map those of distinct keys that are not in the map to their empty places; return the places used."""
         absent = self.find_many(keys) < 0
@@ -222,7 +284,11 @@ class BlockMap:
 
     def clear_places(self, places: PlaceArray) -> int:
         """Empty distinct places, whether linked, held or empty; return how many were linked."""
-        linked = places[(self._next_array.take(places) != _UNLINKED) & (self.key_array.take(places) != 0)]
+        is_used = self.key_array.take(places) != 0
+        is_unlinked = self._next_array.take(places) == _UNLINKED
+        linked = places[is_used & ~is_unlinked]
+        if (is_used & is_unlinked).any():
+            self._unhold(places[is_used & is_unlinked])
         if linked.size <= SCALAR_KEYS_MAX:
             for place in linked.tolist():
                 self._unlink_place(place)
@@ -230,7 +296,7 @@ class BlockMap:
             return int(linked.size)
         buckets = self._buckets_of(self.key_array.take(linked))
         self.key_array[places] = 0
-        self._sweep(buckets)
+        self._sweep(self._head_array, self._next_array, buckets)
         self._next_array[linked] = _UNLINKED
         np.subtract.at(self.live_array, linked // self.zone_blocks, _ONE)
         return int(linked.size)
@@ -240,21 +306,23 @@ class BlockMap:
         keys = self.key_array.take(places)
         self.clear_places(places)
         self.key_array[places] = keys
+        self._enter_held(places, keys)
 
     def clear_zone(self, first_place: int, count: int) -> int:
         """Empty a run of places, whether linked, held or empty; return how many were linked."""
         return self.clear_places(np.arange(first_place, first_place + count, dtype=np.int64))
 
-    def remove_range(self, key: int, count: int, *, below: int) -> Iterator[PlaceArray]:
-        """Empty the places of `count` consecutive blocks whose version is less than `below`.
+    def remove_range(self, key: int, count: int, *, below: int, kept: tuple[int, int] = (0, 0)) -> Iterator[PlaceArray]:
+        """Take out the places of `count` consecutive blocks whose version is less than `below`, and empty them, but for
+        those with a version in (kept[0], kept[1]]: they stay held.
 
-        A generator of bounded steps: each yields the places it emptied. Its cost is that of the blocks or of the
+        A generator of bounded steps: each yields the places it took out. Its cost is that of the blocks or of the
         places of the device, whichever is less. The map may change between steps; what comes newer is left alone.
         """
         if count <= self.place_count // RANGE_SCAN_RATIO or count <= RANGE_LOOKUPS_MAX:
             for at in range(0, count, RANGE_LOOKUPS_MAX):
                 found = self.find_run(key + at, min(RANGE_LOOKUPS_MAX, count - at))
-                yield self._clear_older(found[found >= 0], below)
+                yield self._clear_older(found[found >= 0], below, kept)
             return
         for first in range(0, self.place_count, RANGE_SCAN_PLACES_MAX):
             # What lies below the key wraps around to a huge distance: one comparison tests both ends.
@@ -268,7 +336,7 @@ class BlockMap:
                 distances = self.key_array.take(some) - np.uint64(key)
                 linked = self._next_array.take(some) != _UNLINKED  # those of them that have a key still
                 some = some[(distances < np.uint64(count)) & linked]
-                yield self._clear_older(some, below)
+                yield self._clear_older(some, below, kept)
 
     def load(self, keys: U64Array, versions: U64Array, checksums: U64Array) -> int:
         """Fill an empty map from whole arrays; return how many places lost to a newer version of their block."""
@@ -280,11 +348,19 @@ class BlockMap:
             lost += self.link_run(first, keys[part], versions[part], checksums[part])
         return lost
 
-    def link_run(self, first_place: int, keys: U64Array, versions: U64Array, checksums: U64Array) -> int:
+    def link_run(
+        self,
+        first_place: int,
+        keys: U64Array,
+        versions: U64Array,
+        checksums: U64Array,
+        *,
+        lost: list[LostPlace] | None = None,
+    ) -> int:
         """Map the keys that are not 0 to the empty places of a run.
 
-        Of several places with one key the newest version stays (of equals one of them); the others are emptied.
-        Returns how many were.
+        Of several places with one key the newest version stays (of equals one of them); the others are emptied, and
+        added to `lost`. Returns how many were.
         """
         part = slice(first_place, first_place + keys.size)
         assert not self.key_array[part].any()
@@ -296,11 +372,22 @@ class BlockMap:
         places = (np.flatnonzero(keys) + first_place).astype(np.uint32)
         np.add.at(self.live_array, places // self.zone_blocks, _ONE)
         before = self.linked_count
+        lost = [] if lost is None else lost
         rest, losers = self._link_newest(places)
+        lost += [self._at(place) for place in losers.tolist()]
         self.clear_places(losers)
         for place in rest.tolist():
-            self._link_one_newest(place)
+            self._link_one_newest(place, lost)
         return before - self.linked_count
+
+    def hold_run(self, places: PlaceArray, keys: U64Array, versions: U64Array, checksums: U64Array) -> None:
+        """Let distinct empty places hold blocks, as `hold` does one."""
+        assert not self.key_array.take(places).any()
+        self.key_array[places] = keys
+        self.version_array[places] = versions
+        self.checksum_array[places] = checksums
+        self._next_array[places] = _UNLINKED
+        self._enter_held(places, keys)
 
     # Chains.
 
@@ -309,15 +396,14 @@ class BlockMap:
         self.key_array[places] = keys
         self.version_array[places] = versions
         self.checksum_array[places] = checksums
-        self._link(places.astype(np.uint32), self._buckets_of(keys))
+        self._link(self._head_array, self._next_array, places.astype(np.uint32), self._buckets_of(keys))
         np.add.at(self.live_array, places // self.zone_blocks, _ONE)
 
     def _buckets_of(self, keys: U64Array) -> PlaceArray:
         return (keys % np.uint64(self.bucket_count)).view(np.int64)
 
-    def _link(self, places: U32Array, buckets: PlaceArray) -> None:
+    def _link(self, heads: U32Array, nexts: U32Array, places: U32Array, buckets: PlaceArray) -> None:
         """Put places at the front of their chains, in rounds: of several for one bucket, one wins each round."""
-        heads, nexts = self._head_array, self._next_array
         for _ in range(LINK_ROUNDS_MAX):
             if places.size <= SCALAR_KEYS_MAX:
                 break
@@ -326,8 +412,8 @@ class BlockMap:
             lost = heads.take(buckets) != places
             places, buckets = places[lost], buckets[lost]
         for place, bucket in zip(places.tolist(), buckets.tolist(), strict=True):
-            self._nexts[place] = self._heads[bucket]
-            self._heads[bucket] = place
+            nexts[place] = heads[bucket]
+            heads[bucket] = place
 
     def _link_newest(self, places: U32Array) -> tuple[U32Array, PlaceArray]:
         """Link places as `_link` does; return those left over and those that have an older version of a key."""
@@ -361,13 +447,20 @@ class BlockMap:
                 yield np.where(newer, other, mine).astype(np.int64)
             chains = self._next_array.take(chains)
 
-    def _link_one_newest(self, place: int) -> None:
-        key, version = self.keys[place], self.versions[place]
-        twin = self.find(key)
+    def _link_one_newest(self, place: int, lost: list[LostPlace]) -> None:
+        one = self._at(place)
+        twin = self.find(one.key)
         self.keys[place] = 0
         self.live[place // self.zone_blocks] -= 1
-        if twin < 0 or self.versions[twin] <= version:
-            self.insert(key, version, self.checksums[place], place)
+        if twin >= 0 and self.versions[twin] > one.version:
+            lost.append(one)
+            return
+        if twin >= 0:
+            lost.append(self._at(twin))
+        self.insert(one.key, one.version, one.checksum, place)
+
+    def _at(self, place: int) -> LostPlace:
+        return LostPlace(self.keys[place], self.versions[place], self.checksums[place], place)
 
     def _unlink_place(self, target: int) -> None:
         """Take one linked place out of its chain, whatever else has its key: while linking, twins do."""
@@ -382,25 +475,47 @@ class BlockMap:
         self._nexts[target] = UNLINKED
         self.live[target // self.zone_blocks] -= 1
 
-    def _clear_older(self, places: PlaceArray, below: int) -> PlaceArray:
-        older = places[self.version_array.take(places) < np.uint64(below)]
-        self.clear_places(older)
-        return older
+    def _clear_older(self, places: PlaceArray, below: int, kept: tuple[int, int]) -> PlaceArray:
+        versions = self.version_array.take(places)
+        older = versions < np.uint64(below)
+        pinned = older & (versions > np.uint64(kept[0])) & (versions <= np.uint64(kept[1]))
+        if pinned.any():
+            self.unlink_places(places[pinned])
+        self.clear_places(places[older & ~pinned])
+        return places[older]
 
-    def _sweep(self, buckets: PlaceArray) -> None:
+    def _hold_place(self, place: int) -> None:
+        """Enter a place that was just unlinked, or filled, into the second table."""
+        heads, nexts, held = self._held_views
+        bucket = self.keys[place] % self.bucket_count
+        nexts[place] = heads[bucket]
+        heads[bucket] = place
+        held[place // self.zone_blocks] += 1
+
+    def _enter_held(self, places: PlaceArray, keys: U64Array) -> None:
+        self._link(self._held_heads, self._held_nexts, places.astype(np.uint32), self._buckets_of(keys))
+        np.add.at(self.held_array, places // self.zone_blocks, _ONE)
+
+    def _unhold(self, places: PlaceArray) -> None:
+        """Take distinct held places out of the second table and empty them."""
+        buckets = self._buckets_of(self.key_array.take(places))
+        self.key_array[places] = self.version_array[places] = self.checksum_array[places] = 0
+        self._sweep(self._held_heads, self._held_nexts, buckets)
+        np.subtract.at(self.held_array, places // self.zone_blocks, _ONE)
+
+    def _sweep(self, heads: U32Array, nexts: U32Array, buckets: PlaceArray) -> None:
         """Cut the places without a key out of the chains of buckets; naming one twice does no harm."""
-        heads, nexts = self._head_array, self._next_array
-        places = self._first_with_key(heads.take(buckets))
+        places = self._first_with_key(nexts, heads.take(buckets))
         heads[buckets] = places
         places = places[places != _NIL]
         while places.size:
-            after = self._first_with_key(nexts.take(places))
+            after = self._first_with_key(nexts, nexts.take(places))
             nexts[places] = after
             places = after[after != _NIL]
 
-    def _first_with_key(self, places: U32Array) -> U32Array:
+    def _first_with_key(self, nexts: U32Array, places: U32Array) -> U32Array:
         """Return for each place the first one from it along its chain that has a key, or NIL."""
-        keys, nexts = self.key_array, self._next_array
+        keys = self.key_array
         dead = np.flatnonzero(places != _NIL)
         while True:
             dead = dead[keys.take(places[dead]) == 0]

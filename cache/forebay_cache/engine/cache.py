@@ -19,6 +19,7 @@ from forebay_cache.engine.allocations import Allocations
 from forebay_cache.engine.apply import Apply
 from forebay_cache.engine.attaching import Attaching
 from forebay_cache.engine.checkpoints import Checkpoints
+from forebay_cache.engine.cut_ends import CutEnds
 from forebay_cache.engine.destage import Destage
 from forebay_cache.engine.fetches import Fetches
 from forebay_cache.engine.limits import (
@@ -27,7 +28,6 @@ from forebay_cache.engine.limits import (
     OPEN_CUT_BLOCKS_MAX,
     QUEUED_BLOCKS_FILL_MAX,
     RECOUNT_NS,
-    RESTORE_PLACES,
     RETIRED_ZONES_RATIO,
     ZONES_RESERVED,
 )
@@ -47,17 +47,17 @@ from forebay_cache.engine.rates import (
 )
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
-from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
+from forebay_cache.engine.recovery import Recovered, device_tag
+from forebay_cache.engine.restoring import restore
 from forebay_cache.engine.slowing import Slowing
 from forebay_cache.engine.sources import Sources
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
 from forebay_cache.format.checkpoint import CHUNK_PLACES, hole_count_max
-from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, NO_ORIGIN, READ_ONLY, SNAPSHOT
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
-from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Epoch, StoreId, Version, VolumeId, format_size
+from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Version, VolumeId, format_size
 from forebay_wire import messages
 
 
@@ -101,8 +101,7 @@ class CacheEngine:
         self.device = device
         self.upstream = upstream
         self.builder = builder
-        self.settings = settings
-        self.life = life
+        self.settings, self.life = settings, life
         self.report = report
         self.alarm = alarm
         self.failed = ""
@@ -127,6 +126,7 @@ class CacheEngine:
         self.allocations = Allocations(self)
         self.destage = Destage(self)
         self.slowing = Slowing(self)
+        self.cut_ends = CutEnds(self)
         self.reclaim = Reclaim(self)
         self.checkpoints = Checkpoints(self, recovered.kept)
         self.attaching = Attaching(self)
@@ -140,7 +140,7 @@ class CacheEngine:
         self.hole_count = 0  # of all volumes and of trims under way: never less, but for what was learned since a tick
         self._hole_count_max = hole_count_max(self.map.place_count)  # of a checkpoint
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
-        self._recover(recovered)
+        restore(self, recovered)
         self._start_point = recovered.point
 
     # --- life -------------------------------------------------------------------------------------------------
@@ -211,6 +211,7 @@ class CacheEngine:
             self.report(f"the cache device failed and is not used any more: {reason}; restart to recover")
             self.log.fail()
             self.writes.fail()
+            self.cut_ends.fail()
             self.destage.fail()
             self.loading.fail()
             self._take_turns()
@@ -329,6 +330,7 @@ class CacheEngine:
 
     def resume_writers(self) -> None:
         """There may be room again."""
+        self.cut_ends.resume()
         self.writes.resume()
 
     def hold_zones(self, places: npt.NDArray[np.int64]) -> list[int]:
@@ -359,11 +361,11 @@ class CacheEngine:
         Returns whether a checkpoint takes those that are left.
         """
         volumes = self.volumes.values()
-        count = sum(len(volume.holes) for volume in volumes)
+        count = sum(volume.hole_count for volume in volumes)
         if count >= (self._hole_count_max - HOLES_PER_TICK_MAX) // 2:
             for volume in volumes:
                 volume.holes.forget_up_to(volume.acknowledged)
-            count = sum(len(volume.holes) for volume in volumes)
+            count = sum(volume.hole_count for volume in volumes)
         self.hole_count = count + self.writes.event_count
         return count <= self._hole_count_max
 
@@ -444,53 +446,6 @@ class CacheEngine:
                 if volume.trimmed:
                     self.destage.prune_dirty(volume)
             self.count_dirty_blocks()
-
-    def _recover(self, recovered: Recovered) -> None:
-        """Take over what was on the device."""
-        for volume in recovered.volumes.values():
-            self._recover_volume(volume)
-        self.destage.total.set_limit(self.limit_of(None))
-        for first in range(0, self.map.place_count, RESTORE_PLACES):
-            self._restore(first, recovered.counts)
-        self.count_dirty_blocks()
-        self.sources.recovered()
-        self.attaching.forget_released()
-
-    def _recover_volume(self, found: RecoveredVolume) -> None:
-        note = found.note
-        volume = CacheVolume(self, note.volume_key, VolumeId(note.volume_id), StoreId(note.store), note.name, note.size)
-        volume.resize(note.name, note.size, read_only=bool(note.flags & READ_ONLY))
-        volume.epoch = Epoch(note.epoch)
-        volume.own_limit = Limit(note.average, note.peak)
-        volume.shaper.set_limit(self.limit_of(volume))
-        volume.attached = not note.flags & (LEFT_DIRTY | CLOSED)
-        volume.snapshot = bool(note.flags & SNAPSHOT)
-        volume.held = not note.flags & (CLOSED | SNAPSHOT)
-        volume.origin = VolumeId(b"" if note.origin == NO_ORIGIN else note.origin)
-        volume.origins = found.origins
-        volume.version = volume.applied = Version(max(found.version, found.acknowledged))
-        volume.acknowledged = volume.noted = Version(found.acknowledged)
-        volume.acknowledgement_logged(0, version=volume.noted, upstream_position=0)
-        volume.holes = found.holes
-        volume.forget_holes()  # not earlier: in mid-replay a hole keeps older records out of the map
-        self.volumes[note.volume_key] = volume
-
-    def _restore(self, first: int, counts: npt.NDArray[np.uint8]) -> None:
-        """Take over what is in the map of a run of places: tell the policy, and list what is newer than upstream."""
-        zone_blocks = self.zones.zone_blocks
-        if not self.map.live_array[first // zone_blocks : (first + RESTORE_PLACES - 1) // zone_blocks + 1].any():
-            return  # nothing of a large map that is mostly not loaded yet is touched
-        part = slice(first, first + RESTORE_PLACES)
-        self.policy.restore(first, counts[part])
-        keys = self.map.key_array[part]
-        volume_keys = (keys >> np.uint64(LBA_BITS)).astype(np.int64)
-        known = volume_keys < self.acknowledged_versions.size
-        acknowledged = self.acknowledged_versions.take(np.where(known, volume_keys, 0))
-        dirty = np.flatnonzero((keys != 0) & (self.map.version_array[part] > acknowledged))
-        for key in np.unique(volume_keys[dirty]).tolist():
-            if key in self.volumes:
-                mine = keys[dirty[volume_keys[dirty] == key]] & np.uint64((1 << LBA_BITS) - 1)
-                self.volumes[key].dirty.frombytes(mine.tobytes())
 
     def _loaded(self) -> None:
         """All clean entries are in the map: go on with what waited for that."""

@@ -17,13 +17,14 @@ Crash: a checkpoint without its header never was.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.holes import Hole
 from forebay_cache.engine.limits import (
     CHECKPOINT_CHUNKS_PER_STEP,
     CHECKPOINT_LOG_BYTES_MAX,
@@ -74,7 +75,8 @@ class _Pass:
         self.volume_table = _Joined(parts)
         self.origin_size = sum(pages.size for pages in maps)
         self.volume_count = len(volumes)
-        self.hole_count = sum(volume.holes.size for volume in volumes)
+        self.hole_count = sum(volume.holes.size + volume.closed_holes.size for volume in volumes)
+        self.end_count = sum(len(volume.ends) for volume in volumes)
         self.place_count = place_count
         self.limit = limit
         self.chunks: list[Chunk] = []
@@ -153,8 +155,7 @@ class Checkpoints:
         if self._writing or engine.failed or engine.loading.active:
             return
         if self._pass is None:
-            # Replay from here on must not meet an old version that it can't tell from the newest.
-            if (self._wanted or self._is_due()) and not engine.reclaim.pinned_moves:
+            if self._wanted or self._is_due():
                 self._begin()
             return
         self._write_next(self._pass)
@@ -172,7 +173,7 @@ class Checkpoints:
             return  # it is begun at a later tick, when some are upstream; no change that adds one is let in till then
         newest = self._kept[0]
         volumes = self._volume_states()
-        used = np.flatnonzero(engine.map.live_array)
+        used = engine.map.used_zones
         place_count = (int(used[-1]) + 1) * engine.zones.zone_blocks if used.size else 0
         area = 1 - newest.area
         self._pass = _Pass(
@@ -196,14 +197,8 @@ class Checkpoints:
 
     def _layout(self, one: _Pass) -> CheckpointLayout:
         zone_count = self._engine.zones.zone_count
-        return CheckpointLayout(
-            one.place_count,
-            zone_count,
-            one.volume_count,
-            one.hole_count,
-            one.chunk_places,
-            origin_size=one.origin_size,
-        )
+        counts = (one.place_count, zone_count, one.volume_count, one.hole_count)
+        return CheckpointLayout(*counts, one.chunk_places, one.end_count, one.origin_size)
 
     def _volume_states(self) -> list[VolumeState]:
         """Return the rows of all volumes, with as much of the origin maps as there is room for."""
@@ -247,12 +242,15 @@ class Checkpoints:
             rows["state"] = np.frombuffer(zones.states, np.uint8)[part]
             return checkpoint.encode_zones(rows)
         table = engine.map
-        keys = np.where(table.linked_mask(chunk.first, chunk.count), table.key_array[part], np.uint64(0))
-        versions, counts = table.version_array[part], engine.policy.counts[part]
+        linked = table.linked_mask(chunk.first, chunk.count)
+        keys, versions = table.key_array[part], table.version_array[part]
         # A volume that came since the checkpoint began has 0 here, as the last element: all of it counts as dirty.
         known = np.minimum(keys >> np.uint64(LBA_BITS), np.uint64(one.acknowledged.size - 1)).astype(np.int64)
-        one.dirty.append(bool(((keys != 0) & (versions > one.acknowledged.take(known))).any()))
-        return checkpoint.encode_places(keys, versions, table.checksum_array[part], np.maximum(counts, np.uint8(1)))
+        newer = (keys != 0) & (versions > one.acknowledged.take(known))
+        one.dirty.append(bool(newer.any()))
+        keys = np.where(linked | newer, keys, np.uint64(0))
+        counts = np.where(linked, np.maximum(engine.policy.counts[part], np.uint8(1)), np.uint8(0))
+        return checkpoint.encode_places(keys, versions, table.checksum_array[part], counts)
 
     def _write(self, one: _Pass, offset: int, blocks: list[Buffer], then: Callable[[], None]) -> None:
         self._writing = True
@@ -300,6 +298,7 @@ class Checkpoints:
             limit_average=one.limit.average,
             limit_peak=one.limit.peak,
             origin_size=one.origin_size,
+            end_count=one.end_count,
         )
         block = checkpoint.encode_checkpoint_header(header)
         self._write(one, 0, [block], lambda: self._sync(lambda: self._complete(one)))
@@ -315,5 +314,17 @@ class Checkpoints:
 
 
 def _state_of(volume: "CacheVolume") -> VolumeState:
-    holes = np.array([(h.start, h.end - h.start, h.version) for h in volume.holes], checkpoint.HOLE_DTYPE)
-    return VolumeState(volume.note(), volume.applied, volume.acknowledged, holes)
+    """Return the volume as far as the log is applied: a snapshot that is on its way has a record behind."""
+    ends = [end for end in volume.ends if end.version <= volume.applied]
+    return VolumeState(
+        volume.note()._replace(size=volume.size),
+        volume.applied,
+        volume.acknowledged,
+        _rows(volume.holes),
+        _rows(hole for cut in volume.lasting_cuts for hole in cut.holes),
+        tuple(ends),
+    )
+
+
+def _rows(holes: Iterable[Hole]) -> checkpoint.RowArray:
+    return np.array([(h.start, h.end - h.start, h.version) for h in holes], checkpoint.HOLE_DTYPE)

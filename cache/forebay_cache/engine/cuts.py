@@ -1,25 +1,31 @@
-"""One closed cut: which versions it holds, and how far handing it over has come.
+"""One closed cut: which changes it holds, and how far handing it over has come.
 
-Blocks are built into frames chunk by chunk; what is built goes upstream in slices, each of them a part of the cut.
+It holds of each block the newest version in (`floor`, `last_version`], which lies where the map says, or where a place
+is held if the block was changed again since. Closing one costs nothing: `runs` lists blocks that may have such a
+version, and they are merged and looked up chunk by chunk while the cut is sent. What is built goes upstream in slices,
+each of them a part of the cut.
 
 Invariants:
-    `lbas` and `versions` never change; `pinned[i]` is the place of version `versions[i]` once it was overwritten.
+    Every block with a version in the range is listed; of others, which were trimmed since they were listed, nothing
+    is found.
+    `holes` is what was trimmed in the range and not written since, within it.
     Slices are numbered in the order they are sent, `sent` of them so far; each is sent once per attempt.
-Crash: nothing of this is kept; what the store did not acknowledge belongs to the open cut again.
+Crash: nothing of this is kept but the change that it ends with, if that is a snapshot or a resize, and the versions
+that it needs; the rest belongs to the cut behind it.
 """
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Final, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from forebay_cache.engine.dirty import MergedRuns
+from forebay_cache.engine.holes import Hole, HoleMap
 from forebay_cache.engine.ports import CutIdentity, U64Array
+from forebay_cache.format.cut_end import CutEnd
 from forebay_core.extents import EXTENT_DTYPE, Extent
 from forebay_core.frame import FRAME_BLOCKS_MAX, FRAME_HEADER
-from forebay_core.units import BLOCK_SIZE, Buffer, make_version
+from forebay_core.units import BLOCK_SIZE, Buffer, Version
 
 HOLE_SIZE: Final = EXTENT_DTYPE.itemsize
 FRAME_OF_BLOCK_SIZE_MAX: Final = BLOCK_SIZE + 128
@@ -37,75 +43,88 @@ class Slice(NamedTuple):
 
 
 class Cut:
-    """One closed cut."""
+    """One closed cut. Nobody sends it before `begin`."""
 
     __slots__ = (
+        "_holes_left",
+        "_next_hole",
+        "block_count",
         "building",
         "closed_position",
+        "closed_wall_ns",
         "durable",
-        "first_version",
+        "end",
+        "floor",
         "holes",
         "identity",
         "last_version",
-        "lba_view",
-        "lbas",
         "limited_blocks",
+        "merging",
         "next_block",
-        "next_hole",
         "opened_ns",
         "parts",
-        "pinned",
         "ready",
         "resting",
+        "runs",
         "sent",
         "slices",
         "staged",
-        "versions",
     )
 
     def __init__(
         self,
-        identity: CutIdentity,
-        lbas: U64Array,
-        versions: U64Array,
-        holes: list[Extent],
+        runs: list[U64Array],
+        holes: HoleMap,
         *,
+        floor: Version,
+        last_version: Version,
+        end: CutEnd | None,
         opened_ns: int,
+        closed_wall_ns: int,
         closed_position: int,
     ) -> None:
-        self.identity = identity
-        self.lbas = lbas
-        self.lba_view = lbas.data
-        self.versions = versions
-        self.last_version = make_version(identity.epoch, identity.last)
-        self.first_version = int(versions.min()) if versions.size else self.last_version
-        self.pinned: npt.NDArray[np.int64] = np.full(lbas.size, -1, np.int64)
+        assert floor < last_version
+        self.runs = runs
+        self.block_count = sum(run.size for run in runs)  # at most
         self.holes = holes
-        self.closed_position = closed_position  # in the log: it and the cuts before hold all that was logged before
+        self.floor = floor
+        self.last_version = last_version
+        self.end = end
         self.opened_ns = opened_ns  # when its oldest change came
+        self.closed_wall_ns = closed_wall_ns
+        self.closed_position = closed_position  # in the log: it and the cuts before hold all that was logged before
         self.durable = False  # a sync has covered it; it is not sent before
-        self.resting = False  # nobody sends it: the volume failed, was refused or detached
+        self.resting = True  # nobody sends it: others come first, or the volume failed, was refused or detached
         self.ready: deque[Slice] = deque()  # built, not sent yet
         self.parts = self.slices = self.limited_blocks = 0  # what it has of the bounds in Destage
-        self.begin(identity)
+        self.identity: CutIdentity | None = None
+        self._rewind()
 
-    def begin(self, identity: CutIdentity) -> None:
-        """Hand it over from the start, under another attempt."""
+    def begin(self, identity: CutIdentity, *, acknowledged: Version) -> None:
+        """Hand it over from the start, under another attempt; what is upstream already is left out."""
         self.identity = identity
+        self.floor = max(self.floor, acknowledged)
+        self.resting = False
+        self._rewind()
+
+    def _rewind(self) -> None:
         self.ready.clear()
-        self.next_block = self.next_hole = 0
+        self.merging = MergedRuns(self.runs)
+        self._holes_left: Iterator[Hole] = iter(self.holes)
+        self._next_hole = next(self._holes_left, None)
+        self.next_block = 0
         self.sent = self.staged = 0
         self.building = 0
 
     @property
-    def block_count(self) -> int:
-        """Blocks with data."""
-        return int(self.lbas.size)
+    def attempt(self) -> int:
+        """The random number of this try at handing it over; 0 before the first."""
+        return self.identity.attempt if self.identity is not None else 0
 
     @property
     def has_unbuilt(self) -> bool:
         """Whether blocks or holes are left for another chunk."""
-        return self.next_block < self.block_count or self.next_hole < len(self.holes)
+        return self.merging.left or self._next_hole is not None
 
     @property
     def size_left_max(self) -> int:
@@ -114,13 +133,24 @@ class Cut:
 
     @property
     def is_staged(self) -> bool:
-        """Whether the store has every part, at least one."""
-        return not (self.has_unbuilt or self.building or self.ready) and self.staged == self.sent > 0
+        """Whether the store has every part: at least one, unless the cut is only its end."""
+        if self.has_unbuilt or self.building or self.ready or self.staged != self.sent:
+            return False
+        return self.sent > 0 or self.end is not None
 
-    def index_of(self, lba: int) -> int:
-        """Return where a block stands in the cut, or -1."""
-        index = bisect_left(self.lba_view, lba)
-        return index if index < len(self.lba_view) and self.lba_view[index] == lba else -1
+    def next_lbas(self, count: int) -> U64Array:
+        """Take the next blocks that may have a version in the cut."""
+        lbas = self.merging.take(count)
+        self.next_block += lbas.size
+        return lbas
+
+    def next_holes(self, count: int) -> list[Extent]:
+        """Take the next holes."""
+        if self._next_hole is None:
+            return []
+        found = [self._next_hole, *islice(self._holes_left, count - 1)]
+        self._next_hole = next(self._holes_left, None)
+        return [Extent(hole.start, hole.end - hole.start) for hole in found if hole.version > self.floor]
 
 
 def whole_slice(frames: Sequence[Buffer], holes: Sequence[Extent], plain_size: int) -> Slice:

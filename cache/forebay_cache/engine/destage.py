@@ -10,23 +10,26 @@ built waits until `pace` finds no bucket in debt: only there the time is known, 
 Invariants:
     A closed cut holds the latest version of each block at its last sequence, and a sync has covered it before
     anything of it is sent.
+    Of a volume's closed cuts only the first one is sent; the others rest.
     Overwritten versions of a closed cut are pinned: their place stays held until the commit is acknowledged.
+    No step that closes a cut looks at its blocks: one that ends with a snapshot is closed while guests write on.
     `_parts` counts what is being built or staged of cuts that nothing limits, and is at most PARTS_IN_FLIGHT_MAX
     whenever more is begun; `_slices` those being staged of the others, at most SLICES_IN_FLIGHT_MAX.
     A cut that rests holds none of either: what of it is still under way no longer counts and is not listened to.
-Crash: what was acknowledged is known to the store, which is asked on reopening; all the rest is the open cut.
+Crash: what was acknowledged is known to the store, which is asked on reopening; the rest is closed cuts up to the last
+snapshot or resize that is not upstream, and the open cut.
 """
 
-from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.cuts import Cut, Slice, blocks_of, slices, whole_slice
+from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.limits import (
     HOLES_KEPT_MAX,
     HOLES_PER_PART,
@@ -38,6 +41,7 @@ from forebay_cache.engine.limits import (
 from forebay_cache.engine.ports import BuildRequest, BuiltPart, CutIdentity, U64Array, UpstreamRefusal
 from forebay_cache.engine.rates import NEVER, NS, Shaper, urgency
 from forebay_cache.format import record
+from forebay_cache.format.cut_end import CutEnd
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, LBA_BITS, Sequence, Version, sequence_of
 from forebay_wire import messages
@@ -50,6 +54,14 @@ if TYPE_CHECKING:
 Drained = Callable[[bool], None]
 
 _FATAL: Final = (messages.FENCED, messages.OUT_OF_ORDER, messages.STORE_BEHIND, messages.NO_SUCH_VOLUME)
+
+
+class Chunk(NamedTuple):
+    """Blocks that are built together, with the places where they lie, and holes that go with them."""
+
+    lbas: U64Array
+    places: npt.NDArray[np.int64]
+    holes: list[Extent]
 
 
 class Destage:
@@ -96,16 +108,17 @@ class Destage:
         if volumes:
             self._close(max(volumes, key=lambda volume: len(volume.dirty) + len(volume.holes)))
 
-    def drain(self, volume: "CacheVolume", drained: Drained) -> None:
-        """Tell when all that is in the log now is upstream, and the device knows it (True), or that the volume has
-        failed (False)."""
+    def drain(self, volume: "CacheVolume", drained: Drained, *, through: Version | None = None) -> None:
+        """Tell when all that is in the log now, or up to the version `through`, is upstream, and the device knows it
+        (True), or that the volume has failed (False)."""
         self._engine.log.kick()
+        version = volume.version if through is None else through
         if volume.error or self._engine.failed:
             drained(False)
-        elif volume.version <= volume.noted:
+        elif version <= volume.noted:
             drained(True)
         else:
-            self._drains.append((volume, volume.version, drained))
+            self._drains.append((volume, version, drained))
             if volume.has_changes and not volume.cuts and self._may_send(volume):
                 self._close(volume)
 
@@ -151,8 +164,7 @@ class Destage:
             if cut.last_version <= volume.acknowledged:
                 self._rest(cut)
                 self._end(volume, cut)
-            elif cut.resting and cut.durable:
-                self._begin_anew(volume, cut)
+        self._wake(volume)
         if ahead:  # what brought it there may have been a cut of an earlier life: then nothing else is told of it
             self.prune_dirty(volume)
             self._engine.count_dirty_blocks()
@@ -165,11 +177,13 @@ class Destage:
         self._ready = deque(item for item in self._ready if item[1] is not cut)
         self._release(cut)
 
-    def _begin_anew(self, volume: "CacheVolume", cut: Cut) -> None:
-        identity = self._identify(volume)
-        cut.begin(identity._replace(first=cut.identity.first, last=cut.identity.last))
-        cut.resting = False
-        self._send(volume, cut)
+    def _wake(self, volume: "CacheVolume") -> None:
+        """Send the first cut from its start if it rests and may go."""
+        if volume.cuts:
+            cut = volume.cuts[0]
+            if cut.resting and cut.durable and self._may_send(volume):
+                cut.begin(self._identify(volume, cut), acknowledged=volume.acknowledged)
+                self._send(volume, cut)
 
     def suspend(self, volume: "CacheVolume") -> None:
         """The store does not let us have the volume for now: nothing of it is under way any more until `granted`."""
@@ -199,56 +213,56 @@ class Destage:
 
     def prune_dirty(self, volume: "CacheVolume") -> None:
         """Take the blocks out of the list of dirty ones that were trimmed since, or are upstream."""
-        lbas, _ = self._open_blocks(volume)
-        volume.dirty = array("Q")
-        volume.dirty.frombytes(lbas.tobytes())
+        table = self._engine.map
+        lbas = volume.dirty.all()
+        places = table.find_many(lbas | np.uint64(volume.key << LBA_BITS))
+        versions = table.version_array.take(np.maximum(places, 0))
+        volume.dirty.replace(lbas[(places >= 0) & (versions > np.uint64(volume.closed_version))])
         volume.trimmed = False
 
-    def _open_blocks(self, volume: "CacheVolume") -> tuple[U64Array, U64Array]:
-        """Return lba and version of each block that is newer than the closed cuts, sorted."""
-        table = self._engine.map
-        lbas = np.unique(np.frombuffer(volume.dirty, np.uint64)) if volume.dirty else np.empty(0, np.uint64)
-        places = table.find_many(lbas | np.uint64(volume.key << LBA_BITS))
-        there = places >= 0
-        versions = table.version_array.take(places[there])
-        newer = versions > np.uint64(volume.closed_version)
-        return lbas[there][newer], versions[newer]
+    def close_at(self, volume: "CacheVolume", end: CutEnd) -> None:
+        """A snapshot or resize was just applied: close the cut that ends with it."""
+        self._close(volume, end)
 
-    def _close(self, volume: "CacheVolume") -> None:
-        engine = self._engine
-        lbas, versions = self._open_blocks(volume)
-        holes = [Extent(h.start, h.end - h.start) for h in volume.holes.newer_than(volume.acknowledged)]
-        opened_ns = volume.opened_ns or self._now_ns
-        closed_position = engine.log.applied.position
-        cut = Cut(self._identify(volume), lbas, versions, holes, opened_ns=opened_ns, closed_position=closed_position)
-        volume.dirty = array("Q")
+    def _close(self, volume: "CacheVolume", end: CutEnd | None = None) -> None:
+        log = self._engine.log
+        cut = Cut(
+            volume.dirty.take(),
+            volume.open_holes,
+            floor=volume.closed_version,
+            last_version=volume.applied,
+            end=end,
+            opened_ns=volume.opened_ns or self._now_ns,
+            closed_wall_ns=self._wall_ns,
+            closed_position=log.applied.position,
+        )
+        volume.open_holes = HoleMap()
         volume.trimmed = False
         volume.opened_ns = 0
-        volume.closed_wall_ns = self._wall_ns
         volume.cuts.append(cut)
-        engine.log.kick()
-        engine.log.when_durable(engine.log.applied.position, lambda ok: self._durable(volume, cut) if ok else None)
+        log.kick()
+        log.when_durable(log.applied.position, lambda ok: self._durable(volume, cut) if ok else None)
 
     def _durable(self, volume: "CacheVolume", cut: Cut) -> None:
         """A sync has covered a cut; the store may have taken its volume away and granted it again meanwhile."""
         cut.durable = True
-        if not cut.resting:
-            self._send(volume, cut)
-        elif cut in volume.cuts and self._may_send(volume):
-            self._begin_anew(volume, cut)
+        self._wake(volume)
 
-    def _identify(self, volume: "CacheVolume") -> CutIdentity:
+    def take_over(self, volume: "CacheVolume", cuts: list[Cut]) -> None:
+        """These are the closed cuts that a start has found; what it found is durable."""
+        for cut in cuts:
+            cut.durable = True
+        volume.cuts = cuts
+
+    def _identify(self, volume: "CacheVolume", cut: Cut) -> CutIdentity:
         self._attempts += 1
         attempt = (self._engine.life + self._attempts) & 0xFFFFFFFFFFFFFFFF
         first = Sequence(sequence_of(volume.acknowledged) + 1)
-        return CutIdentity(volume.id, volume.epoch, attempt, first, sequence_of(volume.applied))
+        return CutIdentity(volume.id, volume.epoch, attempt, first, sequence_of(cut.last_version))
 
     # --- building ---------------------------------------------------------------------------------------------
 
     def _send(self, volume: "CacheVolume", cut: Cut) -> None:
-        if not self._may_send(volume):
-            cut.resting = True
-            return
         # Who was away does not catch up on those who were not.
         least = min((other.destaged_bytes for other, _ in self._ready), default=0)
         volume.destaged_bytes = max(volume.destaged_bytes, least)
@@ -267,49 +281,61 @@ class Destage:
             limited = self._is_limited(volume)
             if self._limited_blocks >= READY_BLOCKS_MAX if limited else self._parts >= PARTS_IN_FLIGHT_MAX:
                 waiting.append((volume, cut))
-                continue
-            self._build(volume, cut, limited=limited)
-            if cut.has_unbuilt and not limited:
+            elif not self._build(volume, cut, limited=limited):
+                waiting.append((volume, cut))  # what was looked at is trimmed: others have their turn
+                self._engine.soon(self._pump)
+            elif cut.has_unbuilt and not limited:
                 self._sending.append((volume, cut))
         self._sending = waiting
 
-    def _build(self, volume: "CacheVolume", cut: Cut, *, limited: bool) -> None:
+    def _build(self, volume: "CacheVolume", cut: Cut, *, limited: bool) -> bool:
+        """Build the next chunk; False: there is nothing in it, but there may be in a later one."""
         size_max = self._slice_size_max(volume, cut)
-        lbas, places, holes = self._next_chunk(
-            volume, cut, blocks_of(size_max, PART_BLOCKS) if limited else PART_BLOCKS
-        )
-        attempt = cut.identity.attempt
+        chunk = self._next_chunk(volume, cut, blocks_of(size_max, PART_BLOCKS) if limited else PART_BLOCKS)
+        if not (chunk.lbas.size or chunk.holes):
+            if cut.has_unbuilt:
+                return False
+            if cut.is_staged:  # there is nothing behind what is staged, or in the whole cut but its end
+                self._commit(volume, cut)
+            if cut.sent or cut.building or cut.ready or cut.end:
+                return True
+        count = int(chunk.lbas.size)
         if limited:
-            self._limited_blocks += lbas.size
-            cut.limited_blocks += lbas.size
+            self._limited_blocks += count
+            cut.limited_blocks += count
         else:
             self._parts += 1
             cut.parts += 1
 
         def made(part: BuiltPart) -> None:
-            found = sorted((*holes, *part.holes))
+            found = sorted((*chunk.holes, *part.holes))
             if limited:
                 pieces = list(slices(part.frames, found, plain_size=part.plain_size, size_max=size_max))
-                pieces[-1] = pieces[-1]._replace(chunk_blocks=lbas.size)
+                pieces[-1] = pieces[-1]._replace(chunk_blocks=count)
                 self._hold(volume, cut, pieces)
             else:
                 self._stage(volume, cut, whole_slice(part.frames, found, part.plain_size), limited=False)
 
-        if not lbas.size:
+        if count:
+            self._read(volume, cut, chunk, made)
+        else:
             made(BuiltPart((), (), 0, (), ()))
-            return
-        engine = self._engine
-        zones = engine.hold_zones(places)
+        return True
+
+    def _read(self, volume: "CacheVolume", cut: Cut, chunk: Chunk, made: Callable[[BuiltPart], None]) -> None:
+        """Have the frames of a chunk's blocks made; a bad block stops the volume."""
+        engine, attempt = self._engine, cut.attempt
+        zones = engine.hold_zones(chunk.places)
         request = BuildRequest(
-            lbas=lbas,
-            offsets=places.astype(np.uint64) * np.uint64(BLOCK_SIZE) + np.uint64(engine.zones.zones_offset),
-            checksums=engine.map.checksum_array.take(places),
+            lbas=chunk.lbas,
+            offsets=chunk.places.astype(np.uint64) * np.uint64(BLOCK_SIZE) + np.uint64(engine.zones.zones_offset),
+            checksums=engine.map.checksum_array.take(chunk.places),
         )
         cut.building += 1
 
         def built(answer: BuiltPart | None) -> None:
             engine.release_zones(zones)
-            if attempt != cut.identity.attempt or cut.resting:
+            if attempt != cut.attempt or cut.resting:
                 return
             cut.building -= 1
             if answer is None or answer.corrupt:
@@ -319,21 +345,19 @@ class Destage:
 
         engine.builder.build(request, built)
 
-    def _next_chunk(
-        self, volume: "CacheVolume", cut: Cut, block_count: int
-    ) -> tuple[U64Array, npt.NDArray[np.int64], list[Extent]]:
-        """Take the next blocks, with the places where they lie now, and the next holes."""
-        part = slice(cut.next_block, cut.next_block + block_count)
-        lbas = cut.lbas[part]
-        holes = cut.holes[cut.next_hole : cut.next_hole + HOLES_PER_PART]
-        cut.next_block += lbas.size
-        cut.next_hole += len(holes)
+    def _next_chunk(self, volume: "CacheVolume", cut: Cut, block_count: int) -> Chunk:
+        """Take the next blocks, with the places where their versions in the cut lie now, and the next holes."""
         table = self._engine.map
-        places = table.find_many(lbas | np.uint64(volume.key << LBA_BITS))
-        current = table.version_array.take(np.maximum(places, 0)) == cut.versions[part]
-        places = np.where((places >= 0) & current, places, cut.pinned[part])
-        assert bool((places >= 0).all()), "a block of a closed cut lost its place"
-        return lbas, places, holes
+        lbas = cut.next_lbas(block_count)
+        keys = lbas | np.uint64(volume.key << LBA_BITS)
+        places = table.find_many(keys)
+        versions = table.version_array.take(np.maximum(places, 0))
+        current = (places >= 0) & (versions > np.uint64(cut.floor)) & (versions <= np.uint64(cut.last_version))
+        older = np.flatnonzero(~current)
+        if older.size:
+            places[older] = table.find_held(keys[older], above=cut.floor, to=cut.last_version)
+        found = places >= 0
+        return Chunk(lbas[found], places[found], cut.next_holes(HOLES_PER_PART))
 
     def _slice_size_max(self, volume: "CacheVolume", cut: Cut) -> int:
         """Return the bytes of a slice that keeps to the limits, or more if the cut would have too many of them."""
@@ -393,7 +417,8 @@ class Destage:
         self._stage(volume, cut, piece, limited=True)
 
     def _stage(self, volume: "CacheVolume", cut: Cut, piece: Slice, *, limited: bool) -> None:
-        attempt = cut.identity.attempt
+        assert cut.identity is not None
+        attempt = cut.attempt
         index = cut.sent
         cut.sent += 1
         self.plain_bytes += piece.plain_size
@@ -406,7 +431,7 @@ class Destage:
             cut.slices += 1
 
         def staged(refusal: UpstreamRefusal | None) -> None:
-            if attempt != cut.identity.attempt or cut.resting:
+            if attempt != cut.attempt or cut.resting:
                 return
             if limited:
                 self._slices -= 1
@@ -455,17 +480,18 @@ class Destage:
     # --- committing -------------------------------------------------------------------------------------------
 
     def _commit(self, volume: "CacheVolume", cut: Cut) -> None:
-        attempt = cut.identity.attempt
+        assert cut.identity is not None
+        attempt = cut.attempt
 
         def committed(refusal: UpstreamRefusal | None) -> None:
-            if attempt != cut.identity.attempt or cut.resting:
+            if attempt != cut.attempt or cut.resting:
                 return
             if refusal is not None:
                 self._refused(volume, cut, refusal)
             else:
                 self._acknowledged(volume, cut, cut.last_version)
 
-        self._engine.upstream.commit(cut.identity, cut.sent, self._wall_ns, committed)
+        self._engine.upstream.commit(cut.identity, cut.sent, self._wall_ns, cut.end, committed)
 
     def _refused(self, volume: "CacheVolume", cut: Cut, refusal: UpstreamRefusal) -> None:
         if refusal.code in _FATAL:
@@ -474,22 +500,22 @@ class Destage:
         volume.warning = f"destaging is being tried again: {refusal.text}"
         self._rest(cut)
 
-        def again() -> None:
-            if cut.resting and cut in volume.cuts and self._may_send(volume):
-                self._begin_anew(volume, cut)
-
-        self._engine.after(self._engine.settings.retry_ns, again)
+        self._engine.after(self._engine.settings.retry_ns, lambda: self._wake(volume))
 
     def _acknowledged(self, volume: "CacheVolume", cut: Cut, version: Version) -> None:
         volume.warning = ""
         volume.acknowledged = max(volume.acknowledged, version)
         self._end(volume, cut)
         self._note_acknowledged(volume, upstream_position=cut.closed_position)
+        self._wake(volume)
 
     def _end(self, volume: "CacheVolume", cut: Cut) -> None:
+        """Forget a cut that is upstream: what it pinned is dead by its version, and goes with its zone."""
         volume.cuts.remove(cut)
-        volume.dirty_since_ns = volume.closed_wall_ns  # what is left came behind the cut
-        self._engine.map.clear_places(cut.pinned[cut.pinned >= 0])
+        volume.dirty_since_ns = cut.closed_wall_ns  # what is left came behind the cut
+        if cut.end is not None:
+            volume.ends.remove(cut.end)
+            volume.snapshot_names |= {cut.end.name} - {""}
 
     def _note_acknowledged(self, volume: "CacheVolume", *, upstream_position: int) -> None:
         """Tell the device how far the volume is upstream; whoever waits for room may have it now."""

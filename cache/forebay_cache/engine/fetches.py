@@ -157,7 +157,7 @@ class Fetches:
             newer = unit.used([piece for piece in pieces if piece.version > volume.acknowledged])
             if not newer:
                 self._settle(volume, unit, pieces)
-            elif all(piece.version == volume.closed_version for piece in newer):
+            elif all(piece.version == volume.sent_version for piece in newer):
                 early.append(unit)
             else:
                 self._refuse(unit, _no_version_of_ours(volume, newer))

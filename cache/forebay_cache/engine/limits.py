@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from forebay_cache.format.checkpoint import HOLES_MIN, VOLUME_COUNT_MAX
+from forebay_cache.format.checkpoint import END_COUNT_MAX, HOLES_MIN, VOLUME_COUNT_MAX
 from forebay_cache.format.superblock import PLACE_COUNT_MAX
 from forebay_wire.limits import HOLES_PER_PART_MAX, PARTS_PER_CUT_MAX, REQUESTS_IN_FLIGHT_MAX
 
@@ -95,6 +95,17 @@ PART_BLOCKS: Final = 1024
 OPEN_CUT_BLOCKS_MAX: Final = PARTS_PER_CUT_MAX * PART_BLOCKS // 2
 """Blocks of one volume that may become dirty while nothing can be sent: they become one cut of limited parts."""
 
+DIRTY_RUN_BLOCKS: Final = 8192
+"""Dirty blocks that are sorted together. Measured 2026-11 on a shared EPYC: 0.2 ms."""
+
+MERGED_PER_RUN_MIN: Final = 32
+"""Blocks of each such run that one merge looks at: with hundreds of runs half of them can be taken each time."""
+
+SNAPSHOTS_PENDING_MAX: Final = 64
+ENDS_PENDING_MAX: Final = 128
+"""Snapshots of one volume, and snapshots and resizes of all together, that may wait to be in the store. A restart may
+find some more, those that were stored just before."""
+
 RECOUNT_NS: Final = 1_000_000_000
 """How often a buffer that seems full is searched for blocks that were trimmed while they were dirty."""
 
@@ -146,3 +157,4 @@ assert VOLUMES_MAX <= VOLUME_COUNT_MAX
 assert SCALAR_KEYS_MAX < RANGE_LOOKUPS_MAX
 assert PLACE_COUNT_MAX == PLACES_MAX < 0xFFFFFFFE
 assert HOLES_KEPT_MAX <= HOLES_MIN
+assert SNAPSHOTS_PENDING_MAX <= ENDS_PENDING_MAX <= END_COUNT_MAX // 2

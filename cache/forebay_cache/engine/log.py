@@ -26,6 +26,7 @@ from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX, ZONES_FOR_MOVES
 from forebay_cache.engine.ports import Device
 from forebay_cache.engine.zones import ZoneTable
 from forebay_cache.format import record
+from forebay_cache.format.cut_end import CutEnd
 from forebay_cache.format.volume_note import VolumeNote
 from forebay_core.units import BLOCK_SIZE, Buffer
 
@@ -36,7 +37,7 @@ Settled = Callable[[bool], None]
 
 
 class Copy(NamedTuple):
-    """The entry of a FILL or MOVE; `source` is the place that a MOVE copies from, or -1."""
+    """The entry of a FILL, MOVE or PIN; `source` is the place that the latter two copy from, or -1."""
 
     kind: int
     volume_key: int
@@ -69,7 +70,7 @@ class Change(NamedTuple):
 
 
 class _Event(NamedTuple):
-    """An entry without data, or a volume's row, that is not in a batch yet."""
+    """An entry without data, or a note, that is not in a batch yet."""
 
     kind: int
     volume_key: int
@@ -77,7 +78,7 @@ class _Event(NamedTuple):
     version: int
     value: int
     settled: Settled | None
-    note: VolumeNote | None = None
+    note: VolumeNote | CutEnd | None = None
 
 
 class LogPoint(NamedTuple):
@@ -99,6 +100,7 @@ class Batch:
         "changes",
         "data",
         "data_count",
+        "end",
         "entry_count",
         "first_place",
         "kind",
@@ -120,6 +122,7 @@ class Batch:
         self.data: list[Writes | Copy] = []
         self.newest: Writes | None = None  # the last of `data`, as long as it may grow
         self.changes: list[Change] = []
+        self.end: CutEnd | None = None  # alone in its record
         self.packed = bytearray()
         self.buffers: list[Buffer] = []
         self.data_count = 0
@@ -271,17 +274,18 @@ class Log:
         if settled is not None:
             batch.settled.append(settled)
 
-    def add_note(self, note: VolumeNote, settled: Settled) -> None:
-        """Append a record that holds one volume's row."""
+    def add_note(self, note: VolumeNote | CutEnd, settled: Settled) -> None:
+        """Append a record that holds one volume's row, or the change that a cut ends with."""
         self._append_held()
         if self._held or not self._has_place():
             self._held.append(_Event(record.BLOB, 0, 0, 0, 0, settled, note))
             return
         self._append_note(note, settled)
 
-    def _append_note(self, note: VolumeNote, settled: Settled) -> None:
+    def _append_note(self, note: VolumeNote | CutEnd, settled: Settled) -> None:
         batch = self._fresh_batch()
         batch.kind = record.NOTE
+        batch.end = note if isinstance(note, CutEnd) else None
         batch.packed += record.pack_note(note)
         batch.entry_count = 1
         batch.settled.append(settled)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.format.cut_end import CutEnd
 from forebay_core.extents import Extent
 from forebay_core.units import Buffer, Epoch, Version, VolumeId
 from forebay_core.units import Sequence as ChangeSequence
@@ -118,9 +119,15 @@ class Upstream(Protocol):
         """Stage one part durably."""
 
     def commit(
-        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[UpstreamRefusal | None], None]
+        self,
+        cut: CutIdentity,
+        part_count: int,
+        committed_ns: int,
+        end: CutEnd | None,
+        done: Callable[[UpstreamRefusal | None], None],
     ) -> None:
-        """Commit; None: the store stands at the end of the cut, and nowhere else."""
+        """Commit, with the snapshot or resize that is the cut's last change; None: the store stands at the end of the
+        cut, and nowhere else."""
 
 
 class BuildRequest(NamedTuple):

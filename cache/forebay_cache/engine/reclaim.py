@@ -6,8 +6,8 @@ Invariants:
     A zone is freed only when a sync has covered all that superseded or moved its blocks; at once if nothing was moved
     and all that it ever held is upstream: should the superseding be lost, these blocks are fetched again.
     Moved blocks keep version and checksum; a block that changed while it was moved is not touched.
-    No MOVE stands in the log behind a newer change of its block: replay may not know that change any more. Where it
-    must, because a closed cut needs the older version, no checkpoint begins before the MOVE is applied.
+    No MOVE stands in the log behind a newer change of its block: replay may not know that change any more. Where a
+    closed cut needs the older version it is moved by a PIN, which replay never takes for the newest.
     Guests stop at ZONES_RESERVED free zones, moves go on below it; a victim fills less than it frees: its blocks are
     gathered, so that their records are full ones.
 Crash: a moved block is found at either place; of equal versions the later record wins.
@@ -65,7 +65,6 @@ class Reclaim:
         self.spare = min(ZONES_SPARE_MAX, max(ZONES_SPARE_MIN, engine.zones.zone_count // ZONES_PER_SPARE))
         self._busy = 0  # zones being emptied or waiting for the sync that frees them
         self._moving = 0  # blocks that are about to take new places
-        self.pinned_moves = 0  # MOVEs of pinned blocks that are appended but not applied
         self._empty: list[int] = []  # wait to be synced together
         self._lingering: list[int] = []  # synced, but somebody still reads from them
         self.moved_blocks = 0
@@ -178,14 +177,12 @@ class Reclaim:
         held = keys != 0
         if not held.any():
             return np.empty(0, np.int64)
-        linked = engine.map.linked_mask(first, count)
-        keep = held & ~linked  # pinned
         versions = engine.map.version_array[places]
-        # What is clean in memory only, because its acknowledgement is not in the log, would be dirty after a crash.
-        dirty = versions > engine.noted_versions.take((keys >> np.uint64(LBA_BITS)).astype(np.int64))
-        keep |= linked & dirty
+        # Dirty or pinned. What is upstream in memory only, because its acknowledgement is not in the log, would not be
+        # after a crash.
+        keep = held & (versions > engine.noted_versions.take((keys >> np.uint64(LBA_BITS)).astype(np.int64)))
         if worthy:
-            keep |= linked & engine.policy.worthy(first, count)
+            keep |= engine.map.linked_mask(first, count) & engine.policy.worthy(first, count)
         return np.flatnonzero(keep) + first
 
     # --- moving -----------------------------------------------------------------------------------------------
@@ -224,13 +221,11 @@ class Reclaim:
         engine = self._engine
         log = engine.log
         places, blocks, move.places, move.blocks = move.places, move.blocks, [], []
-        last, pinned = self._append_wanted(places, blocks)
+        last = self._append_wanted(places, blocks)
         move.slices += 1
-        self.pinned_moves += pinned
 
         def applied(ok: bool) -> None:
             self._moving -= len(places)
-            self.pinned_moves -= pinned
             move.slices -= 1
             if ok and not (move.unread or move.slices):
                 self._moved(move)
@@ -242,13 +237,12 @@ class Reclaim:
             log.seal_if_full()
             log.kick()
 
-    def _append_wanted(self, places: list[int], blocks: list[memoryview]) -> tuple[Batch | None, int]:
-        """Return the record after which all is moved or superseded, None if that is so now; and how many are pinned."""
+    def _append_wanted(self, places: list[int], blocks: list[memoryview]) -> Batch | None:
+        """Return the record after which all is moved or superseded, None if that is so now."""
         engine = self._engine
         log, table = engine.log, engine.map
         superseded = engine.writes.superseded(table.key_array.take(places)).tolist()
         last: Batch | None = None
-        pinned = 0
         for place, block, is_superseded in zip(places, blocks, superseded, strict=True):
             key = table.keys[place]
             is_linked = table.is_linked(place)
@@ -257,13 +251,13 @@ class Reclaim:
             log.seal_if_full()
             last = log.data_batch()
             volume_key, lba = key >> LBA_BITS, key & LBA_MAX
-            log.add_copy(last, record.MOVE, volume_key, lba, table.versions[place], table.checksums[place], place)
+            kind = record.MOVE if is_linked else record.PIN
+            log.add_copy(last, kind, volume_key, lba, table.versions[place], table.checksums[place], place)
             last.buffers.append(block)
             self.moved_blocks += 1
-            pinned += not is_linked
         if any(superseded):
             last = log.unapplied()[-1]
-        return last, pinned
+        return last
 
     def _moved(self, move: _Move) -> None:
         """All is applied: what was kept has left, unless a cut was closed and needs a version that was superseded."""

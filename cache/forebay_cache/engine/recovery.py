@@ -6,8 +6,13 @@ of unflushed writes is a prefix. Below that position a mismatch is bit rot or a 
 shortened. What can't be read counts as damaged, but for data blocks: the record stands, and whoever reads such a block
 later fetches it again, or is told of an error if it is not in the store.
 
+A volume may have snapshots and resizes that are not upstream: each ends a closed cut, which needs the newest version
+of a block up to it, whatever came since. Which they are is known before any block is placed.
+
 Invariants:
-    Of several places for one block the highest version wins; of equal versions the later record.
+    Of several places for one block the highest version wins; of equal versions the later record. Those that lose are
+    held if an end of a cut lies between them and the winner; of several in one cut the highest counts.
+    A PIN is never taken for the newest.
     Replaying a record over a state that shows it already changes nothing.
     No two volumes have one id: the newer key counts, and nothing of the older one is left.
     What is not upstream is known when recovery is over: of the checkpoint only chunks of places that hold nothing but
@@ -15,31 +20,35 @@ Invariants:
 Source: write-ahead logging with fuzzy checkpoints, as in Mohan et al., ARIES, 1992 (redo only).
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.engine.blockmap import BlockMap, choose_bucket_count
+from forebay_cache.engine.blockmap import BlockMap, LostPlace, choose_bucket_count
 from forebay_cache.engine.checkpoints import Kept
 from forebay_cache.engine.device_reads import ReadDevice, read_around
 from forebay_cache.engine.holes import HoleMap
+from forebay_cache.engine.limits import RANGE_LOOKUPS_MAX
 from forebay_cache.engine.log import LogPoint
 from forebay_cache.engine.log_end import LogEnd
 from forebay_cache.engine.origin_map import OriginMap
+from forebay_cache.engine.ports import U64Array
 from forebay_cache.engine.unloaded import Unloaded
 from forebay_cache.engine.zones import ZoneState, ZoneTable
 from forebay_cache.format import checkpoint, record
 from forebay_cache.format import superblock as superblock_format
-from forebay_cache.format.cut_end import CutEnd
+from forebay_cache.format.cut_end import RESIZE, CutEnd
 from forebay_cache.format.record import EntryArray, RecordHeader
 from forebay_cache.format.superblock import Superblock
 from forebay_cache.format.volume_note import VolumeNote
 from forebay_core.checksums import ZERO_BLOCK, checksum
 from forebay_core.errors import CorruptionError, UnreadableError
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
+from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX, Buffer
 
 FIRST_POSITION: Final = 1
 
@@ -52,6 +61,12 @@ class RecoveredVolume(NamedTuple):
     acknowledged: int
     holes: HoleMap
     origins: OriginMap | None = None
+    ends: tuple[CutEnd, ...] = ()  # of closed cuts that are not upstream
+    closed_holes: tuple[HoleMap, ...] = ()  # of each of them
+
+    def cut_of(self, version: int) -> int:
+        """Return which closed cut a version falls into, or how many there are if it is newer than all."""
+        return bisect_left(self.ends, version, key=lambda end: end.version)
 
 
 class Recovered(NamedTuple):
@@ -69,6 +84,13 @@ class Recovered(NamedTuple):
     unloaded: Unloaded
     limit_average: int = 0  # of all volumes together, as in VolumeNote
     limit_peak: int = 0
+
+
+class _Pending(NamedTuple):
+    """What is known of a volume when the whole log was looked at."""
+
+    ends: tuple[CutEnd, ...]  # of cuts that are not upstream
+    acknowledged: int
 
 
 class _Record(NamedTuple):
@@ -180,11 +202,15 @@ class _Replay:
         self.limit = (0, 0)
         self.unloaded = Unloaded(geometry.zone_count, geometry.zone_blocks, chunk_places)
         self.unreadable: dict[int, UnreadableError] = {}  # by the offset of the block
+        self.load_places: Callable[[], None] = lambda: None  # enters what the checkpoint says of places
+        self.pending: dict[int, _Pending] = {}  # by volume key
 
     def run(self, kept: list[Kept], findings: list[str]) -> Recovered:
         """Apply the log and settle the zones."""
         records, end = self._collect()
         findings += self._unreadable_findings(end)
+        self._note_ends(records)
+        self.load_places()
         for one in records:
             self._apply(one)
         self._settle(end, kept)
@@ -320,6 +346,54 @@ class _Replay:
             findings.append(f"zone {end.zone} block {end.block}: {error}; the log ends there, nothing shows it went on")
         return findings
 
+    # --- what is not upstream ---------------------------------------------------------------------------------
+
+    def _note_ends(self, records: list[_Record]) -> None:
+        """Learn of each volume, before anything is placed, what is upstream in the end and which cuts are not."""
+        acknowledged = {key: volume.acknowledged for key, volume in self.volumes.items()}
+        ends = {key: {end.version: end for end in volume.ends} for key, volume in self.volumes.items()}
+        for one in records:
+            if isinstance(one.note, CutEnd):
+                ends.setdefault(one.note.volume_key, {})[one.note.version] = one.note
+            for _, version, _, volume_key, kind, *_ in one.entries[one.header.block_count :].tolist():
+                if kind == record.ACKNOWLEDGED:
+                    acknowledged[volume_key] = max(acknowledged.get(volume_key, 0), version)
+        for key, found in ends.items():
+            stored = acknowledged.get(key, 0)
+            left = tuple(end for version, end in sorted(found.items()) if version > stored)
+            if key in self.volumes:
+                self._set(_with_ends(self.volumes[key], left, stored))
+            self.pending[key] = _Pending(left, stored)
+
+    def older(self, volume_key: int, lba: int, version: int, block_checksum: int, place: int, newest: int) -> None:
+        """Hold a version that is not the newest of its block if a closed cut needs it."""
+        volume, pending = self.volumes.get(volume_key), self.pending.get(volume_key)
+        if volume is None or pending is None or version <= pending.acknowledged:
+            return
+        cut = volume.cut_of(version)
+        if cut == volume.cut_of(newest):
+            return
+        if not _uncover(volume.closed_holes[cut], lba, version):
+            return
+        if self.map.keys[place]:
+            self.map.clear_places(np.array([place]))
+        self.map.hold(volume_key << LBA_BITS | lba, version, block_checksum, place)
+
+    def hold_pinned(
+        self, places: npt.NDArray[np.int64], keys: U64Array, versions: U64Array, checksums: U64Array
+    ) -> None:
+        """Hold those of a checkpoint's pinned places that are needed still."""
+        volume_keys = keys >> np.uint64(LBA_BITS)
+        needed = np.zeros(keys.size, np.bool_)
+        for key in np.unique(volume_keys).tolist():
+            pending = self.pending.get(key)
+            if pending is not None and pending.ends and key in self.volumes:
+                inside = (versions > np.uint64(pending.acknowledged)) & (
+                    versions <= np.uint64(pending.ends[-1].version)
+                )
+                needed |= (volume_keys == np.uint64(key)) & inside
+        self.map.hold_run(places[needed], keys[needed], versions[needed], checksums[needed])
+
     # --- applying ---------------------------------------------------------------------------------------------
 
     def _apply(self, one: _Record) -> None:
@@ -329,6 +403,8 @@ class _Replay:
         if one.note is not None:
             if isinstance(one.note, VolumeNote):
                 self._note(one.note)
+            else:
+                self._end(one.note)
             return
         first_place = self.zones.place_at(one.zone, one.block) + 1
         for index, (start, version, value, volume_key, kind, *_) in enumerate(one.entries.tolist()):
@@ -363,7 +439,9 @@ class _Replay:
         known = self.volumes.get(note.volume_key)
         if known is None:
             self._forget_older(note.volume_id)
-            self._set(RecoveredVolume(note, 0, 0, HoleMap(), self.origin_map(note)))
+            pending = self.pending.get(note.volume_key, _Pending((), 0))
+            volume = RecoveredVolume(note, 0, 0, HoleMap(), self.origin_map(note))
+            self._set(_with_ends(volume, pending.ends, 0))
         else:
             same = known.note.origin == note.origin
             self._set(known._replace(note=note, origins=known.origins if same else self.origin_map(note)))
@@ -374,6 +452,14 @@ class _Replay:
             if other.note.volume_id == note.origin:
                 return OriginMap(other.note.size // BLOCK_SIZE)
         return None
+
+    def _end(self, end: CutEnd) -> None:
+        volume = self.volumes.get(end.volume_key)
+        if volume is None:
+            return
+        if end.kind == RESIZE:
+            volume = volume._replace(note=volume.note._replace(size=end.size))
+        self._set(volume._replace(version=max(volume.version, end.version)))
 
     def _forget_older(self, volume_id: bytes) -> None:
         """A volume that comes under a new key had been forgotten under its older one, which nothing logs."""
@@ -389,36 +475,66 @@ class _Replay:
     def _place(
         self, volume: RecoveredVolume, kind: int, lba: int, version: int, block_checksum: int, place: int
     ) -> None:
-        key = volume.note.volume_key << LBA_BITS | lba
+        volume_key = volume.note.volume_key
+        key = volume_key << LBA_BITS | lba
         if kind == record.WRITE and version > volume.version:
             self._set(volume._replace(version=version))
         mapped = self.map.find(key)
-        if mapped >= 0 and self.map.versions[mapped] > version:
-            return
+        newest = self.map.versions[mapped] if mapped >= 0 else 0
         hole = volume.holes.find(lba) if len(volume.holes) else None
-        if hole is not None and hole.version > version:
+        if hole is not None:
+            newest = max(newest, hole.version)
+        if newest > version or kind == record.PIN:
+            self.older(volume_key, lba, version, block_checksum, place, max(newest, volume.version))
             return
         if hole is not None:
             volume.holes.remove(Extent(lba, 1))
+        if volume.ends and (cut := volume.cut_of(version)) < len(volume.ends):
+            _uncover(volume.closed_holes[cut], lba, version)
         if mapped == place:
             return
         if self.map.keys[place]:
-            self.map.remove(self.map.keys[place])
+            self.map.clear_places(np.array([place]))
+        before = self.map.checksums[mapped] if mapped >= 0 else 0
         self.map.insert(key, version, block_checksum, place)
         if mapped >= 0:
             self.counts[place] = self.counts[mapped]
+            self.older(volume_key, lba, newest, before, mapped, version)
 
     def _zero(self, volume: RecoveredVolume, kind: int, extent: Extent, version: int) -> None:
-        key = volume.note.volume_key << LBA_BITS | extent.start
-        for _ in self.map.remove_range(key, extent.count, below=version):
+        volume_key = volume.note.volume_key
+        key = volume_key << LBA_BITS | extent.start
+        pending = self.pending.get(volume_key, _Pending((), 0))
+        cut = volume.cut_of(version)
+        before = volume.ends[cut - 1].version if cut else 0
+        for _ in self.map.remove_range(key, extent.count, below=version, kept=(pending.acknowledged, before)):
             pass
         self.unloaded.forget(key, extent.count)
         if kind == record.DROP:
             volume.holes.remove(extent)
             return
+        if cut < len(volume.ends):
+            self._unhold(key, extent.count, above=max(before, pending.acknowledged), below=version)
+            volume.closed_holes[cut].add(extent, version)
         volume.holes.add(extent, version)
         if version > volume.version:
             self._set(volume._replace(version=version))
+
+    def _unhold(self, key: int, count: int, *, above: int, below: int) -> None:
+        """A trim took these versions out of its own cut: a fuzzy checkpoint may have shown them beside newer ones."""
+        if count > RANGE_LOOKUPS_MAX:
+            places = self.map.held_places()
+            # A key below the first one wraps around to a huge distance.
+            inside = self.map.key_array.take(places) - np.uint64(key) < np.uint64(count)
+            versions = self.map.version_array.take(places)
+            self.map.clear_places(places[inside & (versions > np.uint64(above)) & (versions < np.uint64(below))])
+            return
+        keys = np.arange(count, dtype=np.uint64) + np.uint64(key)
+        while self.map.held_count:
+            found = self.map.find_held(keys, above=above, to=below - 1)
+            if int(found.max()) < 0:
+                return
+            self.map.clear_places(found[found >= 0])
 
     def _settle(self, end: LogPoint, kept: list[Kept]) -> None:
         """A zone is free unless it holds something or a replay from a kept checkpoint would read it.
@@ -428,7 +544,7 @@ class _Replay:
         if end.block == 0:
             self._clear_zone(end.zone)
         oldest = min(one.position for one in kept)
-        live = np.flatnonzero(self.map.live_array).tolist()
+        live = self.map.used_zones.tolist()
         replayed = [zone for zone in range(self.zones.zone_count) if self.zones.first_positions[zone] >= oldest]
         filled = {*live, *replayed, *(one.zone for one in kept), *self.unloaded.zones()} - {end.zone}
         order = self.zones.first_positions
@@ -452,6 +568,26 @@ def _change_origins(origins: OriginMap, kind: int, start: int, version: int, val
     elif kind == record.ORIGIN:
         origins.add(Extent(start, value))
         origins.asked_to = max(origins.asked_to, min(version, origins.block_count))
+
+
+def _uncover(holes: HoleMap, lba: int, version: int) -> bool:
+    """Take a block out of the holes, which was written under this version; False: it was trimmed since."""
+    hole = holes.find(lba)
+    if hole is not None and hole.version > version:
+        return False
+    if hole is not None:
+        holes.remove(Extent(lba, 1))
+    return True
+
+
+def _with_ends(volume: RecoveredVolume, ends: tuple[CutEnd, ...], acknowledged: int) -> RecoveredVolume:
+    """Return the volume with closed cuts; what holes it has belong to the cuts that their versions fall into."""
+    found = volume._replace(ends=ends, closed_holes=tuple(HoleMap() for _ in ends))
+    for hole in (*(hole for holes in volume.closed_holes for hole in holes), *volume.holes):
+        cut = found.cut_of(hole.version)
+        if hole.version > acknowledged and cut < len(ends):
+            found.closed_holes[cut].add(Extent(hole.start, hole.end - hole.start), hole.version)
+    return found
 
 
 def device_tag(superblock: Superblock) -> int:
@@ -482,21 +618,8 @@ def _load(
         checkpoint.verify_chunk(block, next(left), place=f"{place} + {chunk.offset}")
         return block
 
-    maps: list[tuple[VolumeNote, checkpoint.OriginPages]] = []
     table = b"".join(bytes(memoryview(chunk_of(chunk))[: chunk.size]) for chunk in layout.volume_chunks)
-    for state in checkpoint.decode_volumes(table, layout, place=place):
-        holes = HoleMap()
-        for start, count, version in state.holes.tolist():
-            holes.add(Extent(start, count), version)
-        volume = RecoveredVolume(state.note, state.version, state.acknowledged, holes)
-        replay.volumes[state.note.volume_key] = volume
-        if state.origins is not None:
-            maps.append((state.note, state.origins))
-    for note, pages in maps:  # now that the rows of all origins are known
-        origins = replay.origin_map(note)
-        if origins is not None:
-            origins.load(pages)
-        replay.volumes[note.volume_key] = replay.volumes[note.volume_key]._replace(origins=origins)
+    _load_volumes(replay, checkpoint.decode_volumes(table, layout, place=place))
     for chunk in layout.zone_chunks:
         rows = checkpoint.decode_zones(chunk_of(chunk), chunk.count)
         for zone, row in enumerate(rows.tolist(), chunk.first):
@@ -505,6 +628,7 @@ def _load(
     for zone in range(header.zone_count):
         if replay.zones.states[zone] == ZoneState.FREE:
             replay.unloaded.forget_zone(zone)
+    blocks: list[tuple[checkpoint.Chunk, Buffer]] = []
     for chunk, chunk_xxh3, is_dirty in zip(layout.place_chunks, left, dirty, strict=True):
         offset, name = base + chunk.offset, f"{place} + {chunk.offset}"
         if not (is_dirty or whole):
@@ -512,10 +636,44 @@ def _load(
             continue
         block = read(offset, chunk.padded_size)
         checkpoint.verify_chunk(block, chunk_xxh3, place=name)
-        keys, versions, checksums, counts = checkpoint.decode_places(block, chunk.count)
-        replay.counts[chunk.first : chunk.first + chunk.count] = counts
-        replay.map.link_run(chunk.first, keys, versions, checksums)
+        blocks.append((chunk, block))
+    replay.load_places = partial(_load_places, replay, blocks)
     replay.limit = (header.limit_average, header.limit_peak)
     replay.incarnation = header.replay_incarnation
     replay.start = LogPoint(header.log_position, header.replay_zone, header.replay_block, header.previous_xxh3)
     return replay
+
+
+def _load_volumes(replay: _Replay, states: list[checkpoint.VolumeState]) -> None:
+    """Enter the rows of a checkpoint's volumes, with their holes and what is known of their origins."""
+    maps: list[tuple[VolumeNote, checkpoint.OriginPages]] = []
+    for state in states:
+        volume = RecoveredVolume(state.note, state.version, state.acknowledged, HoleMap(), None, state.ends)
+        closed = tuple(HoleMap() for _ in state.ends)
+        for holes, rows in ((None, state.holes), (closed, state.closed_holes)):
+            for start, count, version in rows.tolist():
+                into = volume.holes if holes is None else holes[volume.cut_of(version)]
+                into.add(Extent(start, count), version)
+        replay.volumes[state.note.volume_key] = volume._replace(closed_holes=closed)
+        if state.origins is not None:
+            maps.append((state.note, state.origins))
+    for note, pages in maps:  # now that the rows of all origins are known
+        origins = replay.origin_map(note)
+        if origins is not None:
+            origins.load(pages)
+        replay.volumes[note.volume_key] = replay.volumes[note.volume_key]._replace(origins=origins)
+
+
+def _load_places(replay: _Replay, blocks: list[tuple[checkpoint.Chunk, Buffer]]) -> None:
+    """Enter the places of a checkpoint's chunks; each was copied at another moment."""
+    lost: list[LostPlace] = []
+    for chunk, block in blocks:
+        keys, versions, checksums, counts = checkpoint.decode_places(block, chunk.count)
+        replay.counts[chunk.first : chunk.first + chunk.count] = counts
+        replay.map.link_run(chunk.first, np.where(counts > 0, keys, 0), versions, checksums, lost=lost)
+        pinned = np.flatnonzero((counts == 0) & (keys != 0))
+        if pinned.size:
+            replay.hold_pinned(pinned + chunk.first, keys[pinned], versions[pinned], checksums[pinned])
+    for one in lost:
+        newest = replay.map.versions[replay.map.find(one.key)]
+        replay.older(one.key >> LBA_BITS, one.key & LBA_MAX, one.version, one.checksum, one.place, newest)

@@ -9,7 +9,8 @@ and it was never durable before that; records that nobody knows as durable must 
 with whole data. So what is offered is no mix of histories, but it may lack what was damaged, and `doubts` says so.
 
 Invariants:
-    Of each block the newest version found is offered, at every place that holds it.
+    Of each block the newest version found is offered, at every place that holds it. Older ones that only a pending
+    snapshot needs are not.
     Blocks that a newer trim emptied are not offered.
 """
 
@@ -168,10 +169,13 @@ class _Search:
             known = self.volumes.get(one.note.volume_key) or RecoveredVolume(one.note, 0, 0, HoleMap())
             self.volumes[one.note.volume_key] = known._replace(note=one.note)
             return
+        if one.note is not None:
+            self._reach(one.note.volume_key, version=one.note.version, size=one.note.size)
+            return
         count = one.header.block_count
         entries = one.entries[:count]
         for key in np.unique(entries["volume_key"]).tolist():
-            mine = np.flatnonzero(entries["volume_key"] == key)
+            mine = np.flatnonzero((entries["volume_key"] == key) & (entries["kind"] != record.PIN))
             rows = np.zeros(mine.size, COPY_DTYPE)
             for field in ("lba", "version", "checksum"):
                 rows[field] = entries[field][mine]
@@ -193,11 +197,13 @@ class _Search:
     def _trim(self, volume_key: int, extent: Extent, version: int, *, dropped: bool) -> None:
         self._trims.setdefault(volume_key, []).append(_Trim(extent, version, dropped))
 
-    def _reach(self, volume_key: int, *, version: int = 0, acknowledged: int = 0) -> None:
+    def _reach(self, volume_key: int, *, version: int = 0, acknowledged: int = 0, size: int = 0) -> None:
         known = self.volumes.get(volume_key)
         if known is not None:
             self.volumes[volume_key] = known._replace(
-                version=max(known.version, version), acknowledged=max(known.acknowledged, acknowledged)
+                note=known.note._replace(size=size or known.note.size),
+                version=max(known.version, version),
+                acknowledged=max(known.acknowledged, acknowledged),
             )
 
     def _newest(self, volume_key: int, volume: RecoveredVolume) -> SalvageVolume:
@@ -295,10 +301,10 @@ def _checkpointed(
         volumes[state.note.volume_key] = RecoveredVolume(state.note, state.version, state.acknowledged, holes)
     copies: list[tuple[int, CopyArray]] = []
     for chunk in layout.place_chunks:
-        keys, versions, checksums, _ = checkpoint.decode_places(
+        keys, versions, checksums, counts = checkpoint.decode_places(
             read(base + chunk.offset, chunk.padded_size), chunk.count
         )
-        held = np.flatnonzero(keys)
+        held = np.flatnonzero((keys != 0) & (counts > 0))
         rows = np.zeros(held.size, COPY_DTYPE)
         rows["lba"] = keys[held] & np.uint64(LBA_MAX)
         rows["version"], rows["checksum"] = versions[held], checksums[held]

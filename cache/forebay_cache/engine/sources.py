@@ -240,9 +240,9 @@ class Sources:
             if piece.origin:
                 origins.add(piece.extent)
         learned = Extent(answer[0].extent.start, answer[-1].extent.end - answer[0].extent.start)
-        origins.remove_many(np.frombuffer(volume.dirty, np.uint64))
-        for cut in volume.cuts:
-            origins.remove_many(cut.lbas)
+        origins.remove_many(volume.dirty.all())
+        for run in (run for cut in volume.cuts for run in cut.runs):
+            origins.remove_many(run)
         for hole in volume.holes.overlapping(learned):
             origins.remove(Extent(hole.start, hole.end - hole.start))
         for extent in self._engine.writes.changing(volume.key, learned):

@@ -1,23 +1,29 @@
 """One volume of the cache: who it is, where its history stands, and what of it is not upstream yet.
 
 Invariants:
-    `noted` <= `acknowledged` <= every closed cut's last version <= `applied` <= `version`, all of one packed order.
+    `noted` <= `acknowledged` < each closed cut's last version <= `applied` <= `version`, all of one packed order.
+    The closed cuts follow one another without a gap, in the order in which they go upstream.
+    A held place is pinned exactly if its version is newer than `acknowledged`; else it is dead.
     A mapped block is dirty exactly if its version is newer than `acknowledged`.
-    `dirty` lists the lba of each block that became dirty since the last cut closed (a trimmed one may still be listed).
+    `dirty` lists the lba of each block that became dirty since the last cut closed (a trimmed one may still be listed),
+    `open_holes` the holes made since then.
+    `ends` are the snapshots and resizes that are in the log, or on their way there, and not upstream.
 Crash: rebuilt from checkpoint and records; all that is dirty then belongs to the open cut.
 """
 
-from array import array
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from forebay_cache.engine.cuts import Cut
+from forebay_cache.engine.dirty import DirtyBlocks
 from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.limits import HOLES_KEPT_MAX
 from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.slowing import UNBOUNDED
+from forebay_cache.format import cut_end
+from forebay_cache.format.cut_end import CutEnd
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, NO_ORIGIN, READ_ONLY, SNAPSHOT, VolumeNote
 from forebay_core.units import (
     BLOCK_SIZE,
@@ -68,14 +74,16 @@ class CacheVolume:
         self._acknowledged = Version(0)
         self.noted = Version(0)
         self.holes = HoleMap()
-        self.dirty = array("Q")
+        self.open_holes = HoleMap()
+        self.dirty = DirtyBlocks()
         self.trimmed = False  # blocks in `dirty` may be gone
         self.closing = False  # being detached: what still comes is refused
         self.cuts: list[Cut] = []
+        self.ends: list[CutEnd] = []
+        self.snapshot_names: frozenset[str] = frozenset()  # in the store, as far as it has told
         self._logged: deque[_Logged] = deque()  # acknowledgements in the log that may not be durable yet
         self._durably = _Logged(0, 0, Version(0))  # the newest that is
         self.dirty_since_ns = 0  # wall clock: how old the oldest change is that is not upstream; 0: there is none
-        self.closed_wall_ns = 0  # when the closed cut was closed
         self.opened_ns = 0  # when the open cut got its first change; 0: it has none
         self.connections = 0
         self.own_limit = NOT_SET  # as set by an admin for this volume
@@ -182,6 +190,16 @@ class CacheVolume:
         return len(self.dirty) + sum(cut.block_count for cut in self.cuts)
 
     @property
+    def hole_count(self) -> int:
+        """Holes that a checkpoint has to take."""
+        return len(self.holes) + sum(len(cut.holes) for cut in self.lasting_cuts)
+
+    @property
+    def lasting_cuts(self) -> list[Cut]:
+        """The closed cuts that outlive a crash: up to the last one that ends with a snapshot or resize."""
+        return self.cuts[: max((i for i, cut in enumerate(self.cuts, 1) if cut.end is not None), default=0)]
+
+    @property
     def refuses(self) -> bool:
         """Whether changes are answered with an error."""
         return bool(self.error) or self.closing
@@ -195,6 +213,21 @@ class CacheVolume:
     def closed_version(self) -> Version:
         """Newest version that a closed cut holds; equals `acknowledged` when there is none."""
         return self.cuts[-1].last_version if self.cuts else self.acknowledged
+
+    @property
+    def sent_version(self) -> Version:
+        """Where the store stands if it has taken the cut that is on its way; equals `acknowledged` when none is."""
+        return self.cuts[0].last_version if self.cuts else self.acknowledged
+
+    @property
+    def pending_snapshots(self) -> list[str]:
+        """Names of the snapshots that are not in the store yet, in their order."""
+        return [end.name for end in self.ends if end.kind == cut_end.SNAPSHOT]
+
+    @property
+    def logged_size(self) -> int:
+        """Bytes that the volume has behind all that is in the log or on its way there."""
+        return self.ends[-1].size if self.ends else self._size
 
     def acknowledgement_logged(self, position: int, *, version: Version, upstream_position: int) -> None:
         """The log says below `position` that `version` is acknowledged; all before `upstream_position` is upstream."""
@@ -231,17 +264,20 @@ class CacheVolume:
             self.holes.forget_up_to(self.acknowledged)
 
     def resize(self, name: str, size: int, *, read_only: bool) -> None:
-        """Take over what the store says about a volume that is being attached."""
+        """Take over what the store says about a volume that is being attached; it may not know our last resizes."""
         self._name = name
-        self._size = size
         self._read_only = read_only
+        if not any(end.kind == cut_end.RESIZE for end in self.ends):
+            self._size = size
+
+    def grow(self, size: int) -> None:
+        """A resize was applied."""
+        self._size = size
 
     def note(self) -> VolumeNote:
-        """Return the row for log and checkpoint."""
+        """Return the row as it is behind all that is in the log or on its way there."""
         detached = 0 if self.attached else LEFT_DIRTY if self.held else CLOSED
         flags = (READ_ONLY if self._read_only else 0) | (SNAPSHOT if self.snapshot else 0) | detached
-        origin = self.origin or NO_ORIGIN
+        origin, size = self.origin or NO_ORIGIN, self.logged_size
         limit = self.own_limit
-        return VolumeNote(
-            self.key, flags, self.id, self._size, self.epoch, self._name, self.store, *limit, origin=origin
-        )
+        return VolumeNote(self.key, flags, self.id, size, self.epoch, self._name, self.store, *limit, origin=origin)

@@ -381,7 +381,8 @@ def _check_ends(volume: VolumeState, place: str) -> None:
     versions = [end.version for end in volume.ends]
     in_order = all(one < other for one, other in pairwise([volume.acknowledged, *versions]))
     known = all(end.volume_key == volume.note.volume_key for end in volume.ends)
-    if not (in_order and known and max(versions, default=0) <= volume.version):
+    closed = int(volume.closed_holes["version"].max(initial=0)) <= max(versions, default=0)
+    if not (in_order and known and closed and max(versions, default=0) <= volume.version):
         raise CorruptionError(
             place=place,
             what="checkpoint ends of cuts",

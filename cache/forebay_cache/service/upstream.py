@@ -13,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
 
+import msgspec
+
 from forebay_cache.engine.ports import ChangedPage, CutIdentity, FetchedPiece, UpstreamRefusal
+from forebay_cache.format.cut_end import RESIZE, CutEnd
 from forebay_cache.service.store_session import Session, StoreSession
 from forebay_core.errors import CorruptionError, ForebayError, ProtocolError, RefusedError, StoreUnreachableError
 from forebay_core.extents import Extent, pack
@@ -85,10 +88,15 @@ class StoreUpstream:
         self._session.spawn(self._stage(cut, index, frames, pack(holes), done))
 
     def commit(
-        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[UpstreamRefusal | None], None]
+        self,
+        cut: CutIdentity,
+        part_count: int,
+        committed_ns: int,
+        end: CutEnd | None,
+        done: Callable[[UpstreamRefusal | None], None],
     ) -> None:
         """See Upstream."""
-        self._session.spawn(self._commit(cut, part_count, committed_ns, done))
+        self._session.spawn(self._commit(cut, part_count, committed_ns, end, done))
 
     async def changed_since(self, volume: VolumeId, since: Version) -> AsyncIterator[Sequence[Extent]]:
         """Yield, page by page, what was written or trimmed since a version.
@@ -182,13 +190,25 @@ class StoreUpstream:
             done(None)
 
     async def _commit(
-        self, cut: CutIdentity, part_count: int, committed_ns: int, done: Callable[[UpstreamRefusal | None], None]
+        self,
+        cut: CutIdentity,
+        part_count: int,
+        committed_ns: int,
+        end: CutEnd | None,
+        done: Callable[[UpstreamRefusal | None], None],
     ) -> None:
         stands = make_version(cut.epoch, cut.last)
 
         def message(session: Session) -> AnyMessage:
             numbers = (cut.attempt, part_count, cut.first, cut.last, committed_ns)
-            return CommitCut(cut.volume, cut.epoch, session.number, *numbers)
+            message = CommitCut(cut.volume, cut.epoch, session.number, *numbers)
+            if end is None:
+                return message
+            if end.kind == RESIZE:
+                return msgspec.structs.replace(message, size=end.size)
+            return msgspec.structs.replace(
+                message, snapshot=end.snapshot, snapshot_name=end.name, snapshot_ns=end.taken_ns
+            )
 
         try:
             # Beyond the cut, what is still dirty would count as clean and never be sent.
