@@ -174,9 +174,9 @@ class StoreTwin:
         buffers = [self.backend.read_range(one.segment.text, one.offset, one.size) for one in plan.reads]
         return messages.Blocks(plan.pieces), b"".join(check_frames(plan, buffers))
 
-    def plain(self, volume: bytes, extent: Extent) -> list[PlainPiece]:
+    def plain(self, volume: bytes, extent: Extent, *, through: bool = False) -> list[PlainPiece]:
         """Read one extent and open what comes."""
-        blocks, payload = self.read(messages.Read(volume, pack([extent])))
+        blocks, payload = self.read(messages.Read(volume, pack([extent]), through=through))
         return plain_pieces(blocks.pieces, payload, [extent], place="test")
 
     def rebuilt(self) -> DictIndex:
