@@ -47,6 +47,9 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     data: Path
     listen: str = "127.0.0.1:7300"
     key_file: Path | None = None
+    clean_rate: int = 32 * MIB
+    scrub_rate: int = 32 * MIB
+    scrub_every_days: float = 7.0
     log_level: str = "info"
 
 
@@ -269,6 +272,11 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "data": _path_setting("folder for segments and index"),
         "listen": _address_setting("where caches and commands reach the store"),
         "key_file": _path_setting("file with the key that peers must have; needed beyond loopback"),
+        "clean_rate": _rate("bytes a second that the cleaner copies, unless space runs out"),
+        "scrub_rate": _rate("bytes a second that the scrub reads"),
+        "scrub_every_days": _number(
+            0, 365, " days", "a scrub begins so long after the last one; 0: only when asked for"
+        ),
         "log_level": _log_level("least urgent messages to log"),
     },
     CacheSettings: {

@@ -75,6 +75,27 @@ SNAPSHOTS_PER_VOLUME_MAX: Final = 65536
 FLATTEN_BLOCKS_MAX: Final = 512
 """Blocks that one step of flattening copies: 2 MiB."""
 
+CHUNK_SIZE: Final = MIB
+"""Bytes of index rows in one chunk of a checkpoint, before they are compressed; one row may be larger."""
+
+CHECKPOINT_BATCH_SIZE: Final = 4 * MIB
+"""Bytes of a checkpoint that are put into the log at once; the next ones follow when they are durable."""
+
+CHUNK_PLAIN_MAX: Final = 8 * MIB
+"""Bytes of one row of the index at most: a staged part has the longest, its holes and the extents of its frames."""
+
+MOVES_MAX: Final = 16384
+"""Extents in one record of the cleaner."""
+
+COPY_BLOCKS_MAX: Final = 8192
+"""Blocks that one step of the cleaner holds in memory, opened."""
+
+COPY_SIZE: Final = 8 * MIB
+"""Bytes that one step of the cleaner copies, about."""
+
+DELETED_NAMES_MAX: Final = 4096
+"""Segments that one step of the cleaner deletes."""
+
 OPEN_FILES_MAX: Final = 128
 """Segments kept open for reading."""
 
@@ -99,11 +120,46 @@ REPORTS_PAUSE_S: Final = 5.0
 REPORTS_REFRESH_S: Final = 60.0
 """And when caches only say again what they said before: a time on the disk that is this old does no harm."""
 
+DAMAGE_ROWS_MAX: Final = 4096
+"""Damaged extents that are listed; there may be more."""
+
+DAMAGE_TEXT_MAX: Final = 512
+"""Bytes of a name or a text in that list."""
+
+DAMAGE_PER_PAGE_MAX: Final = 1024
+"""Damaged extents in one answer."""
+
+SCRUB_ROWS_PER_LOOK: Final = 16384
+"""Entries of the index that the scrub looks at before it gives way."""
+
+SCRUB_PAUSE_S: Final = 60.0
+"""How long the scrub waits before it looks again whether it is due, and at most between two writes of its file."""
+
+CLEAN_PAUSE_S: Final = 1.0
+"""How long the cleaner waits between looks."""
+
+CLEAN_IDLE_S: Final = 10.0
+"""When clients have changed nothing for so long the cleaner cleans thoroughly."""
+
+CLEAN_RETRY_S: Final = 10.0
+"""How long it waits after an error."""
+
+SPACE_RATIO_PRESSED: Final = 1.35
+"""Bytes on the disk over live ones: above it the cleaner waits less than its rate asks for."""
+
+SPACE_RATIO_FREE: Final = 1.4
+"""From here on it does not wait at all."""
+
 assert PAYLOAD_SIZE_MAX + HOLES_PER_PART_MAX * 12 + MIB <= SEGMENT_SIZE_MAX
 assert 2 * SEGMENT_SIZE_MAX <= PENDING_BYTES_MAX
 assert SEGMENT_RECORDS_MAX <= PENDING_RECORDS_MAX
 assert SEGMENT_SIZE_MAX < 1 << 32
 assert HOLES_PER_PART_MAX + PART_ENTRIES_MAX <= CUT_ENTRIES_MAX
+assert HOLES_PER_PART_MAX * 12 + PART_ENTRIES_MAX * 24 + MIB <= CHUNK_PLAIN_MAX <= SEGMENT_SIZE_MAX // 2
+assert 2 * COPY_SIZE <= SEGMENT_SIZE_MAX
+assert COPY_BLOCKS_MAX < MOVES_MAX
 assert REPORTS_PER_MESSAGE_MAX <= REPORTS_MAX
+assert 1 < SPACE_RATIO_PRESSED < SPACE_RATIO_FREE
+assert CHECKPOINT_BATCH_SIZE + CHUNK_PLAIN_MAX <= SEGMENT_SIZE_MAX // 2
 assert REPORTS_PAUSE_S < REPORTS_REFRESH_S
 assert BLOCK_SIZE * FRAME_BLOCKS_MAX < PAYLOAD_SIZE_MAX

@@ -82,6 +82,10 @@ class DictIndex:
     def __init__(self) -> None:
         self.tables = {table: SortedDict() for table in Table}
         self.full = False
+        self.since = [self.tables]  # what a power cut may leave: the state at the last sync, and those after it
+
+    def sync(self) -> None:
+        self.since = [self.tables]
 
     @contextmanager
     def view(self) -> Iterator[IndexReader]:
@@ -93,12 +97,14 @@ class DictIndex:
         view = DictView(self.tables)
         result = change(view)
         self.tables = view.tables
+        self.since.append(self.tables)
         return result
 
     def copy(self) -> "DictIndex":
         """Return the index as it is now, for a later crash to fall back to."""
         other = DictIndex()
         other.tables = dict(self.tables)  # which are never changed, only replaced
+        other.since = [other.tables]
         return other
 
     def rows(self) -> dict[Table, dict[bytes, bytes]]:

@@ -196,6 +196,12 @@ class SimIndex(DictIndex):
         self.point("index shows it")
         return result
 
+    def sync(self) -> None:
+        """See Index."""
+        self.point("index is synced")
+        super().sync()
+        self.before = self.tables
+
     def cut_power(self) -> None:
         """The meta page of the newest transaction may be lost."""
         self.tables = self.before

@@ -15,10 +15,12 @@ from forebay_core.units import Buffer
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.background import Copied, CopyOrigin
 from forebay_store.engine.changes import Change, Incoming
+from forebay_store.engine.cleaner import Append, Cleaner, Pause, Records, Work
 from forebay_store.engine.ports import BackendError, NothingKeptError, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import check_frames, plan_read
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
+from forebay_store.engine.space import RESTING, Pressure
 from forebay_store.engine.store import Answer, ApplySegments, Command, StoreEngine, WriteSegment
 from forebay_store.format.layout import build_segment
 from forebay_store.format.part import parse_part
@@ -43,6 +45,7 @@ class MemoryBackend:
     def __init__(self) -> None:
         self.segments: dict[str, bytes] = {}
         self.fault = ""
+        self.point: Callable[[str], None] = lambda text: None
 
     def create(self, name: str, buffers: Sequence[Buffer]) -> None:
         fault, self.fault = self.fault, ""
@@ -57,7 +60,9 @@ class MemoryBackend:
                 raise BackendError("the disk broke")
         if name in self.segments:
             raise SegmentExistsError(name)
+        self.point("create")
         self.segments[name] = b"".join(buffers)
+        self.point("created")
         if fault == "crash-after":
             raise Crash
         if fault == "broken-after":
@@ -79,7 +84,9 @@ class MemoryBackend:
 
     def delete(self, names: Sequence[str]) -> None:
         for name in names:
+            self.point("delete")
             self.segments.pop(name, None)
+        self.point("deleted")
 
     def stat(self, name: str) -> int:
         return len(self.read(name))
@@ -147,6 +154,30 @@ class StoreTwin:
         except ForebayError as error:
             return error
         return None
+
+    def clean(self, pressure: Pressure = RESTING, between: Callable[[], None] = lambda: None) -> Cleaner:
+        """Let the cleaner make one pass; `between` is called before each of its jobs."""
+        cleaner = Cleaner(self.index, self.backend, store=STORE)
+        for job in cleaner.clean(pressure=lambda _: pressure, checkpoint=lambda: self.random.getrandbits(64)):
+            between()
+            match job:
+                case Work(call):
+                    call()
+                case Append(records):
+                    self.append(records)
+                case Pause():
+                    pass
+        return cleaner
+
+    def append(self, records: Records) -> None:
+        """Put records of the cleaner into the log and see them through."""
+        self.ticket += 1
+        self.engine.submit_records(self.ticket, records)
+        self.collect()
+        self.settle()
+        answer = self.answers[self.ticket]
+        if isinstance(answer, messages.Failed):
+            raise RefusedError(answer.code, answer.text)
 
     def settle(self) -> None:
         """Do all commands."""

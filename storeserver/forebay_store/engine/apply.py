@@ -16,6 +16,7 @@ from forebay_store.engine.head import replace, trim
 from forebay_store.engine.head_batch import replace_rows
 from forebay_store.engine.head_change import HeadChange
 from forebay_store.engine.live import LiveBytes, note_segment
+from forebay_store.engine.moving import apply_cleaned, apply_complete, apply_deleted, inherit_age
 from forebay_store.engine.ports import IndexWriter
 from forebay_store.engine.purge import purge
 from forebay_store.engine.rollback import roll_back
@@ -61,6 +62,7 @@ from forebay_store.format.records import (
 from forebay_store.format.rows import StagedPart, Table, VolumeState
 from forebay_store.format.segment import SegmentName
 from forebay_store.format.snapshot_rows import SnapshotState
+from forebay_store.format.space_records import CheckpointComplete, CleanedPart, IndexChunk, SegmentsDeleted
 from forebay_wire.limits import HOLES_PER_PART_MAX
 
 
@@ -92,6 +94,9 @@ def apply_segments(writer: IndexWriter, segments: Sequence[LogSegment]) -> None:
         note_segment(writer, segment.name, segment.size)
         for one in segment.records:
             _Applying(writer, live, segment.name).apply(one)
+        inherit_age(
+            writer, segment.name, [one.record for one in segment.records if isinstance(one.record, CleanedPart)]
+        )
     live.write(writer)
     write_applied(writer, segments[-1].name)
 
@@ -131,6 +136,15 @@ class _Applying:
                 forget_attempt(writer, self._live, record.volume, record.epoch, record.attempt)
             case Purged():
                 purge(writer, self._live, record.number, record.version, record.entries)
+            case IndexChunk():
+                pass
+            case CheckpointComplete():
+                apply_complete(writer, self._segment, record)
+            case CleanedPart():
+                apply_cleaned(writer, self._live, self._segment, one.payload_offset, record)
+            case SegmentsDeleted():
+                self._live.write(writer)
+                apply_deleted(writer, self._segment, record)
             case _:
                 self._apply_more(one, record)
 

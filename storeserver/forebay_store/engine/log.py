@@ -1,7 +1,7 @@
 """The end of the log: records that wait for a segment, and the one segment that is being written.
 
 Group commit: while a segment is being written, records of all volumes gather, and the next segment takes them
-together, in their order.
+together, in their order. What the cleaner copies gets segments of its own.
 
 Invariants:
     at most one segment is being written; its name follows that of the newest durable one.
@@ -18,6 +18,7 @@ from forebay_store.engine.apply import LogRecord, LogSegment
 from forebay_store.format.layout import BuiltSegment, build_segment
 from forebay_store.format.records import RECORD_HEADER, CutPart, Record
 from forebay_store.format.segment import SEGMENT_FOOTER, SEGMENT_HEADER, SegmentHeader, SegmentName
+from forebay_store.format.space_records import CheckpointComplete, CleanedPart, IndexChunk, SegmentsDeleted
 from forebay_store.limits import (
     PENDING_BYTES_MAX,
     PENDING_RECORDS_MAX,
@@ -27,6 +28,24 @@ from forebay_store.limits import (
 
 _RECORD_OVERHEAD = RECORD_HEADER.size + 256
 """Bytes that a record without holes and payload takes at most."""
+
+
+TOGETHER_MAX = SEGMENT_SIZE_MAX - SEGMENT_HEADER.size - SEGMENT_FOOTER.size
+"""Bytes of records that surely get into one segment."""
+
+
+def record_size_max(record: Record, payload_size: int) -> int:
+    """Return the bytes that a record takes in a segment at most."""
+    match record:
+        case CutPart():
+            listed = len(record.holes)
+        case CleanedPart():
+            listed = len(record.olds) + len(record.moves)
+        case SegmentsDeleted():
+            listed = len(record.names)
+        case _:
+            listed = 0
+    return _RECORD_OVERHEAD + listed + payload_size
 
 
 class Entry(NamedTuple):
@@ -41,8 +60,12 @@ class Entry(NamedTuple):
     @property
     def size_max(self) -> int:
         """Bytes in a segment, at most."""
-        holes = len(self.record.holes) if isinstance(self.record, CutPart) else 0
-        return _RECORD_OVERHEAD + holes + self.payload_size
+        return record_size_max(self.record, self.payload_size)
+
+    @property
+    def is_cleaning(self) -> bool:
+        """Whether it lies apart from what clients wrote, because it will live longer."""
+        return isinstance(self.record, CleanedPart | IndexChunk | CheckpointComplete | SegmentsDeleted)
 
 
 class Written(NamedTuple):
@@ -117,6 +140,8 @@ class Log:
         size = SEGMENT_HEADER.size + SEGMENT_FOOTER.size
         while self._pending and len(taken) < SEGMENT_RECORDS_MAX:
             if size + self._pending[0].size_max > SEGMENT_SIZE_MAX:
+                break
+            if taken and taken[0].is_cleaning != self._pending[0].is_cleaning:
                 break
             size += self._pending[0].size_max
             taken.append(self._pending.popleft())

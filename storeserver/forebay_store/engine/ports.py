@@ -85,6 +85,9 @@ class Index(Protocol):
             NoSpaceError: the disk is full; nothing changed.
         """
 
+    def sync(self) -> None:
+        """Make all transactions durable that ended before."""
+
 
 class SegmentBackend(Protocol):
     """Where segments are kept. Names are those of `SegmentName.text`; calls block and come from threads."""

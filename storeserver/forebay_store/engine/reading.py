@@ -167,14 +167,14 @@ def _check_frame(wanted: WantedFrame, frame: memoryview) -> memoryview:
         raise CorruptionError(place=place, what="frame size", expected=wanted.place.size, found=header.size)
     check_stored(header, frame, place=place)
     for entry in wanted.entries:
-        if not _holds(header.extents, entry):
+        if not holds(header.extents, entry):
             raise CorruptionError(
                 place=place, what="frame extents", expected=Extent(entry.start, entry.length), found=header.extents
             )
     return frame
 
 
-def _holds(extents: Sequence[Extent], entry: HeadEntry) -> bool:
+def holds(extents: Sequence[Extent], entry: HeadEntry) -> bool:
     """Tell whether the entry's blocks are where it says among the frame's plain blocks."""
     block = 0
     for extent in extents:

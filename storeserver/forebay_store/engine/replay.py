@@ -1,6 +1,8 @@
 """Replay: bringing the index up to the segments, at start from where it stands and in a rebuild from nothing.
 
-Segments are applied in the order of their names. Each names the one before it, so a missing one is an error, not a gap.
+An empty index begins with the newest checkpoint in the log, if there is one. Segments are applied in the order of their
+names. Each names the one before it, so a missing one is an error, not a gap; of those that a checkpoint covers only
+the ones are needed that hold something live.
 Crash: each transaction sets the mark of the newest applied segment; replay goes on from there.
 """
 
@@ -9,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from forebay_core.errors import CorruptionError
 from forebay_core.units import Buffer
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
+from forebay_store.engine.checkpoint import load_checkpoint, newest_checkpoint
 from forebay_store.engine.ports import Index, SegmentBackend, SegmentMissingError
 from forebay_store.engine.volumes import read_applied
 from forebay_store.format.layout import DecodedSegment, decode_segment, payload_of
@@ -33,7 +36,9 @@ def replay(backend: SegmentBackend, index: Index, *, store: bytes, until: Segmen
     names = segment_names(backend)
     with index.view() as reader:
         applied = read_applied(reader)
-    if applied != NO_SEGMENT and applied not in names:
+    if applied == NO_SEGMENT:
+        applied = _begin(backend, index, names, until)
+    elif applied not in names:
         raise SegmentMissingError(
             place=f"segment {applied.text}", what="segment", expected="the newest that the index shows", found="nothing"
         )
@@ -46,6 +51,17 @@ def replay(backend: SegmentBackend, index: Index, *, store: bytes, until: Segmen
         index.update(lambda writer, batch=batch: apply_segments(writer, batch))  # type: ignore[misc]
         previous = name
     return len(newer)
+
+
+def _begin(
+    backend: SegmentBackend, index: Index, names: Sequence[SegmentName], until: SegmentName | None
+) -> SegmentName:
+    """Load the newest checkpoint into an empty index; return the newest segment that it shows."""
+    found = newest_checkpoint(backend, names, until=until)
+    if found is None:
+        return NO_SEGMENT
+    load_checkpoint(backend, index, names, found)
+    return found.record.shows
 
 
 class LoadedSegment:
@@ -104,7 +120,7 @@ def segment_records(segment: LoadedSegment) -> Iterator[LogRecord]:
     """
     for placed in segment.decoded.placed:
         entries = b""
-        if isinstance(placed.record, PART_RECORDS):
+        if isinstance(placed.record, PART_RECORDS):  # The moves of a cleaned part say where its frames lie.
             place = f"{segment.place} payload at {placed.payload_offset}"
             entries = parse_part(payload_of(segment.buffer, placed), place=place, stored=False).entries
         yield LogRecord(placed.record, placed.payload_offset, placed.payload_size, entries)

@@ -12,7 +12,7 @@ Crash: what was answered is in a segment; replay brings the index up.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -22,7 +22,7 @@ from forebay_store.engine import changes, snapshot_changes
 from forebay_store.engine.apply import LogSegment
 from forebay_store.engine.background import Background, Copied, CopyOrigin
 from forebay_store.engine.changes import Change, Incoming, QueuedChange, SnapshotChange
-from forebay_store.engine.log import Log, Written
+from forebay_store.engine.log import TOGETHER_MAX, Log, Written, record_size_max
 from forebay_store.engine.ports import Index, IndexReader, NothingKeptError
 from forebay_store.engine.rows import snapshot_row, volume_row
 from forebay_store.format.records import CutPart, OriginPart, Record
@@ -77,6 +77,13 @@ class Turn:
     answered: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Who waits until records of the cleaner show in the index, all of which lie in one segment."""
+
+    ticket: int
+
+
 class StoreEngine:
     """Decides for one store. Feed it, then drain `take_commands` and start them."""
 
@@ -87,7 +94,7 @@ class StoreEngine:
         self._incarnation = newest.incarnation
         self._commands: list[Command] = []
         self._turns: dict[str, deque[Turn]] = {}
-        self._owners: dict[int, int | Turn] = {}  # by serial: the ticket of a part, or a turn
+        self._owners: dict[int, int | Together | Turn] = {}  # by serial: the ticket of a part, or a turn
         self._newest_serials: dict[str, int] = {}  # by volume, of records that are not settled
         self._unapplied: deque[Written] = deque()
         self._applying: tuple[Written, ...] = ()
@@ -139,6 +146,23 @@ class StoreEngine:
                 self._sort(reader, Turn(ticket, incoming, payload))
         except ForebayError as error:
             self._answer(ticket, _failed(error))
+        self._advance()
+
+    def submit_records(self, ticket: int, records: Sequence[tuple[Record, Buffer]]) -> None:
+        """Take records that the store makes by itself, with their payloads; Done when the index shows all of them.
+
+        They get into one segment, so all of them are refused or none.
+        """
+        assert sum(record_size_max(record, memoryview(payload).nbytes) for record, payload in records) <= TOGETHER_MAX
+        try:
+            self._admit(sum(memoryview(payload).nbytes for _, payload in records))
+        except ForebayError as error:
+            self._answer(ticket, _failed(error))
+            return
+        for record, payload in records:
+            serial = self._log.append(record, (payload,) if memoryview(payload).nbytes else ())
+        self._owners[serial] = Together(ticket)
+        self._urgent = max(self._urgent, serial)
         self._advance()
 
     def expect_session(self, volume: bytes, session: int) -> None:
@@ -362,6 +386,8 @@ class StoreEngine:
     def _finish(self, serial: int) -> None:
         """A record shows in the index: if it was the last of a turn, the turn is over."""
         owner = self._owners.pop(serial, None)
+        if isinstance(owner, Together):
+            self._answer(owner.ticket, messages.Done())
         if owner is None:
             self._background.settle(serial)
         if isinstance(owner, Turn) and owner.serial == serial and not owner.answered:
@@ -457,6 +483,8 @@ class StoreEngine:
             owner = self._owners.pop(serial, None)
             if isinstance(owner, int):
                 self._answer(owner, reply)
+            elif isinstance(owner, Together):
+                self._answer(owner.ticket, reply)
             elif owner is None:
                 self._background.refuse(serial)
             elif owner.serial == serial:
@@ -479,9 +507,9 @@ class StoreEngine:
         for serial in pending.difference(self._owners):
             self._background.refuse(serial)
         for serial, owner in list(self._owners.items()):
-            if isinstance(owner, int) and (serial in pending or self._error):
+            if isinstance(owner, int | Together) and (serial in pending or self._error):
                 del self._owners[serial]
-                self._answer(owner, reply)
+                self._answer(owner if isinstance(owner, int) else owner.ticket, reply)
         turns = {turn.ticket: turn for queue in self._turns.values() for turn in queue}.values()
         self._turns.clear()
         for turn in turns:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from forebay_core.errors import CorruptionError
 from forebay_core.units import Buffer
 from forebay_store.format.records import (
-    PART_RECORDS,
     RECORD_HEADER,
     Record,
     StoreClaimed,
@@ -116,6 +115,5 @@ def _check_claim(header: SegmentHeader, placed: Sequence[PlacedRecord], place: s
 
 
 def payload_of(buffer: Buffer, placed: PlacedRecord) -> memoryview:
-    """Return the frames of a part within its segment."""
-    assert isinstance(placed.record, PART_RECORDS)
+    """Return the payload of a record within its segment: a part's frames, or rows of the index."""
     return memoryview(buffer)[placed.payload_offset : placed.payload_offset + placed.payload_size]

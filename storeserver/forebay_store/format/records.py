@@ -1,6 +1,7 @@
 """The records of a segment: every change of the store's state, as facts that were checked before they were written.
 
 A record is a header, a body, and for the kinds that hold blocks a payload of whole frames (`forebay_core.frame`).
+Records of checkpoints and cleaning have their bodies in `forebay_store.format.space_records`.
 
 Record header, 32 bytes, little-endian:
 
@@ -10,7 +11,7 @@ Record header, 32 bytes, little-endian:
          4     2  u16   kind          see Kind
          6     2  u16   version       0
          8     4  u32   body_size     bytes of the body
-        12     4  u32   payload_size  bytes of frames behind the body; 0 but for those
+        12     4  u32   payload_size  bytes behind the body: frames, or rows of an index-chunk; 0 but for those
         16     8  u64   body_xxh3     over the body
         24     8  u64   header_xxh3   over the 24 bytes before it
 
@@ -169,6 +170,23 @@ from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError, ProtocolError
 from forebay_core.extents import EXTENT_DTYPE, unpack
 from forebay_core.units import ID_SIZE, Buffer
+from forebay_store.format.space_records import (
+    CLEANED_PART_BODY,
+    MOVE,
+    NAME,
+    OLDS_MAX,
+    CheckpointComplete,
+    CleanedPart,
+    IndexChunk,
+    SegmentsDeleted,
+    SpaceRecord,
+    decode_cleaned,
+    decode_complete,
+    decode_deleted,
+    decode_index_chunk,
+    encode_space_body,
+)
+from forebay_store.limits import DELETED_NAMES_MAX, MOVES_MAX
 from forebay_wire.limits import HOLES_PER_PART_MAX
 
 RECORD_MAGIC: Final = 0x43524246
@@ -195,6 +213,8 @@ FLATTENED_BODY: Final = struct.Struct("<16s")
 PURGED_BODY: Final = struct.Struct("<IQI")
 
 BODY_SIZE_MAX: Final = CUT_PART_BODY.size + HOLES_PER_PART_MAX * EXTENT_DTYPE.itemsize
+assert CLEANED_PART_BODY.size + OLDS_MAX * NAME.size + MOVES_MAX * MOVE.size <= BODY_SIZE_MAX
+assert DELETED_NAMES_MAX * NAME.size < BODY_SIZE_MAX
 NO_ORIGIN: Final = bytes(ID_SIZE)
 _PREFIX_SIZE: Final = 24
 _U64: Final = struct.Struct("<Q")
@@ -220,12 +240,22 @@ class Kind(enum.IntEnum):
     ORIGIN_PART = 22
     FLATTENED = 23
     PURGED = 24
+    INDEX_CHUNK = 32
+    CHECKPOINT_COMPLETE = 33
+    CLEANED_PART = 34
+    SEGMENTS_DELETED = 35
 
 
-PAYLOAD_KINDS: Final = frozenset((Kind.CUT_PART, Kind.ORIGIN_PART))
-"""Kinds whose records hold frames."""
+PAYLOAD_KINDS: Final = frozenset((Kind.CUT_PART, Kind.ORIGIN_PART, Kind.CLEANED_PART, Kind.INDEX_CHUNK))
+"""Kinds whose records hold something behind their bodies."""
 
 _KINDS: Final = frozenset(int(kind) for kind in Kind)
+SPACE_KINDS: Final[dict[type[SpaceRecord], Kind]] = {
+    IndexChunk: Kind.INDEX_CHUNK,
+    CheckpointComplete: Kind.CHECKPOINT_COMPLETE,
+    CleanedPart: Kind.CLEANED_PART,
+    SegmentsDeleted: Kind.SEGMENTS_DELETED,
+}
 
 
 class StoreClaimed(NamedTuple):
@@ -366,7 +396,11 @@ class Purged(NamedTuple):
 
 PartRecord = CutPart | OriginPart
 PART_RECORDS: Final = (CutPart, OriginPart)
-"""The records that hold frames; each of them names the volume whose blocks they are."""
+"""The records that put frames into the store; each of them names the volume whose blocks they are."""
+
+FrameRecord = PartRecord | CleanedPart
+FRAME_RECORDS: Final = (*PART_RECORDS, CleanedPart)
+"""The records that hold frames."""
 
 Record = (
     StoreClaimed
@@ -386,6 +420,10 @@ Record = (
     | OriginPart
     | Flattened
     | Purged
+    | IndexChunk
+    | CheckpointComplete
+    | CleanedPart
+    | SegmentsDeleted
 )
 
 
@@ -412,8 +450,8 @@ def encode_record(record: Record, payload_size: int = 0) -> tuple[bytes, bytes]:
     return header + _U64.pack(checksum(header)), body
 
 
-def decode_record_header(view: memoryview, *, place: str) -> RecordHeader:
-    """Return the header at the start of `view`, which reaches to the end of the records.
+def decode_record_header(view: memoryview, *, place: str, room: int | None = None) -> RecordHeader:
+    """Return the header at the start of `view`, which reaches to the end of the records unless `room` says how far.
 
     Raises:
         CorruptionError: cut short, damaged, of an unknown kind, or longer than what is there.
@@ -429,8 +467,9 @@ def decode_record_header(view: memoryview, *, place: str) -> RecordHeader:
     if kind not in _KINDS or version != 0:
         raise CorruptionError(place=place, what="record kind", expected="a known kind", found=(kind, version))
     header = RecordHeader(Kind(kind), body_size, payload_size, body_xxh3)
-    if header.size > view.nbytes or body_size > BODY_SIZE_MAX or (payload_size and kind not in PAYLOAD_KINDS):
-        raise CorruptionError(place=place, what="record size", expected=f"at most {view.nbytes}", found=header.size)
+    room = view.nbytes if room is None else room
+    if header.size > room or body_size > BODY_SIZE_MAX or (payload_size and kind not in PAYLOAD_KINDS):
+        raise CorruptionError(place=place, what="record size", expected=f"at most {room}", found=header.size)
     return header
 
 
@@ -478,6 +517,8 @@ def _encode_body(record: Record) -> tuple[Kind, bytes]:
             return Kind.ATTEMPT_FORGOTTEN, ATTEMPT_FORGOTTEN_BODY.pack(*record)
         case Purged():
             return Kind.PURGED, PURGED_BODY.pack(*record)
+        case IndexChunk() | CheckpointComplete() | CleanedPart() | SegmentsDeleted():
+            return SPACE_KINDS[type(record)], encode_space_body(record)
         case _:
             return _encode_snapshots(record)
 
@@ -541,6 +582,14 @@ def _decode_body(kind: Kind, body: bytes) -> Record:
             return AttemptForgotten(*ATTEMPT_FORGOTTEN_BODY.unpack(body))
         case Kind.PURGED:
             return Purged(*PURGED_BODY.unpack(body))
+        case Kind.INDEX_CHUNK:
+            return decode_index_chunk(body)
+        case Kind.CHECKPOINT_COMPLETE:
+            return decode_complete(body)
+        case Kind.CLEANED_PART:
+            return decode_cleaned(body)
+        case Kind.SEGMENTS_DELETED:
+            return decode_deleted(body)
         case _:
             return _decode_snapshots(kind, body)
 

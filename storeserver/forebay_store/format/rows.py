@@ -72,6 +72,8 @@ with version 0 of the whole volume, are being removed.
 
 Table `flattening`, key: volume id, value empty: clones whose tie to the origin is being cut.
 
+Table `leaving` and the key `checkpoint` of `meta`: see `forebay_store.format.space_rows`.
+
 Table `meta`, key `store`: to which store the index belongs.
 
 Store mark, 20 bytes:
@@ -149,6 +151,7 @@ class Table(enum.StrEnum):
     STAGED = "staged"
     DELETED = "deleted"
     FLATTENING = "flattening"
+    LEAVING = "leaving"
     META = "meta"
 
 

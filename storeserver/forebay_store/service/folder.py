@@ -4,6 +4,7 @@
     DIR/lock         locked (flock) by whoever works in the folder
     DIR/segments/    the segments
     DIR/index/       the LMDB index; can be made anew from the segments
+    DIR/damage       what is known to be damaged, and how far the scrub is; may be missing, no part of the truth
     DIR/reports      what caches reported they are ahead; may be missing, and is no part of the truth
 
 Crash: a half-made folder holds no store.toml and no segment, and is made again.
@@ -26,8 +27,10 @@ INDEX_NAME: Final = "index"
 NEW_INDEX_NAME: Final = "index.new"
 REPORTS_NAME: Final = "reports"
 NEW_REPORTS_NAME: Final = "reports.new"
-OWN_NAMES: Final = frozenset((IDENTITY_NAME, LOCK_NAME, SEGMENTS_NAME, INDEX_NAME, REPORTS_NAME))
-LEFTOVER_NAMES: Final = frozenset((IDENTITY_NAME + ".new", NEW_INDEX_NAME, NEW_REPORTS_NAME))
+DAMAGE_NAME: Final = "damage"
+NEW_DAMAGE_NAME: Final = "damage.new"
+OWN_NAMES: Final = frozenset((IDENTITY_NAME, LOCK_NAME, SEGMENTS_NAME, INDEX_NAME, REPORTS_NAME, DAMAGE_NAME))
+LEFTOVER_NAMES: Final = frozenset((IDENTITY_NAME + ".new", NEW_INDEX_NAME, NEW_REPORTS_NAME, NEW_DAMAGE_NAME))
 FOREIGN_ALLOWED: Final = frozenset(("lost+found",))
 FOLDER_FORMAT: Final = 1
 IDENTITY_SIZE_MAX: Final = 4 * KIB

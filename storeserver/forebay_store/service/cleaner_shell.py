@@ -1,0 +1,171 @@
+"""The cleaner at work: when a pass begins, how fast it goes, and what is told of it.
+
+It looks by itself soon after something was written, and once more, thoroughly, when clients have been quiet for a
+while; `ask` lets it clean thoroughly at once. It copies at a limited rate, faster only when the space would grow out
+of hand. Invariants: one pass at a time; a pass that meets an error ends and is tried again later.
+Crash: see `forebay_store.engine.cleaner`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Final, assert_never
+
+from forebay_core.errors import ForebayError
+from forebay_store.engine.cleaner import Append, Cleaner, Job, Pause, Records, Work
+from forebay_store.engine.cleaning import DamagedPlace
+from forebay_store.engine.ports import Index, SegmentBackend
+from forebay_store.engine.space import BUSY, RESTING, Pressure, Space
+from forebay_store.format.segment import SegmentName
+from forebay_store.limits import CLEAN_IDLE_S, CLEAN_PAUSE_S, CLEAN_RETRY_S, SPACE_RATIO_FREE, SPACE_RATIO_PRESSED
+from forebay_wire import messages
+
+_LOG: Final = logging.getLogger("forebay.store")
+
+
+class CleanerShell:
+    """Cleans one open store."""
+
+    def __init__(
+        self,
+        index: Index,
+        backend: SegmentBackend,
+        *,
+        store: bytes,
+        rate: int,
+        append: Callable[[Records], Awaitable[None]],
+        fresh_number: Callable[[], int],
+        on_damage: Callable[[list[DamagedPlace]], None],
+    ) -> None:
+        """`rate` is in bytes per second; `append` puts records into the log and returns when the index shows them."""
+        self._cleaner = Cleaner(index, backend, store=store)
+        self._rate = rate
+        self._append = append
+        self._fresh_number = fresh_number
+        self._on_damage = on_damage
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, "cleaner")
+        self._wake = asyncio.Event()
+        self._asked = False
+        self._written = True  # something, since the last look; at the start nobody knows
+        self._rested = False  # after a thorough pass nothing was written
+        self._quiet_from_s = self._loop.time()
+        self._running = False
+        self._passes = 0
+        self._error = ""
+        self._task = self._loop.create_task(self._run())
+
+    def bar(self, segments: Iterable[SegmentName]) -> None:
+        """Damage was found in these: they are no victims any more."""
+        self._cleaner.bar(segments)
+
+    def note_request(self) -> None:
+        """A client changes something."""
+        self._quiet_from_s = self._loop.time()
+        self._written = True
+        self._rested = False
+
+    def ask(self) -> None:
+        """Clean thoroughly, now."""
+        self._asked = True
+        self._wake.set()
+
+    @property
+    def segments_freed(self) -> int:
+        """Segments deleted since the start."""
+        return self._cleaner.counts.segments_freed
+
+    @property
+    def bytes_freed(self) -> int:
+        """Their bytes."""
+        return self._cleaner.counts.bytes_freed
+
+    def status(self) -> messages.CleanStatus:
+        """Return what a status shows."""
+        counts = self._cleaner.counts
+        return messages.CleanStatus(
+            running=self._running or self._asked,
+            passes=self._passes,
+            segments_freed=counts.segments_freed,
+            bytes_freed=counts.bytes_freed,
+            bytes_copied=counts.bytes_copied,
+            error=self._error,
+        )
+
+    async def stop(self) -> None:
+        """End after the job under way."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        self._thread.shutdown()
+
+    # The passes.
+
+    async def _run(self) -> None:
+        while True:
+            await self._wait(CLEAN_RETRY_S if self._error else CLEAN_PAUSE_S)
+            asked = self._asked
+            idle = self._loop.time() - self._quiet_from_s >= CLEAN_IDLE_S
+            if not (asked or self._written or (idle and not self._rested)):
+                continue
+            self._asked = self._written = False
+            await self._pass(asked)
+            self._passes += asked
+            self._rested = (asked or idle) and not self._written and not self._error
+
+    async def _wait(self, pause_s: float) -> None:
+        if not self._asked:
+            timer = self._loop.call_later(pause_s, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                timer.cancel()
+        self._wake.clear()
+
+    async def _pass(self, asked: bool) -> None:
+        self._running = True
+        jobs = self._cleaner.clean(pressure=lambda _: self._pressure(asked), checkpoint=self._fresh_number)
+        try:
+            for job in jobs:
+                await self._perform(job, asked)
+            self._error = ""
+        except ForebayError as error:
+            self._error = str(error)
+            _LOG.warning("cleaning ended early: %s", error)
+        finally:
+            jobs.close()
+            self._running = False
+            damaged = self._cleaner.take_damaged()
+            if damaged:
+                self._on_damage(damaged)
+
+    async def _perform(self, job: Job, asked: bool) -> None:
+        match job:
+            case Work(call):
+                await self._loop.run_in_executor(self._thread, call)
+            case Append(records):
+                await self._append(records)
+            case Pause(size):
+                await asyncio.sleep(size / self._rate * self._patience(asked))
+            case _:
+                assert_never(job)
+
+    def _pressure(self, asked: bool) -> Pressure:
+        idle = self._loop.time() - self._quiet_from_s >= CLEAN_IDLE_S
+        return RESTING if asked or idle else BUSY
+
+    def _patience(self, asked: bool) -> float:
+        """Return which share of the pause to make: none when the space grows out of hand."""
+        space = self._cleaner.space
+        if space is None or asked:
+            return 1.0
+        return patience(space)
+
+
+def patience(space: Space) -> float:
+    """Return 1 up to the ratio of disk over live bytes that is meant, and 0 from the one that shall not be passed."""
+    live = max(1, sum(one.live for one in space.segments))
+    ratio = sum(one.size for one in space.segments) / live
+    return min(1.0, max(0.0, (SPACE_RATIO_FREE - ratio) / (SPACE_RATIO_FREE - SPACE_RATIO_PRESSED)))
