@@ -13,6 +13,9 @@ from forebay_store.format.rows import Table
 Result = TypeVar("Result")
 
 
+SINCE_MAX = 4
+
+
 class DictCursor:
     """A place in a sorted dictionary."""
 
@@ -82,9 +85,11 @@ class DictIndex:
     def __init__(self) -> None:
         self.tables = {table: SortedDict() for table in Table}
         self.full = False
+        self.point: Callable[[str], None] = lambda text: None  # where a crash may strike
         self.since = [self.tables]  # what a power cut may leave: the state at the last sync, and those after it
 
     def sync(self) -> None:
+        self.point("index is synced")
         self.since = [self.tables]
 
     @contextmanager
@@ -92,12 +97,18 @@ class DictIndex:
         yield DictView(self.tables)
 
     def update(self, change: Callable[[IndexWriter], Result]) -> Result:
+        self.point("index is updated")
+        result = self._change(change)
+        self.point("index shows it")
+        return result
+
+    def _change(self, change: Callable[[IndexWriter], Result]) -> Result:
         if self.full:
             raise NoSpaceError("the index is full")
         view = DictView(self.tables)
         result = change(view)
         self.tables = view.tables
-        self.since.append(self.tables)
+        self.since = [*self.since[-SINCE_MAX:], self.tables]
         return result
 
     def copy(self) -> "DictIndex":

@@ -184,13 +184,12 @@ class SimIndex(DictIndex):
         super().__init__()
         self.before = self.tables
         self.on_update: Callable[[], None] = lambda: None
-        self.point: Callable[[str], None] = lambda text: None
 
     def update(self, change: Callable[[IndexWriter], Result]) -> Result:
         """See Index."""
         self.point("index is updated")
         before = self.tables
-        result = super().update(change)
+        result = self._change(change)
         self.before = before
         self.on_update()
         self.point("index shows it")
@@ -198,7 +197,6 @@ class SimIndex(DictIndex):
 
     def sync(self) -> None:
         """See Index."""
-        self.point("index is synced")
         super().sync()
         self.before = self.tables
 
