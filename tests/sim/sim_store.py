@@ -7,15 +7,19 @@ server.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from sim_index import DictIndex, Result
 from sim_net import Network, SimSocket
 from sim_world import Died, SimLoop, World
 
+from forebay_core.config import StoreSettings
 from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError
 from forebay_core.units import Buffer
+from forebay_store.engine.cleaner import delete_leaving
 from forebay_store.engine.ports import BackendError, IndexWriter, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.replay import replay
+from forebay_store.format.damage_file import ScrubState, decode_damage, encode_damage
 from forebay_store.format.reports import Reports, decode_reports, encode_reports
 from forebay_store.format.segment import parse_name
 from forebay_store.service.opening import claim
@@ -225,13 +229,34 @@ class SimReportFile:
         self.content = self.before
 
 
+class SimDamageFile:
+    """Stands for service/damage_file.py, as SimReportFile for its own."""
+
+    def __init__(self) -> None:
+        self.content = self.before = encode_damage(STORE, ScrubState())
+
+    def read(self) -> ScrubState:
+        """See File."""
+        return decode_damage(self.content, store=STORE, place="damage")
+
+    def write(self, state: ScrubState) -> None:
+        """See File."""
+        self.before = self.content
+        self.content = encode_damage(STORE, state)
+
+    def cut_power(self) -> None:
+        """The newest rename is not durable."""
+        self.content = self.before
+
+
 class _Opened:
     """What StoreShell needs of service/opening.py's OpenStore."""
 
-    def __init__(self, backend: SimBackend, index: SimIndex, reports: SimReportFile) -> None:
+    def __init__(self, backend: SimBackend, index: SimIndex, reports: SimReportFile, damage: SimDamageFile) -> None:
         self.backend = backend
         self.index = index
         self.reports = reports
+        self.damage = damage
         self.folder = self
         self.store = STORE
         self.newest = claim(backend, index, store=STORE, now_ns=1)  # type: ignore[arg-type]
@@ -247,6 +272,7 @@ class StoreHost:
         self.folder = SimFolder(world)
         self.index = SimIndex()
         self.reports = SimReportFile()
+        self.damage = SimDamageFile()
         self.shown = shown
         self.wall_skew_ns = 0
         self.refused = ""
@@ -276,7 +302,8 @@ class StoreHost:
         self.index.point = self.backend._point
         try:
             replay(self.backend, self.index, store=STORE)
-            opened = _Opened(self.backend, self.index, self.reports)
+            delete_leaving(self.backend, self.index)
+            opened = _Opened(self.backend, self.index, self.reports, self.damage)
         except NoSpaceError:
             raise Died from None  # the daemon ends with an error, and is started again later
         except BackendError:
@@ -291,6 +318,7 @@ class StoreHost:
         self.index.on_update = self.shown
         self.shell = StoreShell(
             opened,  # type: ignore[arg-type]
+            settings=StoreSettings(data=Path("simulated")),
             wall_ns=lambda: self.world.now_ns + self.wall_skew_ns,
             fresh_id=self.random.randbytes,
         )
@@ -316,6 +344,7 @@ class StoreHost:
             surely = bool(self.folder.outcome)
             self.folder.cut_power()
             self.reports.cut_power()
+            self.damage.cut_power()
             if surely or self.random.random() < 0.5:
                 self.index.cut_power()
         self.loop = self.shell = None

@@ -9,7 +9,19 @@ from store_daemon import frame
 
 from forebay_core.errors import CorruptionError
 from forebay_core.extents import Extent, pack
-from forebay_store.format import entries, part, records, reports, rows, segment, snapshot_rows
+from forebay_store.format import (
+    damage_file,
+    entries,
+    index_chunk,
+    part,
+    records,
+    reports,
+    rows,
+    segment,
+    snapshot_rows,
+    space_records,
+    space_rows,
+)
 from forebay_store.format.layout import build_segment, decode_segment, payload_of
 from forebay_store.format.part import parse_part, unpack_entries
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
@@ -92,6 +104,15 @@ def read_all(whole: bytes) -> list[object]:
         (rows, "Staged part", rows.STAGED_PART),
         (rows, "Store mark", rows.STORE_MARK),
         (rows, "Applied mark", rows.APPLIED_MARK),
+        (space_rows, "Checkpoint mark", space_rows.CHECKPOINT_MARK),
+        (space_records, "index-chunk", space_records.INDEX_CHUNK_BODY),
+        (space_records, "checkpoint-complete", space_records.CHECKPOINT_COMPLETE_BODY),
+        (space_records, "cleaned-part", space_records.CLEANED_PART_BODY),
+        (space_records, "Move", space_records.MOVE),
+        (space_records, "segments-deleted", space_records.SEGMENTS_DELETED_BODY),
+        (index_chunk, "Group header", index_chunk.GROUP_HEADER),
+        (damage_file, "Damage file", damage_file.DAMAGE_HEADER),
+        (damage_file, "Damaged extent", damage_file.DAMAGED_EXTENT),
         (reports, "Reports file", reports.REPORTS_HEADER),
         (reports, "Held report", reports.HELD_REPORT),
         (reports, "Loss", reports.LOSS),
@@ -149,6 +170,61 @@ def test_a_segment_that_is_cut_off_anywhere_or_too_long_is_found() -> None:
             read_all(whole[:size])
     with pytest.raises(CorruptionError):
         read_all(whole + b"\0")
+
+
+SPACE_RECORDS: list[records.Record] = [
+    space_records.IndexChunk(7, 0, 2, 300, 11),
+    space_records.CheckpointComplete(7, 1, SegmentName(1, 5), 2, 12, 299),
+    space_records.CleanedPart(
+        VOLUME,
+        99,
+        space_records.pack_names([SegmentName(1, 3), NAME]),
+        space_records.pack_moves([space_records.Move(5, 1 << 44 | 9, 3, 400, 0, 4000, 2, 1, 16, 1)]),
+    ),
+    space_records.SegmentsDeleted(space_records.pack_names([SegmentName(1, 2)])),
+]
+GOLDEN_SPACE = "9701b04e63aa369922d3cedc3a513230ba3721cde4c3ae5afb134fe5cdddfd9d"
+
+
+def test_records_of_cleaning_stay_as_they_are_and_read_back() -> None:
+    encoded = [b"".join(records.encode_record(record)) for record in SPACE_RECORDS]
+    assert hashlib.sha256(b"".join(encoded)).hexdigest() == GOLDEN_SPACE
+    for record, whole in zip(SPACE_RECORDS, encoded, strict=True):
+        header = records.decode_record_header(memoryview(whole), place="test")
+        assert records.decode_body(header, whole[records.RECORD_HEADER.size :], place="test") == record
+        for bit in range(len(whole) * 8):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            with pytest.raises(CorruptionError):
+                header = records.decode_record_header(memoryview(flipped), place="test")
+                records.decode_body(header, flipped[records.RECORD_HEADER.size :], place="test")
+
+
+def test_rows_of_the_index_come_out_of_a_chunk_as_they_went_in() -> None:
+    given_rows = [(rows.Table.HEAD, bytes([at] * 8), bytes([at] * 24)) for at in range(50)]
+    given_rows += [
+        (rows.Table.NAMES, b"a", b"1" * 16),
+        (rows.Table.NAMES, b"bb", b"2" * 16),
+        (rows.Table.META, b"m", b""),
+    ]
+    payload, plain_size = index_chunk.pack_chunk(given_rows)
+    assert list(index_chunk.unpack_chunk(payload, plain_size=plain_size, place="test")) == given_rows
+    for at in range(len(payload)):
+        with pytest.raises(CorruptionError):
+            list(index_chunk.unpack_chunk(payload[:at], plain_size=plain_size, place="test"))
+
+
+def test_what_is_damaged_is_kept_and_a_damaged_file_is_refused() -> None:
+    row = damage_file.Shown("vm@s1", 5, 3, NAME, 400, "what is wrong")
+    state = damage_file.ScrubState(NAME, 1, 2, 3, 4, True, (row, row._replace(name="", count=0)))
+    whole = damage_file.encode_damage(STORE, state)
+    assert damage_file.decode_damage(whole, store=STORE, place="test") == state
+    for at in range(len(whole)):
+        for bad in (whole[:at], whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]):
+            with pytest.raises(CorruptionError):
+                damage_file.decode_damage(bad, store=STORE, place="test")
+    with pytest.raises(CorruptionError):
+        damage_file.decode_damage(whole, store=VOLUME, place="test")
 
 
 def test_any_flipped_bit_of_a_row_is_found() -> None:

@@ -254,7 +254,7 @@ def test_a_rebuilt_index_gives_identical_answers(tmp_path: Path) -> None:
     assert refused.address is None and refused.process.wait(30) == 1
     assert f"forebay store rebuild-index --data {tmp_path / 's'}" in refused.end()
     summary = rebuild_index(tmp_path / "s")
-    assert summary.volumes == 2 and summary.segments > 30
+    assert summary.volumes == 2 and summary.head_entries > 30
     with StoreDaemon(tmp_path / "s") as daemon:
         run(look(daemon))
     assert kept[0] == kept[1]

@@ -128,14 +128,7 @@ class Cleaner:
         )
 
     def _delete_files(self) -> Iterator[Job]:
-        """Delete the files that the newest record of this kind names; after a crash some may be there still."""
-        yield Work(self._delete_leaving)
-
-    def _delete_leaving(self) -> None:
-        with self._index.view() as reader:
-            names = leaving_segments(reader)
-        if names:
-            self._backend.delete([name.text for name in names])
+        yield Work(lambda: delete_leaving(self._backend, self._index))
 
     def _take_checkpoint(self, checkpoint: int) -> Iterator[Job]:
         with self._index.view() as reader:
@@ -171,6 +164,14 @@ class Cleaner:
     def _copy_now(self, names: list[SegmentName]) -> Copied:
         with self._index.view() as reader:
             return copy_live(reader, self._backend, names, store=self._store, builder=self._builder)
+
+
+def delete_leaving(backend: SegmentBackend, index: Index) -> None:
+    """Delete the files that the newest record of this kind names; after a crash some may be there still."""
+    with index.view() as reader:
+        names = leaving_segments(reader)
+    if names:
+        backend.delete([name.text for name in names])
 
 
 def look(reader: IndexReader, barred: set[SegmentName]) -> Space:

@@ -45,18 +45,20 @@ def run(settings: StoreSettings) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     store = open_store(settings.data, now_ns=time.time_ns())
     try:
-        asyncio.run(_serve(store, address, key, limits))
+        asyncio.run(_serve(store, settings, address, key, limits))
     finally:
         store.close()
     return 0
 
 
-async def _serve(store: OpenStore, address: Address, key: bytes | None, limits: ServerLimits) -> None:
+async def _serve(
+    store: OpenStore, settings: StoreSettings, address: Address, key: bytes | None, limits: ServerLimits
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    shell = StoreShell(store)
+    shell = StoreShell(store, settings=settings)
     try:
         server = WireServer(shell.answer, key=key, node=store.folder.store, limits=limits)
         try:

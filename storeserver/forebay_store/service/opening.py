@@ -7,11 +7,13 @@ from pathlib import Path
 
 from forebay_core.errors import CorruptionError, ForebayError
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
+from forebay_store.engine.cleaner import delete_leaving
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
 from forebay_store.engine.volumes import read_store
 from forebay_store.format.layout import build_segment
 from forebay_store.format.records import StoreClaimed
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
+from forebay_store.service.damage_file import DamageFile
 from forebay_store.service.dir_backend import DirBackend
 from forebay_store.service.folder import StoreFolder, make_folder
 from forebay_store.service.lmdb_index import LmdbIndex
@@ -27,6 +29,7 @@ class OpenStore:
         self.backend = backend
         self.index = index
         self.reports = ReportFile(folder.path, folder.store)
+        self.damage = DamageFile(folder.path, folder.store)
         self.newest = NO_SEGMENT
 
     def close(self) -> None:
@@ -56,6 +59,7 @@ def open_store(path: Path, *, now_ns: int) -> OpenStore:
     store = OpenStore(folder, backend, index)
     try:
         replay(backend, index, store=folder.store)
+        delete_leaving(backend, index)
         store.newest = claim(backend, index, store=folder.store, now_ns=now_ns)
     except BaseException:
         store.close()

@@ -13,26 +13,31 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, assert_never
 
-from forebay_core.errors import ForebayError, RefusedError
+from forebay_core.config import StoreSettings
+from forebay_core.errors import CorruptionError, ForebayError, RefusedError
 from forebay_core.units import ID_SIZE, KIB, Buffer
 from forebay_store.engine.apply import apply_segments
 from forebay_store.engine.background import Copied, CopyOrigin
 from forebay_store.engine.changes import Change, Incoming, expect_name
-from forebay_store.engine.ports import BackendError
+from forebay_store.engine.cleaner import Records
+from forebay_store.engine.ports import BackendError, SegmentMissingError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import ReadPlan, check_frames, plan_read
 from forebay_store.engine.store import Answer, ApplySegments, Command, StoreEngine, WriteSegment
 from forebay_store.format.part import PartTable, parse_part
-from forebay_store.format.rows import Table
+from forebay_store.format.rows import Table, decode_segment_row
 from forebay_store.limits import PART_ENTRIES_MAX
+from forebay_store.service.cleaner_shell import CleanerShell
 from forebay_store.service.copying import copy_origin
 from forebay_store.service.kept_reports import KeptReports
 from forebay_store.service.opening import OpenStore
+from forebay_store.service.scrub_shell import ScrubShell
 from forebay_wire import messages
 from forebay_wire.limits import BODY_SIZE_MAX
 from forebay_wire.peer import Peer
 
 READ_THREADS: Final = 4
+DAY_NS: Final = 24 * 3600 * 10**9
 INLINE_SIZE_MAX: Final = 128 * KIB
 """Bytes that are checked within the event loop; more go to a thread (128 KiB: 20 us of hashing)."""
 
@@ -49,6 +54,7 @@ class StoreShell:
         self,
         store: OpenStore,
         *,
+        settings: StoreSettings,
         wall_ns: Callable[[], int] = time.time_ns,
         fresh_id: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
@@ -70,6 +76,25 @@ class StoreShell:
         names = store.backend.list()
         self._segments = len(names)
         self._segment_bytes = sum(store.backend.stat(name) for name in names)
+        self._cleaner = CleanerShell(
+            store.index,
+            store.backend,
+            store=store.folder.store,
+            rate=settings.clean_rate,
+            append=self._append,
+            fresh_number=lambda: int.from_bytes(fresh_id(8), "little"),
+            on_damage=lambda places: self._scrub.note_places(places),
+        )
+        self._scrub = ScrubShell(
+            store.index,
+            store.backend,
+            store.damage,
+            store=store.folder.store,
+            rate=settings.scrub_rate,
+            every_ns=int(settings.scrub_every_days * DAY_NS),
+            wall_ns=wall_ns,
+            bar=self._cleaner.bar,
+        )
         self._pump()
 
     async def answer(self, peer: Peer, message: messages.AnyMessage, payload: memoryview) -> Reply:
@@ -95,6 +120,14 @@ class StoreShell:
                 return self._told(message), ()
             case messages.GetStoreStatus():
                 return await self._status(), ()
+            case messages.CleanStore():
+                self._cleaner.ask()
+                return messages.Done(), ()
+            case messages.ScrubStore():
+                self._scrub.ask(message.rate)
+                return messages.Done(), ()
+            case messages.GetDamage():
+                return self._scrub.damage(message), ()
             case messages.StagePart():
                 return await self._change(message, await self._parse(message, payload), (payload,)), ()
             case messages.OpenVolume():
@@ -120,6 +153,8 @@ class StoreShell:
 
     async def stop(self) -> None:
         """Refuse further changes, finish what is under way and bring the index up."""
+        await self._cleaner.stop()
+        await self._scrub.stop()
         self._engine.stop()
         self._pump()
         await self._idle.wait()
@@ -141,14 +176,29 @@ class StoreShell:
 
     async def _read(self, peer: Peer, message: messages.Read) -> Reply:
         self._reads += 1
+        plan = self._plan(message)
+        await peer.reserve(sum(read.size for read in plan.reads))
+        while True:
+            try:
+                frames = self._read_now(plan)
+                if frames is None:
+                    frames = await self._loop.run_in_executor(self._readers, self._read_slowly, plan)
+                return messages.Blocks(plan.pieces), frames
+            except SegmentMissingError as error:
+                later = self._plan(message)
+                if later.reads == plan.reads:  # The cleaner has not moved anything: it should be there.
+                    self._scrub.note_error(error)
+                    raise
+                plan = later
+            except CorruptionError as error:
+                self._scrub.note_error(error)
+                raise
+
+    def _plan(self, message: messages.Read) -> ReadPlan:
         with self._store.index.view() as reader:
             plan = plan_read(reader, message)
         self._check_session(message)
-        await peer.reserve(sum(read.size for read in plan.reads))
-        frames = self._read_now(plan)
-        if frames is None:
-            frames = await self._loop.run_in_executor(self._readers, self._read_slowly, plan)
-        return messages.Blocks(plan.pieces), frames
+        return plan
 
     def _check_session(self, message: messages.Read | messages.MapExtents) -> None:
         """Refuse who reads under a session that is over; the view that answers has been asked for the epoch."""
@@ -186,12 +236,23 @@ class StoreShell:
     async def _change(
         self, message: Change, part: PartTable | None, payload: tuple[Buffer, ...]
     ) -> messages.AnyMessage:
+        incoming = Incoming(message, part, self._wall_ns(), self._fresh_id(ID_SIZE))
+        self._cleaner.note_request()
+        return await self._settled(lambda ticket: self._engine.submit(ticket, incoming, payload))
+
+    async def _append(self, records: Records) -> None:
+        """Put records of the cleaner into the log, and wait until the index shows them."""
+        answer = await self._settled(lambda ticket: self._engine.submit_records(ticket, records))
+        if isinstance(answer, messages.Failed):
+            raise RefusedError(answer.code, answer.text)
+
+    async def _settled(self, submit: Callable[[int], None]) -> messages.AnyMessage:
+        """Hand something in and return the answer to its ticket."""
         self._ticket += 1
         ticket = self._ticket
         future: asyncio.Future[messages.AnyMessage] = self._loop.create_future()
         self._waiting[ticket] = future
-        incoming = Incoming(message, part, self._wall_ns(), self._fresh_id(ID_SIZE))
-        self._engine.submit(ticket, incoming, payload)
+        submit(ticket)
         self._pump()
         try:
             return await future
@@ -199,24 +260,28 @@ class StoreShell:
             self._waiting.pop(ticket, None)
 
     async def _status(self) -> messages.StoreStatus:
-        volumes, free_bytes = await self._loop.run_in_executor(self._readers, self._measure)
+        volumes, free_bytes, live_bytes = await self._loop.run_in_executor(self._readers, self._measure)
         return messages.StoreStatus(
             volumes=volumes,
-            segments=self._segments,
-            segment_bytes=self._segment_bytes,
+            segments=self._segments - self._cleaner.segments_freed,
+            segment_bytes=self._segment_bytes - self._cleaner.bytes_freed,
             free_bytes=free_bytes,
             incarnation=self._engine.newest.incarnation,
             reads=self._reads,
             cuts=self._engine.cuts,
             error=self._engine.error,
+            live_bytes=live_bytes,
+            clean=self._cleaner.status(),
+            scrub=self._scrub.status(),
         )
 
-    def _measure(self) -> tuple[int, int]:
-        """Count volumes and free bytes."""
+    def _measure(self) -> tuple[int, int, int]:
+        """Count volumes, free bytes and live ones."""
         with self._store.index.view() as reader:
             volumes = sum(1 for _ in reader.scan(Table.VOLUMES, b""))
+            live_bytes = sum(decode_segment_row(value).live for _, value in reader.scan(Table.SEGMENTS, b""))
         disk = os.statvfs(self._store.folder.path)
-        return volumes, disk.f_bavail * disk.f_frsize
+        return volumes, disk.f_bavail * disk.f_frsize, live_bytes
 
     # Commands.
 
