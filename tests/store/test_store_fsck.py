@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clean_load import EAGER
 from store_daemon import DEVICE, frame, plain
 from store_twins import StoreTwin
 
@@ -29,7 +30,7 @@ from forebay_store.service.rebuild import rebuild_index
 from forebay_wire import messages
 
 
-def fill(path: Path, *, wrong_block: bool = False) -> None:
+def fill(path: Path, *, wrong_block: bool = False, clean: bool = False) -> None:
     """Make a data folder with a volume, a few cuts and a part that is not committed; no daemon is needed for it."""
     twin = StoreTwin()
     created = twin.ask(messages.CreateVolume("vm", 4096 * BLOCK_SIZE))
@@ -43,6 +44,8 @@ def fill(path: Path, *, wrong_block: bool = False) -> None:
         twin.ask(messages.StagePart(*key, cut, 0, pack([Extent(2000, cut)])), payload)
         assert isinstance(twin.ask(messages.CommitCut(*key, cut, 1, cut, cut, 1)), messages.Committed)
     twin.ask(messages.StagePart(*key, 99, 0), frame(0, "unfinished"))
+    if clean:
+        assert twin.clean(EAGER).counts.segments_freed
     folder = make_folder(path)
     (path / "store.toml").unlink()
     folder.write_identity(b"store-of-a-test!")
@@ -145,6 +148,53 @@ def test_an_index_that_lags_is_right(tmp_path: Path) -> None:
     assert fsck(tmp_path / "s") == []
     open_store(tmp_path / "s", now_ns=1).close()
     assert fsck(tmp_path / "s") == []
+
+
+def test_a_cleaned_store_is_right_and_what_is_missing_is_found(tmp_path: Path) -> None:
+    fill(tmp_path / "s", clean=True)
+    assert fsck(tmp_path / "s") == []
+    for segment in segments(tmp_path / "s"):
+        whole = segment.read_bytes()
+        segment.unlink()
+        assert {one.code for one in fsck(tmp_path / "s")} & {"segment-missing", "index-unchecked"}, segment.name
+        segment.write_bytes(whole)
+    rebuild_index(tmp_path / "s")
+    assert fsck(tmp_path / "s") == []
+
+
+def test_a_damaged_checkpoint_is_found(tmp_path: Path) -> None:
+    fill(tmp_path / "s", clean=True)
+    [segment] = [segment for segment in segments(tmp_path / "s") if b"\x28\xb5\x2f\xfd" in segment.read_bytes()][-1:]
+    flip(segment, segment.read_bytes().index(b"\x28\xb5\x2f\xfd") + 20)
+    assert {one.code for one in fsck(tmp_path / "s")} == {"checkpoint-chunk", "index-unchecked"}
+    with pytest.raises(CorruptionError, match=segment.name):
+        rebuild_index(tmp_path / "s")
+
+
+def test_what_leaked_is_found_and_freed(tmp_path: Path) -> None:
+    fill(tmp_path / "whole")
+    leaked = segments(tmp_path / "whole")[1]
+    fill(tmp_path / "s", clean=True)
+    copy = tmp_path / "s" / "segments" / leaked.name
+    assert not copy.exists()
+    copy.write_bytes(leaked.read_bytes())
+    leftover = tmp_path / "s" / "segments" / "00000001-0000000000ff.tmp"
+    leftover.touch()
+    assert {one.code for one in fsck(tmp_path / "s")} == {"segment-leaked", "leftover-file"}
+    assert copy.exists() and leftover.exists()
+    found = fsck(tmp_path / "s", repair=True)
+    assert len(found) == 2 and all(one.repaired for one in found)
+    assert fsck(tmp_path / "s") == []
+    assert not copy.exists() and not leftover.exists()
+
+
+def test_nothing_is_freed_while_something_is_wrong(tmp_path: Path) -> None:
+    fill(tmp_path / "s", clean=True)
+    leftover = tmp_path / "s" / "segments" / "00000001-0000000000ff.tmp"
+    leftover.touch()
+    flip(segments(tmp_path / "s")[0], 9)
+    assert not any(one.repaired for one in fsck(tmp_path / "s", repair=True))
+    assert leftover.exists()
 
 
 def test_findings_are_bounded(tmp_path: Path) -> None:

@@ -52,13 +52,14 @@ def check_segment(backend: SegmentBackend, name: SegmentName, *, store: bytes) -
     for placed in segment.decoded.placed:
         payload = payload_of(segment.buffer, placed)
         if isinstance(placed.record, IndexChunk):
-            found += _check_chunk(name, placed.record, payload, placed.payload_offset)
+            found += check_chunk(name, placed.record, payload, placed.payload_offset)
         elif isinstance(placed.record, FRAME_RECORDS):
             found += _check_frames(name, payload, placed.payload_offset)
     return found
 
 
-def _check_chunk(name: SegmentName, record: IndexChunk, payload: memoryview, offset: int) -> Iterator[DamagedPlace]:
+def check_chunk(name: SegmentName, record: IndexChunk, payload: memoryview, offset: int) -> Iterator[DamagedPlace]:
+    """Yield the place of a chunk of a checkpoint if it is not as it was written."""
     place = f"segment {name.text} offset {offset}"
     try:
         if checksum(payload) != record.payload_xxh3:

@@ -1,4 +1,4 @@
-"""Checking all of a stopped store's folder; nothing is changed.
+"""Checking all of a stopped store's folder; nothing is changed unless it is asked to free what nothing needs.
 
 Every segment's structure, every frame's stored and plain bytes, that no segment is missing, and that the index is
 what replay of the segments gives. Codes of findings are stable:
@@ -7,10 +7,12 @@ what replay of the segments gives. Codes of findings are stable:
     unknown-file        nobody knows what it is
     leftover-file       what a crash left; the next start or rebuild removes it
     segment-missing     a segment names one before it that is not there, or the index shows one that is not
+    segment-leaked      nothing knows it and nothing needs it: it only takes space; `--repair` deletes it
     segment-structure   header, footer or a record of a segment is damaged
     frame-header        a frame's header or tables are damaged
     frame-stored        a frame's stored bytes are damaged
     block-plain         a frame opens to other blocks than were put in
+    checkpoint-chunk    rows of a checkpoint are damaged
     index-missing       there is no index
     index-bad           the index can't be read, or is another store's
     index-differs       a row of the index is not what the segments give
@@ -18,6 +20,7 @@ what replay of the segments gives. Codes of findings are stable:
     more                there is more of the same than is listed
 """
 
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -27,14 +30,17 @@ from typing import Final, NamedTuple
 
 from forebay_core.errors import CorruptionError, ForebayError, InUseError, NoSpaceError, WrongUsageError
 from forebay_core.frame import FrameHeader, check_stored, decode_header, open_frame
+from forebay_store.engine.moving import leaving_segments, segment_name
 from forebay_store.engine.ports import IndexReader, SegmentMissingError
 from forebay_store.engine.replay import LoadedSegment, check_previous, load_segment, replay, segment_names
+from forebay_store.engine.scrubbing import check_chunk
 from forebay_store.engine.volumes import read_applied, read_store, write_store
 from forebay_store.format import segment as segment_format
 from forebay_store.format.layout import PlacedRecord, payload_of
-from forebay_store.format.records import PART_RECORDS
+from forebay_store.format.records import FRAME_RECORDS
 from forebay_store.format.rows import Table
-from forebay_store.format.segment import NO_SEGMENT, parse_name
+from forebay_store.format.segment import NO_SEGMENT, SegmentName, parse_name
+from forebay_store.format.space_records import CheckpointComplete, IndexChunk
 from forebay_store.service.dir_backend import DirBackend, is_temporary
 from forebay_store.service.folder import (
     FOREIGN_ALLOWED,
@@ -43,10 +49,12 @@ from forebay_store.service.folder import (
     OWN_NAMES,
     StoreFolder,
     open_folder,
+    sync_folder,
 )
 from forebay_store.service.lmdb_index import LmdbIndex
 
 FINDINGS_MAX: Final = 1000
+REPAIRABLE: Final = frozenset(("leftover-file", "segment-leaked"))
 INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb"))
 
 
@@ -60,6 +68,7 @@ class Finding(NamedTuple):
     code: str
     place: str
     text: str
+    repaired: bool = False
 
 
 class Findings:
@@ -90,8 +99,11 @@ class Findings:
             self.add(code, "", str(error))
 
 
-def fsck(data: Path) -> list[Finding]:
+def fsck(data: Path, *, repair: bool = False) -> list[Finding]:
     """Return what is wrong with a stopped store's folder; an empty list if nothing is.
+
+    With `repair` what a crash left and segments that nothing needs are deleted, if nothing else is wrong: only then it
+    is certain that they are not needed.
 
     Raises:
         InUseError: a store runs in it.
@@ -113,11 +125,23 @@ def fsck(data: Path) -> list[Finding]:
             if store is not None:
                 _check_segments(backend, store, findings)
                 _check_index(folder, backend, store, findings)
+            if repair and all(one.code in REPAIRABLE for one in findings.rows):
+                return [_repair(one) for one in findings.rows]
         finally:
             backend.close()
     finally:
         folder.close()
     return findings.rows
+
+
+def _repair(finding: Finding) -> Finding:
+    path = Path(finding.place)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return finding._replace(repaired=True)
 
 
 def _check_names(folder: StoreFolder, findings: Findings) -> None:
@@ -152,18 +176,33 @@ def _find_store(folder: StoreFolder, backend: DirBackend, findings: Findings) ->
 
 
 def _check_segments(backend: DirBackend, store: bytes, findings: Findings) -> None:
-    previous = NO_SEGMENT
+    """Check each segment, and that none is missing but such as a checkpoint covers; `_check_files` knows of those."""
+    previous = covered = NO_SEGMENT
+    gaps: list[tuple[LoadedSegment, SegmentName]] = []
     for name in segment_names(backend):
         loaded: LoadedSegment | None = None
         with findings.noting("segment-structure"):
             loaded = load_segment(backend.read(name.text), name, store=store)
         if loaded is not None:
-            with findings.noting("segment-missing"):
-                check_previous(loaded, previous)
+            gaps.append((loaded, previous))
             for placed in loaded.decoded.placed:
-                if isinstance(placed.record, PART_RECORDS):
-                    _check_frames(loaded, placed, findings)
+                if isinstance(placed.record, CheckpointComplete):
+                    covered = max(covered, placed.record.shows)
+                _check_payload(loaded, placed, findings)
         previous = name
+    for loaded, before in gaps:
+        if not before < loaded.decoded.header.previous <= covered:
+            with findings.noting("segment-missing"):
+                check_previous(loaded, before)
+
+
+def _check_payload(segment: LoadedSegment, placed: PlacedRecord, findings: Findings) -> None:
+    if isinstance(placed.record, FRAME_RECORDS):
+        _check_frames(segment, placed, findings)
+    elif isinstance(placed.record, IndexChunk):
+        payload = payload_of(segment.buffer, placed)
+        for place in check_chunk(segment.name, placed.record, payload, placed.payload_offset):
+            findings.add("checkpoint-chunk", f"{segment.place} offset {place.offset}", place.text)
 
 
 def _check_frames(segment: LoadedSegment, placed: PlacedRecord, findings: Findings) -> None:
@@ -196,12 +235,14 @@ def _check_index(folder: StoreFolder, backend: DirBackend, store: bytes, finding
     with findings.noting("index-bad"):
         index = LmdbIndex(folder.index, read_only=True)
         try:
-            _compare_with_replay(index, backend, store, findings)
+            _compare_with_replay(folder, index, backend, store, findings)
         finally:
             index.close()
 
 
-def _compare_with_replay(index: LmdbIndex, backend: DirBackend, store: bytes, findings: Findings) -> None:
+def _compare_with_replay(
+    folder: StoreFolder, index: LmdbIndex, backend: DirBackend, store: bytes, findings: Findings
+) -> None:
     with index.view() as reader:
         applied, owner = read_applied(reader), read_store(reader)
     if owner != store:
@@ -215,11 +256,31 @@ def _compare_with_replay(index: LmdbIndex, backend: DirBackend, store: bytes, fi
         try:
             expected.update(lambda writer: write_store(writer, store))
             replay(backend, expected, store=store, until=applied)
+            with index.view() as is_there, expected.view() as should_be:
+                _compare(is_there, should_be, findings)
+            replay(backend, expected, store=store)
         except CorruptionError as error:
             findings.add("index-unchecked", error.place, str(error))
             return
-        with index.view() as is_there, expected.view() as should_be:
-            _compare(is_there, should_be, findings)
+        with expected.view() as newest:
+            _check_files(folder, newest, backend, findings)
+
+
+def _check_files(folder: StoreFolder, reader: IndexReader, backend: DirBackend, findings: Findings) -> None:
+    """Compare the segments that there are with those that the newest state of the index knows."""
+    files = set(segment_names(backend))
+    known = {segment_name(key) for key, _ in reader.scan(Table.SEGMENTS, b"")}
+    leaving = set(leaving_segments(reader))
+    for name in sorted(known - files):
+        findings.add("segment-missing", f"segment {name.text}", "the index knows it, but it is not there")
+    for name in sorted(files - known):
+        path = str(folder.segments / name.text)
+        if name in leaving:
+            findings.add(
+                "leftover-file", path, "left by a crash: nothing needs this segment, the next start deletes it"
+            )
+        else:
+            findings.add("segment-leaked", path, "nothing knows this segment; fsck --repair deletes it")
 
 
 @contextmanager

@@ -67,7 +67,8 @@ def _build(backend: DirBackend, folder: StoreFolder) -> Summary:
     index = LmdbIndex(path)
     try:
         index.update(lambda writer: write_store(writer, folder.store))
-        segments = replay(backend, index, store=folder.store)
+        replay(backend, index, store=folder.store)
+        segments = len(segment_names(backend))
         index.sync()
         sync_folder(path)
         with index.view() as reader:
