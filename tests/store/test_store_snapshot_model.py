@@ -6,15 +6,22 @@ again: `Load(SEED).run(STEPS)`.
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from clean_load import EAGER
 from store_books import check_books
 from store_daemon import DEVICE, frame, plain
-from store_twins import StoreTwin
+from store_twins import STORE, StoreTwin
 
 from forebay_core.extents import Extent, merge, pack
 from forebay_core.units import BLOCK_SIZE, sequence_of
+from forebay_store.engine.replay import replay
+from forebay_store.engine.space import RESTING
+from forebay_store.format.rows import Table
+from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_wire import messages
 from forebay_wire.messages import PIECE_DTYPE
 
@@ -53,6 +60,7 @@ class Load:
         self.twin = StoreTwin(seed=seed)
         self.volumes: dict[str, Volume] = {}
         self.made = 0
+        self.copied = 0  # bytes, by the cleaner
         self.create()
 
     def run(self, steps: int) -> None:
@@ -65,7 +73,16 @@ class Load:
         name = self.random.choice(sorted(self.volumes))
         volume = self.volumes[name]
         verbs = [self.write] * 8 + [self.snapshot] * 4 + [self.delete_snapshot] * 2
-        verbs += [self.roll_back, self.clone, self.flatten, self.resize, self.delete, self.restart, self.check_some]
+        verbs += [
+            self.roll_back,
+            self.clone,
+            self.flatten,
+            self.resize,
+            self.delete,
+            self.restart,
+            self.clean,
+            self.check_some,
+        ]
         self.random.choice(verbs)(name, volume)
 
     def fresh(self, prefix: str) -> str:
@@ -226,6 +243,17 @@ class Load:
                 self.open(name, volume)
         self.look_at_origins()
 
+    def clean(self, *_: object) -> None:
+        """Let the cleaner make a pass, with requests between its jobs."""
+        names = sorted(self.volumes)
+
+        def between() -> None:
+            if self.random.random() < 0.3:
+                name = self.random.choice(names)
+                self.random.choice([self.write, self.delete_snapshot, self.flatten])(name, self.volumes[name])
+
+        self.copied += self.twin.clean(self.random.choice([EAGER, RESTING]), between).counts.bytes_copied
+
     def check_some(self, *_: object) -> None:
         self.check(sample=2)
 
@@ -287,6 +315,17 @@ class Load:
         if sample is None:
             self.twin.settle()
             assert self.twin.rebuilt().rows() == self.twin.index.rows()
+            self.check_lmdb()
+
+    def check_lmdb(self) -> None:
+        """The index that daemons use comes to the same rows."""
+        with TemporaryDirectory() as folder:
+            index = LmdbIndex(Path(folder), lasting=False)
+            replay(self.twin.backend, index, store=STORE)
+            with index.view() as reader:
+                found = {table: dict(reader.scan(table, b"")) for table in Table}
+            index.close()
+        assert found == self.twin.index.rows()
 
     def check_content(self, shown: bytes, blocks: int, content: Content) -> None:
         pieces = self.twin.plain(shown, Extent(0, blocks), through=True)

@@ -9,16 +9,18 @@ Invariants:
 Crash: see above; flattening begins at block 0 again, and skips what it finds there.
 """
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from forebay_core.errors import ForebayError
 from forebay_core.units import Buffer
-from forebay_store.engine.ports import Index
+from forebay_store.engine.ports import Index, SegmentMissingError
 from forebay_store.engine.purge import next_deleted
 from forebay_store.format.part import PartTable
 from forebay_store.format.records import Flattened, OriginPart, Purged
 from forebay_store.format.rows import Table
 from forebay_store.limits import PURGE_ENTRIES_MAX
+
+_MISSED_MAX: Final = 8
 
 
 class CopyOrigin(NamedTuple):
@@ -46,6 +48,7 @@ class Background:
         self._copying = b""
         self._copy_serial = 0
         self._paused = False
+        self._missed = 0  # steps of flattening in a row that found no segment
         with index.view() as reader:
             self._flattening = {key: 0 for key, _ in reader.scan(Table.FLATTENING, b"")}
 
@@ -91,9 +94,15 @@ class Background:
     def copied(self, copied: Copied | ForebayError | None) -> OriginPart | Flattened | None:
         """Take what was copied, None if the clone is none any more; return the record that says so, if any.
 
-        A clone whose origin can't be read stays one until the next start.
+        A clone whose origin can't be read stays one until the next start. That a segment is missing may only mean that
+        the cleaner moved what was in it meanwhile: look again.
         """
         volume = self._copying
+        if isinstance(copied, SegmentMissingError) and self._missed < _MISSED_MAX:
+            self._missed += 1
+            self._copying = b""
+            return None
+        self._missed = 0
         if copied is None or isinstance(copied, ForebayError):
             del self._flattening[volume]
             self._copying = b""

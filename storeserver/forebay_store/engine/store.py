@@ -246,12 +246,11 @@ class StoreEngine:
             names: tuple[str, ...] = (row.name,)
         else:
             names = _names(reader, message)
-        queues = [self._turns.setdefault(name, deque()) for name in names]
-        if any(len(queue) >= WAITING_PER_VOLUME_MAX for queue in queues):
+        if any(len(self._turns.get(name, ())) >= WAITING_PER_VOLUME_MAX for name in names):
             raise RefusedError(messages.FAILED, _BUSY)
         turn.names = names
-        for queue in queues:
-            queue.append(turn)
+        for name in names:
+            self._turns.setdefault(name, deque()).append(turn)
         self._come_up(turn)
 
     def _append_part(self, reader: IndexReader, turn: Turn, row: VolumeState, message: messages.StagePart) -> bool:

@@ -325,7 +325,7 @@ class StoreShell:
 
         def done(error: ForebayError | None) -> None:
             if error is not None:
-                _LOG.error("volume %s can't be flattened before the next start: %s", command.volume.hex(), error)
+                _LOG.error("a step of flattening volume %s failed: %s", command.volume.hex(), error)
             self._engine.complete_copy(error or copied[0])
 
         self._run(
