@@ -1,6 +1,7 @@
-"""Answers commands: attach, detach, drain, limit, status. Over the socket in the run directory, and TCP with a key.
+"""Answers commands over the socket in the run directory, and over TCP with a key.
 
-A command that a client no longer waits for goes on; every command may be repeated.
+A command that a client no longer waits for goes on. Every command may be repeated; a snapshot that was taken already
+is refused then.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,17 @@ from forebay_wire.messages import (
     Attach,
     Attached,
     CacheStatus,
+    CreateSnapshot,
     Detach,
     Done,
     Drain,
     GetCacheStatus,
+    ResizeVolume,
     SetLimit,
+    SnapshotRow,
+    SnapshotTaken,
+    Volume,
+    VolumeRow,
 )
 from forebay_wire.peer import Peer
 from forebay_wire.server import WireServer
@@ -39,6 +46,12 @@ class Commands(Protocol):
 
     async def limit(self, name: str, *, average: int, peak: int, reset: bool) -> None:
         """Limit the destaging of a volume, or with an empty name of all together."""
+
+    async def snapshot(self, volume: str, name: str, *, stored: bool) -> SnapshotRow:
+        """Take a snapshot of an attached volume; with `stored` wait for the store."""
+
+    async def resize(self, name: str, size: int) -> VolumeRow:
+        """Make an attached volume larger."""
 
     async def status(self) -> CacheStatus:
         """Tell how everything is."""
@@ -82,6 +95,14 @@ class ControlServer:
                 await self._commands.limit(
                     message.name, average=message.average, peak=message.peak, reset=message.reset
                 )
+            case CreateSnapshot():
+                if len(message.volumes) != 1:
+                    text = f"a snapshot of {len(message.volumes)} volumes was asked for: one at a time"
+                    raise RefusedError(messages.BAD_REQUEST, text)
+                row = await self._commands.snapshot(message.volumes[0], message.snapshot, stored=message.stored)
+                return SnapshotTaken(row), ()
+            case ResizeVolume():
+                return Volume(await self._commands.resize(message.name, message.size)), ()
             case GetCacheStatus():
                 return await self._commands.status(), ()
             case _:

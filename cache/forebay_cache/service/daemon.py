@@ -14,6 +14,7 @@ import os
 import random
 import secrets
 import signal
+import socket
 import sys
 import time
 from typing import Any, Final
@@ -52,6 +53,7 @@ CLOSE_GRACE_S: Final = 3.0
 """Time that clients' and commands' requests have to end when the daemon stops."""
 
 STOP_TIMEOUT_S: Final = 60.0
+WILDCARDS: Final = ("", "0.0.0.0", "::")
 FILES_MAX: Final = 8192
 
 _LOG = logging.getLogger("forebay.cache")
@@ -208,7 +210,9 @@ class _Daemon:
             places.append(f"nbd=tcp:{address._replace(port=port)}")
         await self._control.listen_unix(self._folder.control_socket)
         if settings.control is not None:
-            places.append(f"control=tcp:{await self._control.listen_tcp(parse_address(settings.control))}")
+            control = await self._control.listen_tcp(parse_address(settings.control))
+            self._session.control = str(control if control.host not in WILDCARDS else control._replace(host=_host()))
+            places.append(f"control=tcp:{control}")
         return " ".join(places)
 
     async def _settle(self) -> int:
@@ -235,6 +239,11 @@ class _Daemon:
         if self._stop.is_set():
             os._exit(EXIT_FAILED)  # told twice: at once, as after kill -9
         self._stop.set()
+
+
+def _host() -> str:
+    """Return the name under which others may reach a daemon that listens on every address of this host."""
+    return socket.gethostname()
 
 
 def _limit(average: int | None, peak: int | None) -> Limit:

@@ -1,4 +1,4 @@
-"""What the daemon does when it is told to: attach, detach, drain, limit, status. Steps between store, engine and front.
+"""What the daemon does when it is told to, from attach to status: steps between store, engine and front.
 
 Invariants:
     At most one attach or detach of a name is under way.
@@ -18,6 +18,7 @@ from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.service.completions import outcome
+from forebay_cache.service.cut_end_commands import CutEndCommands
 from forebay_cache.service.exports import AttachedExports
 from forebay_cache.service.nbd_server import NbdServer
 from forebay_cache.service.run_folder import RunFolder
@@ -28,7 +29,7 @@ from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, Epoch, StoreId, Version, VolumeId, format_rate, sequence_of
 from forebay_wire import messages
-from forebay_wire.messages import CacheStatus, HeldReport, LimitStatus, Opened, VolumeStatus
+from forebay_wire.messages import CacheStatus, HeldReport, LimitStatus, Opened, SnapshotRow, VolumeRow, VolumeStatus
 
 STALE_EXTENTS_MAX: Final = 4096
 """Changed extents up to which they are dropped one by one; beyond it all that is cached of the volume is dropped."""
@@ -61,6 +62,7 @@ class Shell:
         self._device_size = device_size
         self._changing: set[str] = set()
         self._snapshots = SnapshotExports(engine, session)
+        self._cut_ends = CutEndCommands(engine, session)
 
     def resume(self) -> None:
         """Serve the volumes that were attached when the daemon ended, whether the store is there or not.
@@ -82,6 +84,7 @@ class Shell:
         volume = self._engine.by_id(volume_id)
         if volume is not None and volume.held:
             self._engine.attaching.reopened(volume, _view(opened, volume.store))
+            self._cut_ends.learn_soon(volume)
 
     def on_refused(self, volume_id: VolumeId, code: str, text: str) -> None:
         """The store does not grant the volume (now, or for good)."""
@@ -181,6 +184,26 @@ class Shell:
             raise RefusedError(messages.FAILED, f"the cache device failed: {engine.failed}")
         _LOG.info("limit of %s: %s", name or "all volumes", " and ".join(map(format_rate, engine.limit_of(volume))))
 
+    async def snapshot(self, volume: str, name: str, *, stored: bool) -> SnapshotRow:
+        """Take a snapshot; return when it is durable here, or with `stored` when the store has it.
+
+        Raises:
+            ForebayError: the volume is not attached, has failed or has one of this name, or too many are pending.
+        """
+        row = await self._cut_ends.snapshot(self._attached(volume), name, stored=stored)
+        _LOG.info("took snapshot %s@%s, sequence %d", volume, name, sequence_of(Version(row.version)))
+        return row
+
+    async def resize(self, name: str, size: int) -> VolumeRow:
+        """Make a volume larger; return when that is durable here.
+
+        Raises:
+            ForebayError: the volume is not attached, has failed, or would become smaller.
+        """
+        row = await self._cut_ends.resize(self._attached(name), size)
+        _LOG.info("volume %s has %d bytes now", name, row.size)
+        return row
+
     async def status(self) -> CacheStatus:
         """Tell how everything is."""
         engine = self._engine
@@ -236,6 +259,7 @@ class Shell:
         volume = self._find(name)
         if volume is None:
             raise RefusedError(messages.FAILED, f"the cache device failed: {self._engine.failed}")
+        await self._cut_ends.learn(volume)
         return volume
 
     async def _stale(self, view: StoreView, since: Version) -> list[Extent]:
@@ -333,6 +357,7 @@ class Shell:
             error=volume.error or volume.warning,
             limit=_limit_status(volume.shaper, own=volume.own_limit != NOT_SET),
             write_delay_us=self._engine.slowing.delay_of(volume) // 1000,
+            pending_snapshots=tuple(volume.pending_snapshots),
             origin=volume.source.name if volume.source is not None else "",
         )
 

@@ -27,6 +27,7 @@ from forebay_wire.messages import (
     GetSnapshot,
     GetVolume,
     HeldReport,
+    ListSnapshots,
     Opened,
     OpenVolume,
     Ping,
@@ -35,6 +36,7 @@ from forebay_wire.messages import (
     ReportHeld,
     Snapshot,
     SnapshotRow,
+    Snapshots,
     Volume,
     VolumeRow,
 )
@@ -165,6 +167,7 @@ class StoreSession:
         self._tasks: set[asyncio.Task[None]] = set()
         self.address = str(self._addresses[0])
         self.error = ""
+        self.control = ""  # where this daemon takes commands over TCP; the store tells who asks for it
 
     @property
     def connected(self) -> bool:
@@ -254,6 +257,17 @@ class StoreSession:
         """
         return await self._snapshot(GetSnapshot(volume, snapshot))
 
+    async def snapshot_names(self, volume: str) -> frozenset[str]:
+        """Return the names of a volume's snapshots. Raises as `find_volume`."""
+        names: set[str] = set()
+        after, more = 0, True
+        while more:
+            client = await self._connected_client()
+            page, _ = await client.ask(ListSnapshots(volume, after), Snapshots, timeout_s=OPEN_TIMEOUT_S)
+            names |= {row.name for row in page.rows}
+            after, more = max([after, *(row.version for row in page.rows)]), page.more and bool(page.rows)
+        return frozenset(names)
+
     async def find_snapshot_by_id(self, snapshot_id: VolumeId) -> SnapshotRow:
         """Return what the store knows of a snapshot. Raises as `find_snapshot`."""
         return await self._snapshot(GetSnapshot(id=snapshot_id))
@@ -276,7 +290,7 @@ class StoreSession:
             # From the moment the store does this the old session is fenced, maybe before we read its answer.
             known.suspend()
         try:
-            message = OpenVolume(name, self._device, take_over, acknowledged)
+            message = OpenVolume(name, self._device, take_over, acknowledged, self.control)
             opened, _ = await client.ask(message, Opened, timeout_s=OPEN_TIMEOUT_S)
         except BaseException:
             if known is not None and not known.settled.is_set():
@@ -408,7 +422,7 @@ class StoreSession:
             )
             return  # and tried again on the next connection
         while client is self._client and self._volumes.get(volume.id) is volume:
-            message = OpenVolume(volume.name, self._device, False, volume.acknowledged)
+            message = OpenVolume(volume.name, self._device, False, volume.acknowledged, self.control)
             try:
                 if volume.snapshot:
                     await client.ask(GetSnapshot(id=volume.id), Snapshot, timeout_s=OPEN_TIMEOUT_S)
