@@ -133,9 +133,15 @@ class Writer:
         await self.client.ask(part, messages.Done, frames)
 
     async def commit(
-        self, part_count: int, *, first: int | None = None, last: int | None = None, attempt: int | None = None
+        self,
+        part_count: int,
+        *,
+        first: int | None = None,
+        last: int | None = None,
+        attempt: int | None = None,
+        **closing: object,
     ) -> messages.Committed:
-        """Commit the parts of the present attempt."""
+        """Commit the parts of the present attempt; `closing` are the fields of a change that closes the cut."""
         first = self.last + 1 if first is None else first
         last = first if last is None else last
         request = messages.CommitCut(
@@ -147,6 +153,7 @@ class Writer:
             first,
             last,
             committed_ns=last * 1000,
+            **closing,  # type: ignore[arg-type]
         )
         committed, _ = await self.client.ask(request, messages.Committed)
         self.last = last
