@@ -112,7 +112,8 @@ class FamilyStore(SimulatedStore):
         if extents is None:
             self.queue.append(lambda: done(UpstreamRefusal(messages.NO_SUCH_SNAPSHOT, "no such snapshot")))
         else:
-            page = ChangedPage([e for e in extents if e.start >= start], -1)
+            found = [common for one in extents if (common := one.intersect(Extent(start, 1 << 39))) is not None]
+            page = ChangedPage(found, -1)
             self.queue.append(lambda: done(page))
 
     def stage(self, cut, index, frames, holes, done) -> None:

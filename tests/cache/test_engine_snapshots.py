@@ -4,14 +4,15 @@ import random
 from typing import NamedTuple
 
 import pytest
-from engine_rig import Rig, check_books, store_content
+from engine_rig import VOLUME_ID, Rig, check_books, store_content
 
 from forebay_cache.engine import cut_ends
 from forebay_cache.engine.cache import CacheEngine
+from forebay_cache.engine.changes import Tracked
 from forebay_cache.engine.front import IoError
 from forebay_cache.format.cut_end import RESIZE, SNAPSHOT, CutEnd
 from forebay_core.errors import RefusedError
-from forebay_core.units import BLOCK_SIZE, make_version, sequence_of
+from forebay_core.units import BLOCK_SIZE, Version, make_version, sequence_of
 
 
 class Changed(NamedTuple):
@@ -267,7 +268,7 @@ def test_several_closed_cuts_go_upstream_in_order_with_what_was_overwritten_sinc
     rig.store.away = False
     assert rig.drain()
     assert [plain[0][:1] for _, _, plain in rig.store.snapshots.values()] == [b"\1", b"\2", b"\3", b"\4", b"\5"]
-    assert rig.volume.snapshot_names == {f"s{turn}" for turn in range(5)}
+    assert set(rig.volume.known_snapshots) == {f"s{turn}" for turn in range(5)}
     assert not (rig.volume.ends or rig.volume.cuts)
 
 
@@ -283,7 +284,7 @@ def test_a_snapshot_of_an_unchanged_volume_is_a_cut_without_parts() -> None:
 def test_a_name_that_is_taken_is_refused_here_and_upstream() -> None:
     rig = Rig(1)
     rig.store.away = True
-    rig.volume.snapshot_names = frozenset({"stored"})
+    rig.volume.known_snapshots["stored"] = Tracked(VOLUME_ID, Version(1))
     take(rig, "pending")
     for name in ("stored", "pending"):
         with pytest.raises(RefusedError, match=f"volume v has a snapshot {name} already") as caught:

@@ -1,6 +1,9 @@
 """Snapshots as devices and clones, with real daemons: kill -9 of either, another host, the store away."""
 
+import json
 import random
+import shutil
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -200,3 +203,69 @@ def test_attaching_what_is_no_snapshot_is_one_line(rig: Rig, base: bytes, name: 
     with pytest.raises(RefusedError) as refused:
         rig.attach(name)
     assert "\n" not in str(refused.value)
+
+
+def changed_extents(uri: str, snapshot: str) -> list[tuple[int, int]]:
+    """Return what qemu-img finds changed since a snapshot, as offset and length: a dirty extent is no data to it."""
+    where = uri.replace("nbd+unix:///", "").replace("%40", "@")
+    export, _, socket = where.partition("?socket=")
+    bitmap = f"x-dirty-bitmap=qemu:dirty-bitmap:{snapshot}"
+    image = f"driver=nbd,export={export},server.type=unix,server.path={socket},{bitmap}"
+    done = subprocess.run(
+        ["qemu-img", "map", "--output=json", "--image-opts", image],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return [(one["start"], one["length"]) for one in json.loads(done.stdout) if not one["data"]]
+
+
+@pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io (qemu-utils) is not installed")
+def test_an_incremental_backup_with_qemus_tools_restores_the_volume(rig: Rig, base: bytes) -> None:
+    uri = rig.attach("base")
+    assert changed_extents(uri, "s") == []
+    now = bytearray(base)
+    with rig.nbd("base") as client:
+        for at, payload in ((0, b"a" * 4096), (MIB + 100, b"b" * 70000)):
+            client.write(at, payload)
+            now[at : at + len(payload)] = payload
+        rig.drain("base")
+        client.trim(3 * MIB, MIB)
+        now[3 * MIB : 4 * MIB] = bytes(MIB)
+        client.write(6 * MIB, b"c" * 4096)  # not in the store yet
+        now[6 * MIB : 6 * MIB + 4096] = b"c" * 4096
+    extents = changed_extents(uri, "s")
+    marked = bytearray(SIZE)
+    for start, length in extents:
+        marked[start : start + length] = b"\1" * length
+    assert all(marked[at] for at in range(0, SIZE, 4096) if now[at : at + 4096] != base[at : at + 4096])
+    assert sum(marked) <= MIB + 40 * 4096
+    full, increment = rig.folder / "full.raw", rig.folder / "increment.qcow2"
+    full.write_bytes(base)
+
+    def tool(*words: str) -> None:
+        subprocess.run(words, capture_output=True, timeout=60, check=True)
+
+    # What is read through the overlay is copied into it; then it is put on the full backup.
+    tool("qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b", uri, str(increment), str(SIZE))
+    reads = [word for start, length in extents for word in ("-c", f"read {start} {length}")]
+    tool("qemu-io", "-C", *reads, "-f", "qcow2", str(increment))
+    tool("qemu-img", "rebase", "-u", "-F", "raw", "-b", str(full), str(increment))
+    restored = rig.folder / "restored.raw"
+    tool("qemu-img", "convert", "-O", "raw", str(increment), str(restored))
+    assert restored.read_bytes() == now
+
+
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (qemu-utils) is not installed")
+def test_a_snapshot_tells_what_changed_since_an_older_one(rig: Rig, base: bytes) -> None:
+    rig.attach("base")
+    with rig.nbd("base") as client:
+        client.write(2 * MIB, b"second" * 2000)
+    rig.detach("base")
+    rig.ask_store(CreateSnapshot(("base",), "s2"), SnapshotTaken)
+    rig.attach("base")
+    with rig.nbd("base") as client:
+        client.write(5 * MIB, b"third" * 2000)
+    assert changed_extents(rig.attach("base@s2"), "s") == [(2 * MIB, 12288)]
+    assert changed_extents(rig.attach("base"), "s2") == [(5 * MIB, 12288)]

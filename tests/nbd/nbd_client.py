@@ -93,13 +93,15 @@ class OptionReply(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """All of what came for one request. `pieces`: (offset, bytes or hole size); `extents`: (length, flags)."""
+    """All of what came for one request. `pieces`: (offset, bytes or hole size); `extents`: (length, flags), all of the
+    context `base:allocation`; `others` those of other contexts, by their ids."""
 
     cookie: int
     error: int
     text: str
     pieces: list[tuple[int, bytes | int]]
     extents: list[tuple[int, int]]
+    others: dict[int, list[tuple[int, int]]]
 
     def bytes_at(self, offset: int, length: int) -> bytes:
         """Put the pieces together; they must cover the request exactly once."""
@@ -249,8 +251,8 @@ class Client:
             pieces: list[tuple[int, bytes | int]] = []
             if self.style is SIMPLE and not error and length:
                 pieces = [(offset, self.take(length))]
-            return Answer(cookie, error, "", pieces, [])
-        answer = Answer(0, 0, "", [], [])
+            return Answer(cookie, error, "", pieces, [], {})
+        answer = Answer(0, 0, "", [], [], {})
         while True:
             flags, kind, cookie, length = self._chunk_header(magic)
             assert answer.cookie in (0, cookie)
@@ -281,11 +283,10 @@ class Client:
             case nbd.REPLY_TYPE_OFFSET_HOLE:
                 answer.pieces.append(nbd.HOLE_PAYLOAD.unpack(payload))
             case nbd.REPLY_TYPE_BLOCK_STATUS:
-                assert payload[:4] == b"\0\0\0\1"
-                answer.extents.extend(nbd.STATUS_DESCRIPTOR.iter_unpack(payload[4:]))
+                self._statuses(answer, payload).extend(nbd.STATUS_DESCRIPTOR.iter_unpack(payload[4:]))
             case nbd.REPLY_TYPE_BLOCK_STATUS_EXT:
-                assert struct.unpack(">II", payload[:8]) == (1, len(payload) // 16)
-                answer.extents.extend(nbd.EXTENDED_STATUS_DESCRIPTOR.iter_unpack(payload[8:]))
+                assert struct.unpack(">I", payload[4:8]) == (len(payload) // 16,)
+                self._statuses(answer, payload).extend(nbd.EXTENDED_STATUS_DESCRIPTOR.iter_unpack(payload[8:]))
             case nbd.REPLY_TYPE_ERROR:
                 error, size = nbd.ERROR_PAYLOAD.unpack_from(payload)
                 assert error
@@ -294,6 +295,13 @@ class Client:
             case _:
                 raise AssertionError(f"unknown chunk {kind}")
         return answer
+
+    def _statuses(self, answer: Answer, payload: bytes) -> list[tuple[int, int]]:
+        """Return the list for the chunk's context; each has one chunk at most."""
+        (context,) = struct.unpack(">I", payload[:4])
+        found = answer.extents if context == 1 else answer.others.setdefault(context, [])
+        assert not found
+        return found
 
 
 def option_bytes(option: int, payload: bytes = b"") -> bytes:

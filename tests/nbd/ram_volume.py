@@ -5,7 +5,16 @@ import mmap
 import random
 from collections.abc import Callable, Sequence
 
-from forebay_cache.engine.front import Allocation, AllocationReply, Chunk, IoError, ReadReply, Reply
+from forebay_cache.engine.front import (
+    Allocation,
+    AllocationReply,
+    Change,
+    ChangesReply,
+    Chunk,
+    IoError,
+    ReadReply,
+    Reply,
+)
 from forebay_core.units import BLOCK_SIZE, Buffer
 
 OK = IoError.OK
@@ -25,6 +34,7 @@ class RamVolume:
         self.clients = 0
         self.kicks = 0
         self.failure = OK
+        self.dirty: dict[str, list[tuple[int, int]]] = {}  # by snapshot: bytes from here to there changed since
 
     def read(self, offset: int, length: int, reply: ReadReply) -> None:
         if self.failure:
@@ -85,6 +95,19 @@ class RamVolume:
             reply(self.failure, ())
         else:
             reply(OK, [Allocation(piece, hole) for piece, hole in self._extents(offset, length)])
+
+    def tracked(self) -> Sequence[str]:
+        return sorted(self.dirty)
+
+    def changes(self, snapshot: str, offset: int, length: int, reply: ChangesReply) -> None:
+        runs, at = [], offset
+        for start, end in self.dirty[snapshot]:
+            start, end = max(start, at), min(end, offset + length)
+            if start < end:
+                runs += [Change(start - at, False)] * (start > at) + [Change(end - start, True)]
+                at = end
+        runs += [Change(offset + length - at, False)] * (at < offset + length)
+        reply(self.failure, runs)
 
     def kick(self) -> None:
         self.kicks += 1

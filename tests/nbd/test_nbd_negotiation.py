@@ -7,7 +7,7 @@ from nbd_client import OptionReply, context_query, export_query, option_bytes
 from ram_volume import RamExports, RamVolume
 
 from forebay_cache.engine import nbd_limits
-from forebay_cache.engine.nbd_negotiation import TRANSITIONS, Event, Negotiation, ReplyStyle, State
+from forebay_cache.engine.nbd_negotiation import TRANSITIONS, Context, Event, Negotiation, ReplyStyle, State
 from forebay_cache.format import nbd_options as o
 from forebay_core.errors import ProtocolError
 
@@ -155,7 +155,7 @@ def test_meta_contexts_are_listed_and_selected() -> None:
     assert found[0].data == b"\0\0\0\1base:allocation"
     ask(negotiation, o.OPT_GO, export_query("vol"))
     assert negotiation.session is not None
-    assert negotiation.session.allocation
+    assert negotiation.session.contexts == (Context(1, ""),)
 
 
 def test_a_selection_counts_for_its_export_and_until_the_next_selection() -> None:
@@ -166,7 +166,7 @@ def test_a_selection_counts_for_its_export_and_until_the_next_selection() -> Non
             ask(negotiation, o.OPT_SET_META_CONTEXT, context_query(name, *queries))
         ask(negotiation, o.OPT_GO, export_query("a"))
         assert negotiation.session is not None
-        return negotiation.session.allocation
+        return negotiation.session.contexts != ()
 
     assert session(("a", "base:allocation"))
     assert not session(("b", "base:allocation"))

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from forebay_cache.engine.allocations import Allocations
 from forebay_cache.engine.apply import Apply
 from forebay_cache.engine.attaching import Attaching
+from forebay_cache.engine.changes import Changes
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.cut_ends import CutEnds
 from forebay_cache.engine.destage import Destage
@@ -124,6 +125,7 @@ class CacheEngine:
         self.writes = Writes(self)
         self.fetches = Fetches(upstream, settings.fill_blocks, known=self._known, offer=self._offer, later=self._later)
         self.allocations = Allocations(self)
+        self.changes = Changes(self)
         self.destage = Destage(self)
         self.slowing = Slowing(self)
         self.cut_ends = CutEnds(self)
@@ -135,8 +137,7 @@ class CacheEngine:
         self.loading = Loading(self, recovered.unloaded)
         self._timers: list[_Timer] = []
         self._soon: list[Callable[[], None]] = []
-        self._now_ns = 0
-        self._recount_at_ns = 0
+        self._now_ns = self._recount_at_ns = 0
         self.hole_count = 0  # of all volumes and of trims under way: never less, but for what was learned since a tick
         self._hole_count_max = hole_count_max(self.map.place_count)  # of a checkpoint
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)

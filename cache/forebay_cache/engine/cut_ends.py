@@ -52,7 +52,7 @@ class CutEnds:
         self._refuse(volume)
         waiting = [one.end.name for one in self._waiting if one.volume is volume and one.end.kind == SNAPSHOT]
         pending = [*volume.pending_snapshots, *waiting]
-        if name in volume.snapshot_names or name in pending:
+        if name in volume.known_snapshots or name in pending:
             raise RefusedError(messages.SNAPSHOT_EXISTS, f"volume {volume.name} has a snapshot {name} already")
         if len(pending) >= SNAPSHOTS_PENDING_MAX:
             raise RefusedError(

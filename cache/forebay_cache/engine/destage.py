@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.changes import Tracked
 from forebay_cache.engine.cuts import Cut, Slice, blocks_of, slices, whole_slice
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.limits import (
@@ -43,7 +44,7 @@ from forebay_cache.engine.rates import NEVER, NS, Shaper, urgency
 from forebay_cache.format import record
 from forebay_cache.format.cut_end import CutEnd
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, LBA_BITS, Sequence, Version, sequence_of
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, Sequence, Version, VolumeId, sequence_of
 from forebay_wire import messages
 from forebay_wire.limits import PARTS_PER_CUT_MAX
 
@@ -515,7 +516,8 @@ class Destage:
         volume.dirty_since_ns = cut.closed_wall_ns  # what is left came behind the cut
         if cut.end is not None:
             volume.ends.remove(cut.end)
-            volume.snapshot_names |= {cut.end.name} - {""}
+            if cut.end.name:
+                volume.known_snapshots[cut.end.name] = Tracked(VolumeId(cut.end.snapshot), Version(cut.end.version))
 
     def _note_acknowledged(self, volume: "CacheVolume", *, upstream_position: int) -> None:
         """Tell the device how far the volume is upstream; whoever waits for room may have it now."""

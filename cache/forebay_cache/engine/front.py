@@ -36,9 +36,17 @@ class Allocation(NamedTuple):
     hole: bool
 
 
+class Change(NamedTuple):
+    """Consecutive bytes that changed, or that did not."""
+
+    length: int
+    changed: bool
+
+
 Reply = Callable[[IoError], None]
 ReadReply = Callable[[IoError, Sequence[Chunk]], None]
 AllocationReply = Callable[[IoError, Sequence[Allocation]], None]
+ChangesReply = Callable[[IoError, Sequence[Change]], None]
 
 
 class FrontVolume(Protocol):
@@ -76,6 +84,12 @@ class FrontVolume(Protocol):
 
     def allocation(self, offset: int, length: int, reply: AllocationReply) -> None:
         """Tell data from holes; the answer covers at least the first byte and may end before or behind `length`."""
+
+    def tracked(self) -> Sequence[str]:
+        """Return the names of the snapshots since which changes can be told, sorted."""
+
+    def changes(self, snapshot: str, offset: int, length: int, reply: ChangesReply) -> None:
+        """Tell what was written or discarded since a snapshot; the answer covers what one about allocation does."""
 
     def kick(self) -> None:
         """End of a batch of requests: submit what was gathered."""

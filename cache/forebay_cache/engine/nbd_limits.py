@@ -49,7 +49,10 @@ BUDGET_SIZE: Final = 256 * MIB
 """Bytes that all connections together may hold above their floors."""
 
 STATUS_DESCRIPTORS_MAX: Final = 4096
-"""Extents in one answer to BLOCK_STATUS."""
+"""Extents in one answer to BLOCK_STATUS, of each context."""
+
+CONTEXTS_MAX: Final = 16
+"""Meta contexts that one client may select: each is asked for at every BLOCK_STATUS."""
 
 CONNECTIONS_MAX: Final = 1024
 NEGOTIATING_MAX: Final = 64

@@ -7,18 +7,18 @@ Crash: a client connects again.
 """
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from forebay_cache.engine.front import Exports, FrontVolume
 from forebay_cache.engine.nbd_limits import (
+    CONTEXTS_MAX,
     NEGOTIATION_OUTPUT_MAX,
     NEGOTIATION_SIZE_MAX,
     OPTION_SIZE_MAX,
     OPTION_SKIP_MAX,
     OPTIONS_MAX,
 )
-from forebay_cache.engine.nbd_replies import BASE_ALLOCATION_ID
 from forebay_cache.format.nbd_options import (
     BLOCK_SIZE_INFORMATION,
     BLOCK_SIZE_MIN,
@@ -79,6 +79,8 @@ from forebay_core.errors import ProtocolError
 
 BASE_NAMESPACE: Final = "base:"
 BASE_ALLOCATION: Final = "base:allocation"
+QEMU_NAMESPACE: Final = "qemu:"
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
 _HANDSHAKE_FLAGS: Final = HANDSHAKE_FLAG_FIXED_NEWSTYLE | HANDSHAKE_FLAG_NO_ZEROES
 _ALWAYS: Final = (
     FLAG_HAS_FLAGS
@@ -125,12 +127,19 @@ class ReplyStyle(enum.Enum):
     EXTENDED = enum.auto()
 
 
+class Context(NamedTuple):
+    """A meta context that a client selected; `snapshot` is empty for base:allocation."""
+
+    id: int
+    snapshot: str
+
+
 class Session(NamedTuple):
     """What was agreed."""
 
     volume: FrontVolume
     style: ReplyStyle
-    allocation: bool  # whether the client may ask for base:allocation
+    contexts: tuple[Context, ...]  # what a client may ask the status of blocks for
 
 
 class Negotiation:
@@ -143,6 +152,7 @@ class Negotiation:
         self._zeroes = True
         self._style = ReplyStyle.SIMPLE
         self._context_volume: str | None = None
+        self._contexts: tuple[Context, ...] = ()
         self._option_count = 0
         self._byte_count = 0
         self._skip = 0
@@ -317,6 +327,7 @@ class Negotiation:
     def _meta_context(self, option: int, payload: bytes) -> Event:
         if option == OPT_SET_META_CONTEXT:
             self._context_volume = None
+            self._contexts = ()
         if self._style is ReplyStyle.SIMPLE:
             raise BadOptionError("meta contexts need structured replies")
         query = decode_context_query(payload)
@@ -325,16 +336,27 @@ class Negotiation:
         volume = self._exports.find(query.name)
         if volume is None:
             return self._reply(option, REP_ERR_UNKNOWN, b"no such export")
+        names = _contexts_of(volume)
         if option == OPT_SET_META_CONTEXT:
-            if BASE_ALLOCATION in query.queries:
-                self._context_volume = volume.name
-                self._reply(option, REP_META_CONTEXT, encode_context(BASE_ALLOCATION_ID, BASE_ALLOCATION))
-        elif not query.queries or {BASE_NAMESPACE, BASE_ALLOCATION}.intersection(query.queries):
-            self._reply(option, REP_META_CONTEXT, encode_context(0, BASE_ALLOCATION))
+            self._select(volume, [name for name in names if name in query.queries])
+        else:
+            for name in names:
+                if not query.queries or _is_asked(name, query.queries):
+                    self._reply(option, REP_META_CONTEXT, encode_context(0, name))
         return self._reply(option, REP_ACK)
 
+    def _select(self, volume: FrontVolume, names: list[str]) -> None:
+        if len(names) > CONTEXTS_MAX:
+            raise BadOptionError(f"{len(names)} meta contexts; at most {CONTEXTS_MAX}", REP_ERR_TOO_BIG)
+        self._context_volume = volume.name
+        snapshots = ["" if name == BASE_ALLOCATION else name.removeprefix(DIRTY_BITMAP) for name in names]
+        self._contexts = tuple(Context(index + 1, snapshot) for index, snapshot in enumerate(snapshots))
+        for context, name in zip(self._contexts, names, strict=True):
+            self._reply(OPT_SET_META_CONTEXT, REP_META_CONTEXT, encode_context(context.id, name))
+
     def _choose(self, volume: FrontVolume) -> Event:
-        self.session = Session(volume, self._style, self._context_volume == volume.name)
+        contexts = self._contexts if self._context_volume == volume.name else ()
+        self.session = Session(volume, self._style, contexts)
         return Event.EXPORT_CHOSEN
 
     def _flags(self, volume: FrontVolume) -> int:
@@ -344,6 +366,16 @@ class Negotiation:
         if self._style is not ReplyStyle.SIMPLE:
             flags |= FLAG_SEND_DF
         return flags
+
+
+def _contexts_of(volume: FrontVolume) -> list[str]:
+    return [BASE_ALLOCATION, *(DIRTY_BITMAP + name for name in volume.tracked())]
+
+
+def _is_asked(name: str, queries: Sequence[str]) -> bool:
+    """Tell whether queries of a list name a context, or all of its kind."""
+    wider = (BASE_NAMESPACE,) if name == BASE_ALLOCATION else (QEMU_NAMESPACE, DIRTY_BITMAP)
+    return any(query in (name, *wider) for query in queries)
 
 
 def _unpack_option(received: memoryview) -> tuple[int, int, int]:

@@ -4,10 +4,10 @@ An encoder appends buffers to a list that one sendmsg sends; data is never copie
 Each method returns the bytes it appended. Invariant: every reply ends with exactly one chunk that says DONE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
-from forebay_cache.engine.front import Allocation, Chunk
+from forebay_cache.engine.front import Chunk
 from forebay_cache.format.nbd import (
     CONTEXT_ID,
     ERROR_PAYLOAD,
@@ -26,8 +26,6 @@ from forebay_cache.format.nbd import (
     REPLY_TYPE_OFFSET_HOLE,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
-    STATE_HOLE,
-    STATE_ZERO,
     STATUS_DESCRIPTOR,
     STRUCTURED_CHUNK,
     STRUCTURED_DATA,
@@ -36,7 +34,9 @@ from forebay_cache.format.nbd import (
 )
 from forebay_core.units import MIB, Buffer
 
-BASE_ALLOCATION_ID: Final = 1
+Statuses = Mapping[int, Sequence[tuple[int, int]]]
+"""By context id: consecutive extents as bytes and flags."""
+
 _ZEROS: Final = memoryview(bytes(1 * MIB))
 _pack_simple = SIMPLE_REPLY.pack
 _pack_data = STRUCTURED_DATA.pack
@@ -61,8 +61,8 @@ class ReplyEncoder(Protocol):
     def error(self, out: list[Buffer], cookie: int, offset: int, error: NbdError, text: str) -> int:
         """Answer any request that failed."""
 
-    def status(self, out: list[Buffer], cookie: int, offset: int, extents: Sequence[Allocation]) -> int:
-        """Answer a BLOCK_STATUS."""
+    def status(self, out: list[Buffer], cookie: int, offset: int, statuses: Statuses) -> int:
+        """Answer a BLOCK_STATUS: a chunk for each context."""
 
 
 class SimpleReplies:
@@ -90,7 +90,7 @@ class SimpleReplies:
         out.append(_pack_simple(SIMPLE_REPLY_MAGIC, error, cookie))
         return SIMPLE_REPLY.size
 
-    def status(self, out: list[Buffer], cookie: int, offset: int, extents: Sequence[Allocation]) -> int:
+    def status(self, out: list[Buffer], cookie: int, offset: int, statuses: Statuses) -> int:
         """See ReplyEncoder."""
         raise AssertionError("BLOCK_STATUS needs structured replies")
 
@@ -131,12 +131,15 @@ class StructuredReplies:
         """See ReplyEncoder."""
         return self._append(out, cookie, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, _error_payload(error, text))
 
-    def status(self, out: list[Buffer], cookie: int, offset: int, extents: Sequence[Allocation]) -> int:
+    def status(self, out: list[Buffer], cookie: int, offset: int, statuses: Statuses) -> int:
         """See ReplyEncoder."""
         pack = STATUS_DESCRIPTOR.pack
-        payload = CONTEXT_ID.pack(BASE_ALLOCATION_ID)
-        payload += b"".join(pack(length, _state(hole)) for length, hole in extents)
-        return self._append(out, cookie, REPLY_FLAG_DONE, REPLY_TYPE_BLOCK_STATUS, payload)
+        size = 0
+        for left, (context, extents) in zip(reversed(range(len(statuses))), statuses.items(), strict=True):
+            payload = CONTEXT_ID.pack(context) + b"".join(pack(*extent) for extent in extents)
+            flags = 0 if left else REPLY_FLAG_DONE
+            size += self._append(out, cookie, flags, REPLY_TYPE_BLOCK_STATUS, payload)
+        return size
 
     def _read_runs(self, out: list[Buffer], cookie: int, offset: int, length: int, chunks: Sequence[Chunk]) -> int:
         size = 0
@@ -202,12 +205,15 @@ class ExtendedReplies:
         """See ReplyEncoder."""
         return self._append(out, cookie, offset, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, _error_payload(error, text))
 
-    def status(self, out: list[Buffer], cookie: int, offset: int, extents: Sequence[Allocation]) -> int:
+    def status(self, out: list[Buffer], cookie: int, offset: int, statuses: Statuses) -> int:
         """See ReplyEncoder."""
         pack = EXTENDED_STATUS_DESCRIPTOR.pack
-        payload = EXTENDED_CONTEXT_ID.pack(BASE_ALLOCATION_ID, len(extents))
-        payload += b"".join(pack(length, _state(hole)) for length, hole in extents)
-        return self._append(out, cookie, offset, REPLY_FLAG_DONE, REPLY_TYPE_BLOCK_STATUS_EXT, payload)
+        size = 0
+        for left, (context, extents) in zip(reversed(range(len(statuses))), statuses.items(), strict=True):
+            payload = EXTENDED_CONTEXT_ID.pack(context, len(extents)) + b"".join(pack(*extent) for extent in extents)
+            flags = 0 if left else REPLY_FLAG_DONE
+            size += self._append(out, cookie, offset, flags, REPLY_TYPE_BLOCK_STATUS_EXT, payload)
+        return size
 
     def _append_data(self, out: list[Buffer], cookie: int, offset: int, flags: int, at: int, length: int) -> None:
         out.append(
@@ -258,7 +264,3 @@ def _append_zeros(out: list[Buffer], size: int) -> None:
 def _error_payload(error: NbdError, text: str) -> bytes:
     encoded = text.encode()
     return ERROR_PAYLOAD.pack(error, len(encoded)) + encoded
-
-
-def _state(hole: bool) -> int:
-    return STATE_HOLE | STATE_ZERO if hole else 0

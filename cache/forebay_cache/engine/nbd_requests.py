@@ -51,12 +51,12 @@ class Refused(NamedTuple):
 
 
 def check_request(
-    request: Request, *, size: int, read_only: bool, extended: bool, fragments: bool, allocation: bool
+    request: Request, *, size: int, read_only: bool, extended: bool, fragments: bool, status: bool
 ) -> Refused | None:
     """Return why a request is refused, or None.
 
-    `size` is the volume's, in bytes; `fragments` says that replies may be split (so DF means something), `allocation`
-    that the client selected base:allocation.
+    `size` is the volume's, in bytes; `fragments` says that replies may be split (so DF means something), `status`
+    that the client selected a meta context.
     """
     flags, command, _cookie, offset, length = request
     if command not in _FLAGS:
@@ -74,15 +74,15 @@ def check_request(
     if offset + length > size:
         error = NbdError.ENOSPC if command in (CMD_WRITE, CMD_WRITE_ZEROES) else NbdError.EINVAL
         return Refused(error, f"beyond the end of the volume, {size} bytes")
-    return _check_length(request, allocation)
+    return _check_length(request, status)
 
 
-def _check_length(request: Request, allocation: bool) -> Refused | None:
+def _check_length(request: Request, status: bool) -> Refused | None:
     flags, command, _cookie, offset, length = request
     if command == CMD_READ and length > PAYLOAD_SIZE_MAX:
         error = NbdError.EOVERFLOW if flags & CMD_FLAG_DF else NbdError.EINVAL
         return Refused(error, f"a read of {length} bytes; at most {PAYLOAD_SIZE_MAX}")
-    if command == CMD_BLOCK_STATUS and not allocation:
+    if command == CMD_BLOCK_STATUS and not status:
         return Refused(NbdError.EINVAL, "no meta context was selected")
     if command == CMD_BLOCK_STATUS and length == 0:
         return Refused(NbdError.EINVAL, "the status of no bytes")

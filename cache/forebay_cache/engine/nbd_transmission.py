@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
-from forebay_cache.engine.front import Allocation, Chunk, IoError
+from forebay_cache.engine.front import Allocation, Change, Chunk, IoError
 from forebay_cache.engine.nbd_budget import Account
 from forebay_cache.engine.nbd_limits import BATCH_MAX, IN_FLIGHT_MAX, OUT_BUFFERS_MAX, STATUS_DESCRIPTORS_MAX
 from forebay_cache.engine.nbd_negotiation import ReplyStyle, Session
@@ -37,6 +37,9 @@ from forebay_cache.format.nbd import (
     EXTENDED_REQUEST_MAGIC,
     REQUEST,
     REQUEST_MAGIC,
+    STATE_DIRTY,
+    STATE_HOLE,
+    STATE_ZERO,
     NbdError,
 )
 from forebay_cache.format.nbd_options import PAYLOAD_SIZE_MAX
@@ -89,7 +92,7 @@ class Transmission:
         self._read_only = session.volume.read_only
         self._extended = session.style is ReplyStyle.EXTENDED
         self._fragments = session.style is not ReplyStyle.SIMPLE
-        self._allocation = session.allocation
+        self._contexts = session.contexts
         self._encoder = _ENCODERS[session.style]()
         self._account = account
         self._wake = wake
@@ -226,7 +229,7 @@ class Transmission:
             read_only=self._read_only,
             extended=self._extended,
             fragments=self._fragments,
-            allocation=self._allocation,
+            status=bool(self._contexts),
         )
         if self._refusing:
             refused = _STOPPING
@@ -255,11 +258,19 @@ class Transmission:
             volume.prefetch(offset, length, self._opened(request))
         else:
             assert request.command == CMD_BLOCK_STATUS
-            one = request.flags & CMD_FLAG_REQ_ONE != 0
-            serial = self._serial
-            reply = partial(self._allocation_replied, serial, request.cookie, offset, length, one)
-            self._open[serial] = reply
-            volume.allocation(offset, length, reply)
+            self._ask_status(request)
+
+    def _ask_status(self, request: Request) -> None:
+        _flags, _command, cookie, offset, length = request
+        one = request.flags & CMD_FLAG_REQ_ONE != 0
+        found: dict[int, list[tuple[int, int]]] = {}
+        reply = partial(self._status_replied, self._serial, cookie, offset, length, one, found)
+        self._open[self._serial] = reply
+        for context in self._contexts:
+            if context.snapshot:
+                self._volume.changes(context.snapshot, offset, length, partial(reply, context.id))
+            else:
+                self._volume.allocation(offset, length, partial(reply, context.id))
 
     def _read(self, request: Request) -> bool:
         _flags, _command, cookie, offset, length = request
@@ -320,23 +331,31 @@ class Transmission:
             return
         self._finished(cookie, offset, error)
 
-    def _allocation_replied(
+    def _status_replied(
         self,
         serial: int,
         cookie: int,
         offset: int,
         length: int,
         one: bool,
+        found: dict[int, list[tuple[int, int]]],
+        context: int,
         error: IoError,
-        extents: Sequence[Allocation],
+        extents: Sequence[Allocation | Change],
     ) -> None:
-        if self._open.pop(serial, None) is None:
+        """The volume answered for one context: answer the client when it has for all, or failed for one."""
+        if serial not in self._open:
             return
         if error or self._muted:
+            del self._open[serial]
             self._finished(cookie, offset, error)
             return
-        clipped = clip_extents(extents, length, count_max=1 if one else STATUS_DESCRIPTORS_MAX)
-        self.out_size += self._encoder.status(self.out, cookie, offset, clipped)
+        flags = [(run.length, _flags_of(run)) for run in extents]
+        found[context] = clip_extents(flags, length, count_max=1 if one else STATUS_DESCRIPTORS_MAX)
+        if len(found) < len(self._contexts):
+            return
+        del self._open[serial]
+        self.out_size += self._encoder.status(self.out, cookie, offset, dict(sorted(found.items())))
         self._woken()
 
     def _finished(self, cookie: int, offset: int, error: IoError) -> None:
@@ -380,18 +399,24 @@ class Transmission:
         return taken
 
 
-def clip_extents(extents: Sequence[Allocation], length: int, *, count_max: int) -> list[Allocation]:
+def _flags_of(run: Allocation | Change) -> int:
+    if isinstance(run, Change):
+        return STATE_DIRTY if run.changed else 0
+    return STATE_HOLE | STATE_ZERO if run.hole else 0
+
+
+def clip_extents(extents: Sequence[tuple[int, int]], length: int, *, count_max: int) -> list[tuple[int, int]]:
     """Join neighbours of one state, end where the request ends, and keep at most `count_max`."""
-    clipped: list[Allocation] = []
-    for extent_length, hole in extents:
+    clipped: list[tuple[int, int]] = []
+    for extent_length, flags in extents:
         assert extent_length > 0
         size = min(extent_length, length)
-        if clipped and clipped[-1].hole == hole:
-            clipped[-1] = Allocation(clipped[-1].length + size, hole)
+        if clipped and clipped[-1][1] == flags:
+            clipped[-1] = (clipped[-1][0] + size, flags)
         elif len(clipped) == count_max:
             break
         else:
-            clipped.append(Allocation(size, hole))
+            clipped.append((size, flags))
         length -= size
         if length == 0:
             break

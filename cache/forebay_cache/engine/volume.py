@@ -14,9 +14,10 @@ Crash: rebuilt from checkpoint and records; all that is dirty then belongs to th
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from forebay_cache.engine.changes import Tracked
 from forebay_cache.engine.cuts import Cut
 from forebay_cache.engine.dirty import DirtyBlocks
-from forebay_cache.engine.front import AllocationReply, ReadReply, Reply
+from forebay_cache.engine.front import AllocationReply, ChangesReply, ReadReply, Reply
 from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.limits import HOLES_KEPT_MAX
 from forebay_cache.engine.origin_map import OriginMap
@@ -80,7 +81,6 @@ class CacheVolume:
         self.closing = False  # being detached: what still comes is refused
         self.cuts: list[Cut] = []
         self.ends: list[CutEnd] = []
-        self.snapshot_names: frozenset[str] = frozenset()  # in the store, as far as it has told
         self._logged: deque[_Logged] = deque()  # acknowledgements in the log that may not be durable yet
         self._durably = _Logged(0, 0, Version(0))  # the newest that is
         self.dirty_since_ns = 0  # wall clock: how old the oldest change is that is not upstream; 0: there is none
@@ -98,6 +98,8 @@ class CacheVolume:
         self.origin = VolumeId(b"")  # id of the snapshot that it reads through to; empty: none
         self.source: CacheVolume | None = None  # that snapshot here
         self.origins: OriginMap | None = None  # which of its blocks are known to read as the source's
+        # In the store, as far as it has told, by name; of a snapshot: those taken before it.
+        self.known_snapshots: dict[str, Tracked] = {}
         self.asking_map = False  # the store is being asked for them
 
     # --- what a front sees ------------------------------------------------------------------------------------
@@ -144,6 +146,21 @@ class CacheVolume:
     def allocation(self, offset: int, length: int, reply: AllocationReply) -> None:
         """See FrontVolume."""
         self._engine.allocations.allocation(self, offset, length, reply)
+
+    def tracked(self) -> list[str]:
+        """See FrontVolume."""
+        return sorted({*self.known_snapshots, *self.pending_snapshots})
+
+    def find_tracked(self, name: str) -> Tracked | None:
+        """Return the snapshot of a name that `tracked` gives."""
+        for end in self.ends:
+            if end.kind == cut_end.SNAPSHOT and end.name == name:
+                return Tracked(VolumeId(end.snapshot), Version(end.version))
+        return self.known_snapshots.get(name)
+
+    def changes(self, snapshot: str, offset: int, length: int, reply: ChangesReply) -> None:
+        """See FrontVolume."""
+        self._engine.changes.changes(self, snapshot, offset, length, reply)
 
     def kick(self) -> None:
         """See FrontVolume."""

@@ -139,6 +139,8 @@ REPLY_TYPE_ERROR_OFFSET: Final = 0x8002
 
 STATE_HOLE: Final = 1
 STATE_ZERO: Final = 2
+STATE_DIRTY: Final = 1
+"""Of a context qemu:dirty-bitmap:NAME."""
 
 
 class NbdError(enum.IntEnum):

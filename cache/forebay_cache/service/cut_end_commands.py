@@ -6,11 +6,13 @@ Invariants:
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
 
 from forebay_cache.engine.cache import CacheEngine
+from forebay_cache.engine.changes import Tracked
 from forebay_cache.engine.cut_ends import Taken
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.cut_end import CutEnd
@@ -18,7 +20,7 @@ from forebay_cache.service.completions import outcome
 from forebay_cache.service.store_session import StoreSession
 from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.names import check_name
-from forebay_core.units import ID_SIZE, Version
+from forebay_core.units import ID_SIZE, Version, VolumeId
 from forebay_wire import messages
 from forebay_wire.messages import SnapshotRow, VolumeRow
 
@@ -31,17 +33,31 @@ class CutEndCommands:
         self._session = session
 
     def learn_soon(self, volume: CacheVolume) -> None:
-        """Ask the store for the names of the volume's snapshots, beside everything else."""
-        self._session.spawn(self.learn(volume))
+        """Ask the store for the volume's snapshots as soon as it is open there, beside everything else."""
+        self._session.spawn(self._learn_when_open(volume))
 
     async def learn(self, volume: CacheVolume) -> None:
-        """Ask the store for the names of the volume's snapshots, if it is there."""
+        """Ask the store for the volume's snapshots, if it is there; of a snapshot, for those taken before it."""
         if not self._session.connected:
             return
+        name, _, own = volume.name.partition("@")
+        before = set(volume.known_snapshots)
         try:
-            volume.snapshot_names = await self._session.snapshot_names(volume.name)
+            rows = await self._session.list_snapshots(name)
         except ForebayError:
             return  # it is asked again at the next connection
+        stored = {
+            row.name: Tracked(VolumeId(row.id), Version(row.version))
+            for row in rows
+            if not volume.snapshot or (row.version <= volume.acknowledged and row.name != own)
+        }
+        came = {key: one for key, one in volume.known_snapshots.items() if key not in before}  # while it was asked
+        volume.known_snapshots = stored | came
+
+    async def _learn_when_open(self, volume: CacheVolume) -> None:
+        with contextlib.suppress(RefusedError):  # then there is nothing to learn, and others say so
+            await self._session.ready(volume.id)
+            await self.learn(volume)
 
     async def snapshot(self, volume: CacheVolume, name: str, *, stored: bool) -> SnapshotRow:
         """Take a snapshot; return when it is durable, or with `stored` when the store has it.
@@ -50,7 +66,7 @@ class CutEndCommands:
             ForebayError: it is refused, or the device or the volume failed.
         """
         check_name(name, "snapshot")
-        if name in volume.snapshot_names:
+        if name in volume.known_snapshots:
             await self.learn(volume)
         snapshot, taken_ns = secrets.token_bytes(ID_SIZE), time.time_ns()
         end = await self._taken(

@@ -72,6 +72,8 @@ class Shell:
         """
         for volume in self._engine.attached():
             self._exports.add(volume)
+            if volume.snapshot:
+                self._cut_ends.learn_soon(volume)
         self._snapshots.resume()
         for volume in self._engine.held():
             if volume.attached or volume.has_changes:
@@ -134,6 +136,7 @@ class Shell:
                 await self._leave(volume)
             if is_snapshot_name(name):
                 volume = await self._snapshots.attach(name)
+                await self._cut_ends.learn(volume)
             else:
                 volume = await self._open(name, read_only=read_only, take_over=take_over)
             self._exports.add(volume)

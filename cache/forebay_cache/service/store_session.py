@@ -257,20 +257,20 @@ class StoreSession:
         """
         return await self._snapshot(GetSnapshot(volume, snapshot))
 
-    async def snapshot_names(self, volume: str) -> frozenset[str]:
-        """Return the names of a volume's snapshots. Raises as `find_volume`."""
-        names: set[str] = set()
-        after, more = 0, True
-        while more:
-            client = await self._connected_client()
-            page, _ = await client.ask(ListSnapshots(volume, after), Snapshots, timeout_s=OPEN_TIMEOUT_S)
-            names |= {row.name for row in page.rows}
-            after, more = max([after, *(row.version for row in page.rows)]), page.more and bool(page.rows)
-        return frozenset(names)
-
     async def find_snapshot_by_id(self, snapshot_id: VolumeId) -> SnapshotRow:
         """Return what the store knows of a snapshot. Raises as `find_snapshot`."""
         return await self._snapshot(GetSnapshot(id=snapshot_id))
+
+    async def list_snapshots(self, volume: str) -> list[SnapshotRow]:
+        """Return the snapshots of a volume in the order they were taken. Raises as `find_snapshot`."""
+        client = await self._connected_client()
+        rows: list[SnapshotRow] = []
+        while True:
+            message = ListSnapshots(volume, rows[-1].version if rows else 0)
+            page, _ = await client.ask(message, Snapshots, timeout_s=OPEN_TIMEOUT_S)
+            rows += page.rows
+            if not (page.more and page.rows):
+                return rows
 
     async def _snapshot(self, message: GetSnapshot) -> SnapshotRow:
         answer, _ = await (await self._connected_client()).ask(message, Snapshot, timeout_s=OPEN_TIMEOUT_S)
