@@ -275,7 +275,7 @@ def test_engine_reads_what_is_cached(benchmark: BenchmarkFixture, small_engine: 
     assert errors and not any(errors)
 
 
-@pytest.mark.parametrize("kind", ["into_a_gap", "over_others"])
+@pytest.mark.parametrize("kind", ["into_a_gap", "over_others", "over_a_snapshot"])
 def test_store_commits_16384_scattered_blocks(benchmark: BenchmarkFixture, tmp_path: Path, kind: str) -> None:
     """Each an extent of its own, 16 in a frame, as a cache sends random writes of one block."""
     index = LmdbIndex(tmp_path, lasting=False)
@@ -291,6 +291,8 @@ def test_store_commits_16384_scattered_blocks(benchmark: BenchmarkFixture, tmp_p
         parts = [_part(at, lbas[1024 * at : 1024 * (at + 1)]) for at in range(16)]
         _apply(index, 2 * turn, parts)
         commit = CutCommitted(b"v" * 16, 1, 7, len(parts), turn, turn, 1, 0)
+        if kind == "over_a_snapshot":  # All that a commit displaces goes to the history.
+            commit = commit._replace(snapshot=turn.to_bytes(16, "big"), snapshot_name=f"s{turn}")
         return (index, 2 * turn + 1, [LogRecord(commit, 0, 0, b"")]), {}
 
     benchmark.pedantic(_apply, setup=stage, rounds=10, warmup_rounds=2)

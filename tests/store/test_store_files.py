@@ -21,13 +21,14 @@ from forebay_store.engine.ports import (
     SegmentExistsError,
     SegmentMissingError,
 )
-from forebay_store.format.rows import Table
+from forebay_store.format.rows import STORE_KEY, STORE_MARK, Table
 from forebay_store.format.segment import SegmentName
 from forebay_store.service.dir_backend import DirBackend
 from forebay_store.service.folder import make_folder
 from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_store.service.open_files import OpenFiles
 from forebay_store.service.opening import open_store
+from forebay_store.service.rebuild import rebuild_index
 
 NAME = SegmentName(1, 5).text
 OTHER = SegmentName(1, 6).text
@@ -328,6 +329,17 @@ def test_a_missing_index_is_not_made_silently(tmp_path: Path) -> None:
         remove()
         with pytest.raises(ForebayError, match="forebay store rebuild-index --data"):
             open_store(tmp_path, now_ns=1)
+
+
+def test_an_index_of_the_format_before_is_refused_and_can_be_made_anew(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "s", now_ns=1)
+    mark = STORE_MARK.pack(1, store.folder.store)
+    store.index.update(lambda writer: writer.put(Table.META, STORE_KEY, mark))
+    store.close()
+    with pytest.raises(ForebayError, match="index is of format 1, this store needs 2; run store rebuild-index"):
+        open_store(tmp_path / "s", now_ns=2)
+    rebuild_index(tmp_path / "s")
+    open_store(tmp_path / "s", now_ns=3).close()
 
 
 def test_an_index_of_another_store_is_refused(tmp_path: Path) -> None:

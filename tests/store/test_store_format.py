@@ -18,6 +18,7 @@ from forebay_store.format import (
     reports,
     rows,
     segment,
+    snapshot_records,
     snapshot_rows,
     space_records,
     space_rows,
@@ -42,14 +43,14 @@ RECORDS: list[tuple[records.Record, tuple[bytes, ...]]] = [
     (records.VolumeDeleted(VOLUME), ()),
     (records.CutCommitted(VOLUME, 1, 77, 0, 5, 5, 123, 0, b"s" * 16, 124, 0, "monday"), ()),
     (records.CutCommitted(VOLUME, 1, 77, 0, 6, 6, 125, 0, size=4 << 20), ()),
-    (records.SnapshotTaken(VOLUME, b"t" * 16, 126, "tuesday"), ()),
-    (records.CloneCreated(b"c" * 16, b"t" * 16, 127, "clone"), ()),
-    (records.FlattenBegun(b"c" * 16), ()),
-    (records.OriginPart(b"c" * 16), (frame(4, "b"),)),
-    (records.Flattened(b"c" * 16), ()),
-    (records.RolledBack(VOLUME, b"t" * 16), ()),
-    (records.SnapshotDeleted(VOLUME, b"t" * 16), ()),
-    (records.Purged(1, 9, 4096), ()),
+    (snapshot_records.SnapshotTaken(VOLUME, b"t" * 16, 126, "tuesday"), ()),
+    (snapshot_records.CloneCreated(b"c" * 16, b"t" * 16, 127, "clone"), ()),
+    (snapshot_records.FlattenBegun(b"c" * 16), ()),
+    (snapshot_records.OriginPart(b"c" * 16), (frame(4, "b"),)),
+    (snapshot_records.Flattened(b"c" * 16), ()),
+    (snapshot_records.RolledBack(VOLUME, b"t" * 16), ()),
+    (snapshot_records.SnapshotDeleted(VOLUME, b"t" * 16), ()),
+    (snapshot_records.Purged(1, 9, 4096), ()),
 ]
 
 
@@ -87,14 +88,14 @@ def read_all(whole: bytes) -> list[object]:
         (records, "cut-committed", records.CUT_COMMITTED_BODY),
         (records, "closing change", records.CLOSING_CHANGE),
         (records, "attempt-forgotten", records.ATTEMPT_FORGOTTEN_BODY),
-        (records, "snapshot-taken", records.SNAPSHOT_TAKEN_BODY),
-        (records, "snapshot-deleted", records.SNAPSHOT_DELETED_BODY),
-        (records, "rolled-back", records.ROLLED_BACK_BODY),
-        (records, "clone-created", records.CLONE_CREATED_BODY),
-        (records, "flatten-begun", records.FLATTEN_BEGUN_BODY),
-        (records, "origin-part", records.ORIGIN_PART_BODY),
-        (records, "flattened", records.FLATTENED_BODY),
-        (records, "purged", records.PURGED_BODY),
+        (snapshot_records, "snapshot-taken", snapshot_records.SNAPSHOT_TAKEN_BODY),
+        (snapshot_records, "snapshot-deleted", snapshot_records.SNAPSHOT_DELETED_BODY),
+        (snapshot_records, "rolled-back", snapshot_records.ROLLED_BACK_BODY),
+        (snapshot_records, "clone-created", snapshot_records.CLONE_CREATED_BODY),
+        (snapshot_records, "flatten-begun", snapshot_records.FLATTEN_BEGUN_BODY),
+        (snapshot_records, "origin-part", snapshot_records.ORIGIN_PART_BODY),
+        (snapshot_records, "flattened", snapshot_records.FLATTENED_BODY),
+        (snapshot_records, "purged", snapshot_records.PURGED_BODY),
         (part, "Part entry", part.PART_ENTRY),
         (rows, "Volume row", rows.VOLUME_ROW),
         (rows, "Segment row", rows.SEGMENT_ROW),
@@ -129,6 +130,12 @@ def test_segment_bytes_stay_as_they_are() -> None:
     assert b"".join(header).hex() == GOLDEN_SEGMENT
     # Frames depend on the zstd version when they compress; these don't.
     assert hashlib.sha256(small_segment()).hexdigest() == GOLDEN_SHA256
+
+
+def test_a_cut_without_a_closing_change_takes_no_more_bytes_than_before_there_were_any() -> None:
+    commit = records.CutCommitted(VOLUME, 1, 77, 1, 1, 4, 123, 0)
+    _, body = records.encode_record(commit)
+    assert body == records.CUT_COMMITTED_BODY.pack(VOLUME, 1, 77, 1, 0, 1, 4, 123, 0)
 
 
 def test_row_bytes_stay_as_they_are() -> None:

@@ -41,17 +41,9 @@ from forebay_store.format.part import unpack_entries
 from forebay_store.format.records import (
     NO_ORIGIN,
     AttemptForgotten,
-    CloneCreated,
     CutCommitted,
     CutPart,
-    FlattenBegun,
-    Flattened,
-    OriginPart,
-    Purged,
     Record,
-    RolledBack,
-    SnapshotDeleted,
-    SnapshotTaken,
     StoreClaimed,
     VolumeCreated,
     VolumeDeleted,
@@ -61,6 +53,17 @@ from forebay_store.format.records import (
 )
 from forebay_store.format.rows import StagedPart, Table, VolumeState
 from forebay_store.format.segment import SegmentName
+from forebay_store.format.snapshot_records import (
+    CloneCreated,
+    FlattenBegun,
+    Flattened,
+    OriginPart,
+    Purged,
+    RolledBack,
+    SnapshotDeleted,
+    SnapshotRecord,
+    SnapshotTaken,
+)
 from forebay_store.format.snapshot_rows import SnapshotState
 from forebay_store.format.space_records import CheckpointComplete, CleanedPart, IndexChunk, SegmentsDeleted
 from forebay_wire.limits import HOLES_PER_PART_MAX
@@ -134,8 +137,6 @@ class _Applying:
                 self._commit(record)
             case AttemptForgotten():
                 forget_attempt(writer, self._live, record.volume, record.epoch, record.attempt)
-            case Purged():
-                purge(writer, self._live, record.number, record.version, record.entries)
             case IndexChunk():
                 pass
             case CheckpointComplete():
@@ -148,11 +149,7 @@ class _Applying:
             case _:
                 self._apply_more(one, record)
 
-    def _apply_more(
-        self,
-        one: LogRecord,
-        record: SnapshotTaken | SnapshotDeleted | RolledBack | CloneCreated | FlattenBegun | OriginPart | Flattened,
-    ) -> None:
+    def _apply_more(self, one: LogRecord, record: SnapshotRecord) -> None:
         match record:
             case SnapshotTaken():
                 self._take_snapshot(record)
@@ -170,6 +167,8 @@ class _Applying:
                 self._put_origin(one, record)
             case Flattened():
                 self._flattened(record)
+            case Purged():
+                purge(self._writer, self._live, record.number, record.version, record.entries)
 
     # Volumes.
 

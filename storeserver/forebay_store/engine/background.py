@@ -16,8 +16,8 @@ from forebay_core.units import Buffer
 from forebay_store.engine.ports import Index, SegmentMissingError
 from forebay_store.engine.purge import next_deleted
 from forebay_store.format.part import PartTable
-from forebay_store.format.records import Flattened, OriginPart, Purged
 from forebay_store.format.rows import Table
+from forebay_store.format.snapshot_records import Flattened, OriginPart, Purged
 from forebay_store.limits import PURGE_ENTRIES_MAX
 
 _MISSED_MAX: Final = 8

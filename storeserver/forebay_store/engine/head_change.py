@@ -83,7 +83,8 @@ class HeadChange:
         )
 
     def _keep(self, entry: HeadEntry) -> None:
-        for level, piece in split_levels(entry):
+        pieces = ((0, entry),) if entry.length <= FRAME_BLOCKS_MAX else split_levels(entry)
+        for level, piece in pieces:
             self._kept.append(encode_history(self.number, level, piece, self._row.newest_snapshot))
             self._starts.append(level << LEVEL_SHIFT | piece.start)
         if len(self._starts) >= _KEPT_MAX:

@@ -19,7 +19,14 @@ from forebay_store.engine.ports import IndexReader
 from forebay_store.engine.rows import clone_names
 from forebay_store.engine.snapshots import find_snapshot_name
 from forebay_store.engine.views import View, origin_depth
-from forebay_store.format.records import CloneCreated, FlattenBegun, Record, RolledBack, SnapshotDeleted, SnapshotTaken
+from forebay_store.format.records import Record
+from forebay_store.format.snapshot_records import (
+    CloneCreated,
+    FlattenBegun,
+    RolledBack,
+    SnapshotDeleted,
+    SnapshotTaken,
+)
 from forebay_store.format.snapshot_rows import SnapshotState
 from forebay_store.limits import CLONE_DEPTH_MAX, SNAPSHOTS_PER_VOLUME_MAX
 from forebay_wire import messages

@@ -25,9 +25,10 @@ from forebay_store.engine.changes import Change, Incoming, QueuedChange, Snapsho
 from forebay_store.engine.log import TOGETHER_MAX, Log, Written, record_size_max
 from forebay_store.engine.ports import Index, IndexReader, NothingKeptError
 from forebay_store.engine.rows import snapshot_row, volume_row
-from forebay_store.format.records import CutPart, OriginPart, Record
+from forebay_store.format.records import CutPart, Record
 from forebay_store.format.rows import VolumeState
 from forebay_store.format.segment import SegmentName
+from forebay_store.format.snapshot_records import OriginPart
 from forebay_store.limits import UNAPPLIED_SEGMENTS_MAX, WAITING_PER_VOLUME_MAX
 from forebay_wire import messages
 

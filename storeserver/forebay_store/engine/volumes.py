@@ -8,7 +8,7 @@ Invariants:
 from collections.abc import Iterator
 from itertools import takewhile
 
-from forebay_core.errors import CorruptionError
+from forebay_core.errors import CorruptionError, ForebayError
 from forebay_core.names import is_name
 from forebay_store.engine.live import LiveBytes
 from forebay_store.engine.ports import IndexReader, IndexWriter
@@ -165,14 +165,15 @@ def read_store(reader: IndexReader) -> bytes | None:
     """Return the UUID of the store that the index belongs to; None if it bears no mark.
 
     Raises:
-        CorruptionError: the mark is of another format.
+        CorruptionError: the mark is damaged.
+        ForebayError: it is of another format.
     """
     value = reader.get(Table.META, STORE_KEY)
     if value is None:
         return None
-    found, store = STORE_MARK.unpack(value) if len(value) == STORE_MARK.size else (None, b"")
+    if len(value) != STORE_MARK.size:
+        raise CorruptionError(place="index meta", what="store mark size", expected=STORE_MARK.size, found=len(value))
+    found, store = STORE_MARK.unpack(value)
     if found != INDEX_FORMAT:
-        raise CorruptionError(
-            place="index meta", what="index format", expected=f"{INDEX_FORMAT}; run store rebuild-index", found=found
-        )
+        raise ForebayError(f"the index is of format {found}, this store needs {INDEX_FORMAT}; run store rebuild-index")
     return bytes(store)

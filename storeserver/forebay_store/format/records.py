@@ -1,7 +1,8 @@
 """The records of a segment: every change of the store's state, as facts that were checked before they were written.
 
 A record is a header, a body, and for the kinds that hold blocks a payload of whole frames (`forebay_core.frame`).
-Records of checkpoints and cleaning have their bodies in `forebay_store.format.space_records`.
+Records of snapshots, clones and purging have their bodies in `forebay_store.format.snapshot_records`, those of
+checkpoints and cleaning in `forebay_store.format.space_records`.
 
 Record header, 32 bytes, little-endian:
 
@@ -101,75 +102,37 @@ attempt-forgotten, 28 bytes:
          0    16  16s   volume      its id
         16     4  u32   epoch       of the attempt
         20     8  u64   attempt     whose parts are forgotten
-
-snapshot-taken, 42 bytes, then the name in UTF-8; a change with the next sequence of a volume that nobody holds:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0    16  16s   volume      its id
-        16    16  16s   snapshot    id of the snapshot
-        32     8  u64   created_ns  Unix nanoseconds
-        40     2  u16   name_size   bytes of the name
-
-snapshot-deleted, 32 bytes:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0    16  16s   volume      its id
-        16    16  16s   snapshot    id of the snapshot
-
-rolled-back, 32 bytes; a change with the next sequence of a volume that nobody holds:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0    16  16s   volume      its id
-        16    16  16s   snapshot    id of the snapshot that the head is like from now on
-
-clone-created, 42 bytes, then the name in UTF-8; the clone's version is 1:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0    16  16s   volume      id of the clone
-        16    16  16s   origin      id of the snapshot
-        32     8  u64   created_ns  Unix nanoseconds
-        40     2  u16   name_size   bytes of the name
-
-flatten-begun, 16 bytes:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0    16  16s   volume      id of the clone
-
-origin-part, 16 bytes; the payload is frames with blocks of the origin, which the clone has as its own now unless it has
-others:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0    16  16s   volume      id of the clone
-
-flattened, 16 bytes:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0    16  16s   volume      id of the volume, which has no origin from now on
-
-purged, 16 bytes; a step of removing what a deletion left:
-
-    offset  size  type  field       meaning
-    ------  ----  ----  ----------  --------------------------------------------------------
-         0     4  u32   number      of the volume
-         4     8  u64   version     of the deleted snapshot; 0: the whole volume
-        12     4  u32   entries     looked at in this step, about
 """
 
 import enum
 import struct
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError, ProtocolError
 from forebay_core.extents import EXTENT_DTYPE, unpack
 from forebay_core.units import ID_SIZE, Buffer
+from forebay_store.format.snapshot_records import (
+    FLATTEN_BEGUN_BODY,
+    FLATTENED_BODY,
+    ORIGIN_PART_BODY,
+    PURGED_BODY,
+    ROLLED_BACK_BODY,
+    SNAPSHOT_DELETED_BODY,
+    CloneCreated,
+    FlattenBegun,
+    Flattened,
+    OriginPart,
+    Purged,
+    RolledBack,
+    SnapshotDeleted,
+    SnapshotRecord,
+    SnapshotTaken,
+    decode_clone,
+    decode_taken,
+    encode_snapshot_body,
+)
 from forebay_store.format.space_records import (
     CLEANED_PART_BODY,
     MOVE,
@@ -203,14 +166,6 @@ CUT_PART_BODY: Final = struct.Struct("<16sIQII")
 CUT_COMMITTED_BODY: Final = struct.Struct("<16sIQIIQQQQ")
 CLOSING_CHANGE: Final = struct.Struct("<16sQQH")
 ATTEMPT_FORGOTTEN_BODY: Final = struct.Struct("<16sIQ")
-SNAPSHOT_TAKEN_BODY: Final = struct.Struct("<16s16sQH")
-SNAPSHOT_DELETED_BODY: Final = struct.Struct("<16s16s")
-ROLLED_BACK_BODY: Final = struct.Struct("<16s16s")
-CLONE_CREATED_BODY: Final = struct.Struct("<16s16sQH")
-FLATTEN_BEGUN_BODY: Final = struct.Struct("<16s")
-ORIGIN_PART_BODY: Final = struct.Struct("<16s")
-FLATTENED_BODY: Final = struct.Struct("<16s")
-PURGED_BODY: Final = struct.Struct("<IQI")
 
 BODY_SIZE_MAX: Final = CUT_PART_BODY.size + HOLES_PER_PART_MAX * EXTENT_DTYPE.itemsize
 assert CLEANED_PART_BODY.size + OLDS_MAX * NAME.size + MOVES_MAX * MOVE.size <= BODY_SIZE_MAX
@@ -255,6 +210,26 @@ SPACE_KINDS: Final[dict[type[SpaceRecord], Kind]] = {
     CheckpointComplete: Kind.CHECKPOINT_COMPLETE,
     CleanedPart: Kind.CLEANED_PART,
     SegmentsDeleted: Kind.SEGMENTS_DELETED,
+}
+SNAPSHOT_KINDS: Final[dict[type[SnapshotRecord], Kind]] = {
+    SnapshotTaken: Kind.SNAPSHOT_TAKEN,
+    SnapshotDeleted: Kind.SNAPSHOT_DELETED,
+    RolledBack: Kind.ROLLED_BACK,
+    CloneCreated: Kind.CLONE_CREATED,
+    FlattenBegun: Kind.FLATTEN_BEGUN,
+    OriginPart: Kind.ORIGIN_PART,
+    Flattened: Kind.FLATTENED,
+    Purged: Kind.PURGED,
+}
+_SNAPSHOT_DECODERS: Final[dict[Kind, Callable[[bytes], SnapshotRecord]]] = {
+    Kind.SNAPSHOT_TAKEN: decode_taken,
+    Kind.SNAPSHOT_DELETED: lambda body: SnapshotDeleted(*SNAPSHOT_DELETED_BODY.unpack(body)),
+    Kind.ROLLED_BACK: lambda body: RolledBack(*ROLLED_BACK_BODY.unpack(body)),
+    Kind.CLONE_CREATED: decode_clone,
+    Kind.FLATTEN_BEGUN: lambda body: FlattenBegun(*FLATTEN_BEGUN_BODY.unpack(body)),
+    Kind.ORIGIN_PART: lambda body: OriginPart(*ORIGIN_PART_BODY.unpack(body)),
+    Kind.FLATTENED: lambda body: Flattened(*FLATTENED_BODY.unpack(body)),
+    Kind.PURGED: lambda body: Purged(*PURGED_BODY.unpack(body)),
 }
 
 
@@ -336,64 +311,6 @@ class AttemptForgotten(NamedTuple):
     attempt: int
 
 
-class SnapshotTaken(NamedTuple):
-    """A volume that nobody holds has a snapshot of what it is."""
-
-    volume: bytes
-    snapshot: bytes
-    created_ns: int
-    name: str
-
-
-class SnapshotDeleted(NamedTuple):
-    """The snapshot is gone; its id is never used again."""
-
-    volume: bytes
-    snapshot: bytes
-
-
-class RolledBack(NamedTuple):
-    """The volume is what it was when the snapshot was taken."""
-
-    volume: bytes
-    snapshot: bytes
-
-
-class CloneCreated(NamedTuple):
-    """A volume exists that reads through to a snapshot."""
-
-    volume: bytes
-    origin: bytes
-    created_ns: int
-    name: str
-
-
-class FlattenBegun(NamedTuple):
-    """A clone is being given the blocks of its origin."""
-
-    volume: bytes
-
-
-class OriginPart(NamedTuple):
-    """Some blocks of its origin are the clone's own."""
-
-    volume: bytes
-
-
-class Flattened(NamedTuple):
-    """All are: it is no clone any more."""
-
-    volume: bytes
-
-
-class Purged(NamedTuple):
-    """A step of removing the entries of a deleted volume or snapshot."""
-
-    number: int
-    version: int
-    entries: int
-
-
 PartRecord = CutPart | OriginPart
 PART_RECORDS: Final = (CutPart, OriginPart)
 """The records that put frames into the store; each of them names the volume whose blocks they are."""
@@ -412,14 +329,7 @@ Record = (
     | CutPart
     | CutCommitted
     | AttemptForgotten
-    | SnapshotTaken
-    | SnapshotDeleted
-    | RolledBack
-    | CloneCreated
-    | FlattenBegun
-    | OriginPart
-    | Flattened
-    | Purged
+    | SnapshotRecord
     | IndexChunk
     | CheckpointComplete
     | CleanedPart
@@ -515,34 +425,10 @@ def _encode_body(record: Record) -> tuple[Kind, bytes]:
             return Kind.CUT_COMMITTED, _encode_commit(record)
         case AttemptForgotten():
             return Kind.ATTEMPT_FORGOTTEN, ATTEMPT_FORGOTTEN_BODY.pack(*record)
-        case Purged():
-            return Kind.PURGED, PURGED_BODY.pack(*record)
         case IndexChunk() | CheckpointComplete() | CleanedPart() | SegmentsDeleted():
             return SPACE_KINDS[type(record)], encode_space_body(record)
         case _:
-            return _encode_snapshots(record)
-
-
-def _encode_snapshots(
-    record: SnapshotTaken | SnapshotDeleted | RolledBack | CloneCreated | FlattenBegun | OriginPart | Flattened,
-) -> tuple[Kind, bytes]:
-    match record:
-        case SnapshotTaken():
-            name = record.name.encode()
-            return Kind.SNAPSHOT_TAKEN, SNAPSHOT_TAKEN_BODY.pack(*record[:-1], len(name)) + name
-        case SnapshotDeleted():
-            return Kind.SNAPSHOT_DELETED, SNAPSHOT_DELETED_BODY.pack(*record)
-        case RolledBack():
-            return Kind.ROLLED_BACK, ROLLED_BACK_BODY.pack(*record)
-        case CloneCreated():
-            name = record.name.encode()
-            return Kind.CLONE_CREATED, CLONE_CREATED_BODY.pack(*record[:-1], len(name)) + name
-        case FlattenBegun():
-            return Kind.FLATTEN_BEGUN, FLATTEN_BEGUN_BODY.pack(*record)
-        case OriginPart():
-            return Kind.ORIGIN_PART, ORIGIN_PART_BODY.pack(*record)
-        case Flattened():
-            return Kind.FLATTENED, FLATTENED_BODY.pack(*record)
+            return SNAPSHOT_KINDS[type(record)], encode_snapshot_body(record)
 
 
 def _encode_part(part: CutPart) -> bytes:
@@ -580,8 +466,6 @@ def _decode_body(kind: Kind, body: bytes) -> Record:
             return _decode_commit(body)
         case Kind.ATTEMPT_FORGOTTEN:
             return AttemptForgotten(*ATTEMPT_FORGOTTEN_BODY.unpack(body))
-        case Kind.PURGED:
-            return Purged(*PURGED_BODY.unpack(body))
         case Kind.INDEX_CHUNK:
             return decode_index_chunk(body)
         case Kind.CHECKPOINT_COMPLETE:
@@ -591,29 +475,7 @@ def _decode_body(kind: Kind, body: bytes) -> Record:
         case Kind.SEGMENTS_DELETED:
             return decode_deleted(body)
         case _:
-            return _decode_snapshots(kind, body)
-
-
-def _decode_snapshots(kind: Kind, body: bytes) -> Record:
-    match kind:
-        case Kind.SNAPSHOT_TAKEN:
-            volume, snapshot, created_ns, _ = SNAPSHOT_TAKEN_BODY.unpack_from(body)
-            return SnapshotTaken(volume, snapshot, created_ns, body[SNAPSHOT_TAKEN_BODY.size :].decode())
-        case Kind.SNAPSHOT_DELETED:
-            return SnapshotDeleted(*SNAPSHOT_DELETED_BODY.unpack(body))
-        case Kind.ROLLED_BACK:
-            return RolledBack(*ROLLED_BACK_BODY.unpack(body))
-        case Kind.CLONE_CREATED:
-            volume, origin, created_ns, _ = CLONE_CREATED_BODY.unpack_from(body)
-            return CloneCreated(volume, origin, created_ns, body[CLONE_CREATED_BODY.size :].decode())
-        case Kind.FLATTEN_BEGUN:
-            return FlattenBegun(*FLATTEN_BEGUN_BODY.unpack(body))
-        case Kind.ORIGIN_PART:
-            return OriginPart(*ORIGIN_PART_BODY.unpack(body))
-        case Kind.FLATTENED:
-            return Flattened(*FLATTENED_BODY.unpack(body))
-        case _:
-            raise AssertionError(kind)
+            return _SNAPSHOT_DECODERS[kind](body)
 
 
 def _decode_commit(body: bytes) -> CutCommitted:
