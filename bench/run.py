@@ -24,6 +24,7 @@ import import_row
 import memory_row
 import miss_rows
 import restart_rows
+import scale_rows
 import write_rows
 from fio import BenchError
 from forebay_core.errors import ForebayError
@@ -39,6 +40,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("restart", "warm"), restart_rows.measure),
     (("commit", "amplification"), flush_rows.measure),
     (("destage",), destage_rows.measure),
+    (("snapshots-1000", "huge"), scale_rows.measure),
 )
 MICRO = "micro"
 KEYS = (*dict.fromkeys(key for keys, _ in GROUPS for key in keys), MICRO)

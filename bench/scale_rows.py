@@ -1,0 +1,209 @@
+"""What must not grow: a volume with 1,000 snapshots beside one without, the clone and the TRIM of a volume of 1 TiB.
+
+Both volumes were written alike, a few blocks between any two snapshots, and lie in one store and one cache.
+"""
+
+import argparse
+import asyncio
+import random
+import socket
+import struct
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import fio
+from fio import KIB, MIB, BenchError, Load
+from forebay_cache.format import nbd, nbd_options
+from forebay_tools.connect import cache_client, store_client
+from forebay_wire.messages import AnyMessage, CloneVolume, CreateSnapshot, SnapshotTaken, Volume
+from results import OURS, Goal, Row, Sample
+from rounds import Plan
+from servers import Cache, Store
+
+MANY, NONE = "many", "none"
+SNAPSHOTS = 1000
+WRITES_BETWEEN = 8
+VOLUME_SIZE = 256 * MIB
+CACHE_SIZE = "1GiB"
+COLD_CACHE_SIZE = "64MiB"
+HUGE, HUGE_SIZE = "huge", 1 << 40
+HUGE_WRITTEN = 256 * MIB
+TIMEOUT_S = 120.0
+BLOCK_SIZE = 4096
+PEER = "no snapshots"
+
+
+def measure(plan: Plan) -> list[Row]:
+    """Return the rows."""
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        store = Store(plan.folder / "scale-store")
+        stack.callback(store.stop)
+        if "snapshots-1000" in plan.keys:
+            rows += _many(plan, store, stack)
+        if "huge" in plan.keys:
+            rows += _huge(plan, store, stack)
+    return rows
+
+
+def _cache(plan: Plan, store: Store, stack: ExitStack, name: str, size: str) -> Cache:
+    folder = plan.folder / name
+    folder.mkdir()
+    cache = Cache(folder / "cache", folder, store=store.address, size=size)
+    stack.callback(cache.stop)
+    return cache
+
+
+def _many(plan: Plan, store: Store, stack: ExitStack) -> list[Row]:
+    cache = _cache(plan, store, stack, "scale", CACHE_SIZE)
+    for name in (NONE, MANY):
+        store.command("volume", "create", name, "--size", str(VOLUME_SIZE))
+        cache.attach(name)
+        fio.run(cache.uri, Load("write", MIB, 8, 120, VOLUME_SIZE, io_size=VOLUME_SIZE))
+        cache.settle()
+        _write_between(cache, name, snapshots=name == MANY)
+        cache.settle()
+    note = f"{SNAPSHOTS} snapshots, {WRITES_BETWEEN} blocks written between any two; the peer is the same without one"
+    goal = Goal(0.9)
+    rows = [
+        _against(
+            plan,
+            cache,
+            Row("snapshots-1000-read", "4 KiB cached reads d16, 1,000 snapshots over none", "op/s", goal, note),
+        ),
+        _against(
+            plan,
+            cache,
+            Row("snapshots-1000-write", "4 KiB writes d16, 1,000 snapshots over none", "op/s", goal, note),
+            write=True,
+        ),
+    ]
+    for name in (NONE, MANY):
+        cache.command("detach", name)
+    cold = _cache(plan, store, stack, "scale-cold", COLD_CACHE_SIZE)
+    for name in (NONE, MANY):
+        cold.command("attach", name)
+    text = "4 KiB reads d16 that mostly miss, 1,000 snapshots over none"
+    rows.append(_against(plan, cold, Row("snapshots-1000-miss", text, "op/s", goal, note)))
+    return rows
+
+
+def _against(plan: Plan, cache: Cache, row: Row, *, write: bool = False) -> Row:
+    for number in range(plan.rounds):
+        turn = ((MANY, OURS), (NONE, PEER))
+        for name, column in turn if number % 2 else turn[::-1]:
+            cache.serve(name)
+            rw = "randwrite" if write else "randread"
+            load = Load(rw, 4 * KIB, 16, plan.seconds, VOLUME_SIZE, seed=900 + number)
+            row.add(column, Sample(fio.run(cache.uri, load).operations_per_s))
+            if write:
+                cache.settle()
+    return row
+
+
+def _write_between(cache: Cache, name: str, *, snapshots: bool) -> None:
+    """Write a few blocks and take a snapshot, over and over; or only write."""
+    rng = random.Random(name == MANY)
+    with _Client(cache.socket, name) as client:
+        for number in range(SNAPSHOTS):
+            for _ in range(WRITES_BETWEEN):
+                client.write(rng.randrange(VOLUME_SIZE // BLOCK_SIZE) * BLOCK_SIZE, rng.randbytes(BLOCK_SIZE))
+            if snapshots:
+                _ask_cache(cache, CreateSnapshot((name,), f"s{number}", stored=number % 50 == 49), SnapshotTaken)
+
+
+def _huge(plan: Plan, store: Store, stack: ExitStack) -> list[Row]:
+    note = f"a volume of 1 TiB with {HUGE_WRITTEN // MIB} MiB written, half of it not destaged; asked on the wire"
+    clone = Row("huge-clone", "clone of a 1 TiB volume", "ms", Goal(50, less_is_better=True), note)
+    trim = Row("huge-trim", "TRIM of 1 TiB in one request", "ms", Goal(100, less_is_better=True), note)
+    cache = _cache(plan, store, stack, "huge", CACHE_SIZE)
+    store.command("volume", "create", HUGE, "--size", str(HUGE_SIZE))
+    cache.attach(HUGE)
+    for number in range(plan.rounds):
+        offset = (number << 33) & (HUGE_SIZE - 1)
+        load = Load("write", MIB, 8, 120, offset + HUGE_WRITTEN, io_size=HUGE_WRITTEN // 2, offset=offset)
+        fio.run(cache.uri, load)
+        cache.command("drain", HUGE)
+        _ask_cache(cache, CreateSnapshot((HUGE,), f"s{number}", stored=True), SnapshotTaken)
+        began_s = time.perf_counter()
+        _ask_store(store, CloneVolume(HUGE, f"s{number}", f"clone{number}"), Volume)
+        clone.add(OURS, Sample((time.perf_counter() - began_s) * 1e3))
+        fio.run(cache.uri, load._replace(offset=offset + HUGE_WRITTEN, size=offset + 2 * HUGE_WRITTEN))
+        with _Client(cache.socket, HUGE) as client:
+            began_s = time.perf_counter()
+            client.trim(0, HUGE_SIZE)
+            trim.add(OURS, Sample((time.perf_counter() - began_s) * 1e3))
+        cache.settle()
+    return [clone, trim]
+
+
+def _ask_cache(cache: Cache, message: AnyMessage, kind: type[AnyMessage]) -> None:
+    async def ask() -> None:
+        async with cache_client(argparse.Namespace(run_dir=Path(cache.run_dir))) as client:
+            await client.ask(message, kind)
+
+    asyncio.run(ask())
+
+
+def _ask_store(store: Store, message: AnyMessage, kind: type[AnyMessage]) -> None:
+    async def ask() -> None:
+        async with store_client(argparse.Namespace(store=store.address, key_file=None)) as client:
+            await client.ask(message, kind)
+
+    asyncio.run(ask())
+
+
+class _Client:
+    """A client of one export with extended headers: one request can trim all of 1 TiB."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(TIMEOUT_S)
+        self._socket.connect(str(path))
+        self._take(nbd_options.GREETING.size)
+        self._socket.sendall(struct.pack(">I", 3))
+        self._option(nbd_options.OPT_EXTENDED_HEADERS, b"")
+        self._option(nbd_options.OPT_GO, struct.pack(f">I{len(name)}sH", len(name), name.encode(), 0))
+        self._cookie = 0
+
+    def __enter__(self) -> "_Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def write(self, offset: int, payload: bytes) -> None:
+        """Write and wait for the answer."""
+        self._ask(nbd.CMD_WRITE, nbd.CMD_FLAG_PAYLOAD_LEN, offset, len(payload), payload)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Trim and wait for the answer."""
+        self._ask(nbd.CMD_TRIM, 0, offset, length, b"")
+
+    def _ask(self, command: int, flags: int, offset: int, length: int, payload: bytes) -> None:
+        self._cookie += 1
+        header = nbd.EXTENDED_REQUEST.pack(nbd.EXTENDED_REQUEST_MAGIC, flags, command, self._cookie, offset, length)
+        self._socket.sendall(header + payload)
+        _, _, kind, _, _, size = nbd.EXTENDED_CHUNK.unpack(self._take(nbd.EXTENDED_CHUNK.size))
+        self._take(size)
+        if kind != nbd.REPLY_TYPE_NONE:
+            raise BenchError(f"NBD command {command} was answered with chunk {kind}")
+
+    def _option(self, option: int, payload: bytes) -> None:
+        self._socket.sendall(nbd_options.OPTION.pack(nbd_options.OPTION_MAGIC, option, len(payload)) + payload)
+        kind = 0
+        while kind != nbd_options.REP_ACK:
+            _, _, kind, size = nbd_options.OPTION_REPLY.unpack(self._take(nbd_options.OPTION_REPLY.size))
+            text = self._take(size)
+            if kind & 1 << 31:
+                raise BenchError(f"NBD option {option} was refused: {text.decode(errors='replace')}")
+
+    def _take(self, size: int) -> bytes:
+        found = b""
+        while len(found) < size:
+            piece = self._socket.recv(size - len(found))
+            if not piece:
+                raise BenchError("the daemon closed the connection")
+            found += piece
+        return found
