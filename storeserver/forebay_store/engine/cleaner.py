@@ -85,6 +85,7 @@ class Cleaner:
         self.damaged: list[DamagedPlace] = []
         self.counts = Counts()
         self.space: Space | None = None
+        self._copies: dict[SegmentName, tuple[int, int]] = {}  # size and live bytes of copies when they were new
 
     def bar(self, segments: Iterable[SegmentName]) -> None:
         """Damage was found in these: they are no victims any more."""
@@ -116,7 +117,27 @@ class Cleaner:
 
     def _look(self, fruitless: set[SegmentName]) -> None:
         with self._index.view() as reader:
-            self.space = look(reader, self.barred | fruitless)
+            found = look(reader, self.barred | fruitless)
+        self._note_copies(found)
+        copied_size = sum(size for size, _ in self._copies.values())
+        usual = max(1.0, copied_size / max(1, sum(live for _, live in self._copies.values())))
+        segments = [one._replace(cost=self._cost(one, usual)) for one in found.segments]
+        self.space = found._replace(segments=segments)
+
+    def _note_copies(self, found: Space) -> None:
+        """Note the copies that this start of the store made: what is in them is older than what lies before them."""
+        newest = 0
+        for one in found.segments:
+            if one.written < newest and one.name.incarnation == found.applied.incarnation and one.live:
+                self._copies.setdefault(one.name, (one.size, one.live))
+            newest = max(newest, one.written)
+        names = {one.name for one in found.segments}
+        self._copies = {name: sizes for name, sizes in self._copies.items() if name in names}
+
+    def _cost(self, one: SegmentSpace, usual: float) -> float:
+        """Return what a copy costs: of a copy as much as it did, so that copying it again wins nothing at first."""
+        size, live = self._copies.get(one.name, (0, 0))
+        return size / live if live else usual
 
     def _delete(self, names: list[SegmentName], size: int) -> Iterator[Job]:
         yield Work(self._index.sync)

@@ -31,6 +31,12 @@ class SegmentSpace(NamedTuple):
     size: int
     live: int
     written: int  # bytes of all segments before its blocks were written: their age
+    cost: float = 1.0  # bytes that a copy takes for each live one: records and lists of moves come on top
+
+    @property
+    def needed(self) -> float:
+        """Bytes that a copy of what lives would take."""
+        return min(self.live * self.cost, self.size)
 
     @property
     def disk_size(self) -> int:
@@ -108,16 +114,15 @@ def _victims(space: Space, pressure: Pressure, dead_size: int) -> list[SegmentNa
     if len(small) > pressure.small_count_max:
         return _up_to_copy_size(small)
     size = sum(one.size for one in space.segments) - dead_size
-    live = sum(one.live for one in space.segments)
-    if size <= pressure.ratio_max * live:
+    if size <= pressure.ratio_max * sum(one.needed for one in space.segments):
         return []
     now = max(one.written for one in space.segments)
-    worth = [one for one in living if one.live <= pressure.live_share_max * one.size]
+    worth = [one for one in living if one.needed <= pressure.live_share_max * one.size]
     return _up_to_copy_size(sorted(worth, key=lambda one: (-_benefit(one, now), one.name)))
 
 
 def _benefit(one: SegmentSpace, now: int) -> float:
-    share = min(1.0, one.live / one.size)
+    share = one.needed / one.size
     return (1 - share) * (now - one.written + SMALL_SIZE) / (1 + share)
 
 
