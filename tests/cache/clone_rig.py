@@ -10,9 +10,11 @@ from forebay_cache.engine.sources import SnapshotView
 from forebay_cache.engine.volume import CacheVolume
 from forebay_core.checksums import checksum
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, Version, VolumeId
+from forebay_core.units import BLOCK_SIZE, Epoch, Version, VolumeId, make_version
+from forebay_core.units import Sequence as ChangeSequence
 from forebay_wire import messages
 
+FROZEN_VERSION = make_version(Epoch(1), ChangeSequence(7))
 Blocks = dict[int, tuple[bytes | None, Version]]
 BASE = VolumeId(b"base snapshot id")
 MIDDLE = VolumeId(b"middle snapshot.")
@@ -144,14 +146,17 @@ class CloneRig(Rig):
         base = self.random_blocks(self.base_blocks, share=0.7)
         middle = self.random_blocks(self.base_blocks, share=0.2)
         nothing = VolumeId(b"")
-        family.snapshots[BASE] = Frozen("base@s", base, nothing, self.base_blocks, Version(7))
-        family.snapshots[MIDDLE] = Frozen("middle@s", middle, BASE, self.base_blocks + 90, Version(7))
+        family.snapshots[BASE] = Frozen("base@s", base, nothing, self.base_blocks, FROZEN_VERSION)
+        family.snapshots[MIDDLE] = Frozen("middle@s", middle, BASE, self.base_blocks + 90, FROZEN_VERSION)
         for volume, origin in zip(CLONES, (BASE, BASE, MIDDLE), strict=True):
             family.add_head(volume, origin)
 
     def random_blocks(self, count: int, *, share: float) -> Blocks:
         chosen = [lba for lba in range(count) if self.rng.random() < share]
-        return {lba: (self.block(), Version(self.rng.randrange(1, 8))) for lba in chosen}
+        return {
+            lba: (self.block(), Version(make_version(Epoch(1), ChangeSequence(self.rng.randrange(1, 8)))))
+            for lba in chosen
+        }
 
     def block(self) -> bytes | None:
         return None if self.rng.random() < 0.2 else self.rng.randbytes(8) * (BLOCK_SIZE // 8)

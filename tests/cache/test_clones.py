@@ -4,9 +4,10 @@ import pytest
 from clone_rig import BASE, CLONES, MIDDLE, CloneRig
 from engine_rig import check_books
 
+from forebay_cache.engine.check import check_device
 from forebay_cache.engine.front import IoError
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE
+from forebay_core.units import BLOCK_SIZE, Version
 
 
 def test_a_clone_reads_as_its_origin_and_zeros_behind_it() -> None:
@@ -165,6 +166,42 @@ def test_prefetch_brings_the_origins_blocks_in() -> None:
     rig.volume = rig.volumes[CLONES[2]]
     rig.read(0, 1000 * BLOCK_SIZE)
     assert rig.family.fetched == fetched
+
+
+def test_blocks_behind_the_end_of_a_shrunk_volume_do_not_come_back_when_it_grows_again() -> None:
+    rig = CloneRig(12, clones=CLONES[:1])
+    rig.write(1400 * BLOCK_SIZE, b"o" * BLOCK_SIZE)
+    rig.content_of(rig.volume)
+    rig.detach(rig.volume)
+    head, size = rig.family.heads[CLONES[0]], rig.size
+    for count in (1000, 1500):
+        rig.size = count * BLOCK_SIZE
+        if count == 1000:
+            head.blocks |= {lba: (None, Version(head.version + 1)) for lba in range(1000, 1500)}
+            head.version += 1
+        rig.volume = rig.attach_one(CLONES[0], stale=[])
+        if count == 1000:
+            rig.detach(rig.volume)
+    assert rig.size == size
+    assert rig.content_of(rig.volume) == rig.family.content(CLONES[0], 1500)
+    assert rig.read(1000 * BLOCK_SIZE, 500 * BLOCK_SIZE) == bytes(500 * BLOCK_SIZE)
+
+
+def test_fsck_finds_nothing_wrong_with_clones_and_snapshots() -> None:
+    rig = CloneRig(13)
+    rig.attach_snapshot(MIDDLE)
+    for volume in rig.volumes.values():
+        rig.volume = volume
+        rig.write(5 * BLOCK_SIZE, b"x" * 9 * BLOCK_SIZE)
+        rig.content_of(volume)
+    for stopped in (False, True):
+        if stopped:
+            done: list[bool] = []
+            rig.engine.stop(done.append)
+            rig.run_until(lambda: bool(done))  # noqa: B023
+        image = rig.device.bytes
+        found = check_device(lambda at, size: bytes(image[at : at + size]), len(image), with_blocks=True)  # noqa: B023
+        assert found == []
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -23,7 +23,7 @@ from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
-from forebay_core.units import LBA_BITS, Epoch, StoreId, Version, VolumeId, format_size, format_store
+from forebay_core.units import BLOCK_SHIFT, LBA_BITS, Epoch, StoreId, Version, VolumeId, format_size, format_store
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -129,6 +129,8 @@ class Attaching:
             volume.shaper.set_limit(engine.limit_of(volume))
             engine.volumes[volume.key] = volume
         volume.error = ""
+        if view.size < volume.size:  # what lay behind its end now must not come back when it grows again
+            stale = [*stale, Extent(view.size >> BLOCK_SHIFT, volume.size - view.size >> BLOCK_SHIFT)]
         volume.resize(view.name, view.size, read_only=read_only)
         engine.sources.connect(volume, view.origin, source)
         found = volume
