@@ -221,6 +221,23 @@ def changed_extents(uri: str, snapshot: str) -> list[tuple[int, int]]:
     return [(one["start"], one["length"]) for one in json.loads(done.stdout) if not one["data"]]
 
 
+def test_a_snapshot_that_is_not_in_the_store_yet_is_attached_when_it_is(rig: Rig, base: bytes, second: Rig) -> None:
+    rig.attach("base")
+    rig.kill_store()
+    with rig.nbd("base") as client:
+        client.write(0, b"held" * 1024)
+        rig.ask_cache(CreateSnapshot(("base",), "late"), SnapshotTaken)
+        client.write(0, b"next" * 1024)
+    rig.start_store()
+    second.wait_status(lambda status: status.store_connected)
+    rig.drain("base")
+    second.attach("base@late")
+    assert read_all(second, "base@late") == b"held" * 1024 + base[4096:]
+    assert changed_extents(rig.attach("base"), "late") == [(0, 4096)]
+    with pytest.raises(RefusedError, match="when it is drained"):
+        second.attach("base@later")
+
+
 @pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io (qemu-utils) is not installed")
 def test_an_incremental_backup_with_qemus_tools_restores_the_volume(rig: Rig, base: bytes) -> None:
     uri = rig.attach("base")

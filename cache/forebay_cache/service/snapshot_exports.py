@@ -141,12 +141,14 @@ class SnapshotExports:
         except RefusedError as error:
             if error.code != messages.NO_SUCH_SNAPSHOT:
                 raise
-            pending = next((v for v in self._engine.attached() if v.name == volume_name), None)
-            where = "this cache has" if pending is not None else "another cache may have"
-            raise RefusedError(
-                error.code,
-                f"{error}; if {where} just taken it, it is not in the store yet: wait with forebay drain {volume_name}",
-            ) from error
+            here = next((one for one in self._engine.attached() if one.name == volume_name), None)
+            if here is not None and snapshot_name in here.pending_snapshots:
+                text = f"snapshot {volume_name}@{snapshot_name} is not in the store yet; it is when it is drained"
+            elif here is None:
+                text = f"{error}; one that the host of {volume_name} took just now is there when it is drained"
+            else:
+                text = str(error)
+            raise RefusedError(error.code, text) from error
 
 
 def _view(row: SnapshotRow, store: StoreId) -> SnapshotView:
