@@ -223,7 +223,7 @@ def test_snapshots_survive_the_death_of_the_daemon(seed: int) -> None:
     run_kills_with_snapshots(seed)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", [*range(10), 217])
 def test_answered_snapshots_survive_a_power_cut(seed: int) -> None:
     run_power_cuts_with_snapshots(seed)
 

@@ -375,9 +375,16 @@ class _Replay:
             return
         if not _uncover(volume.closed_holes[cut], lba, version):
             return
+        key = volume_key << LBA_BITS | lba
+        keys, before = np.array([key], np.uint64), volume.ends[cut - 1].version if cut else 0
+        above, to = max(before, pending.acknowledged), volume.ends[cut].version
+        while (known := self.map.find_held(keys, above=above, to=to))[0] >= 0:
+            if self.map.versions[int(known[0])] > version:
+                return
+            self.map.clear_places(known)
         if self.map.keys[place]:
             self.map.clear_places(np.array([place]))
-        self.map.hold(volume_key << LBA_BITS | lba, version, block_checksum, place)
+        self.map.hold(key, version, block_checksum, place)
 
     def hold_pinned(
         self, places: npt.NDArray[np.int64], keys: U64Array, versions: U64Array, checksums: U64Array
