@@ -12,7 +12,6 @@
 #define UNLINKED 0xFFFFFFFEu
 #define LBA_BITS 40
 #define ENTRY_SIZE 32
-#define COUNT_SLOTS 256
 
 typedef struct {
     uint64_t lba, version, checksum;
@@ -146,55 +145,8 @@ end:
     return answer;
 }
 
-static PyObject *move_counts(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
-{
-    buffers_t held = {.count = 0};
-    Py_ssize_t place_count = 0, slot_count = 0, old_count = 0;
-    uint64_t n[2];
-    PyObject *answer = NULL;
-    (void)module;
-    if (given != 5) {
-        PyErr_SetString(PyExc_TypeError, "move_counts takes 5 arguments");
-        return NULL;
-    }
-    uint8_t *counts = items(&held, arguments[0], 1, 1, &place_count);
-    int64_t *histogram = counts ? items(&held, arguments[1], 1, 8, &slot_count) : NULL;
-    const int64_t *olds = histogram ? items(&held, arguments[2], 0, 8, &old_count) : NULL;
-    if (olds == NULL || numbers(arguments + 3, 2, n) < 0)
-        goto end;
-    const uint64_t count = n[0], first_place = n[1];
-    if (slot_count < COUNT_SLOTS || count > (uint64_t)old_count || count > (uint64_t)place_count
-        || first_place > (uint64_t)place_count - count) {
-        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
-        goto end;
-    }
-    for (uint64_t i = 0; i < count; i++) {
-        const int64_t old = olds[i];
-        uint8_t moved = 1;
-        if (old >= (int64_t)place_count) {
-            PyErr_SetString(PyExc_ValueError, "a place is outside of the device");
-            goto end;
-        }
-        if (old >= 0) {
-            if (counts[old])
-                moved = counts[old];
-            histogram[counts[old]]--;
-            histogram[0]++;
-            counts[old] = 0;
-        }
-        histogram[counts[first_place + i]]--;
-        histogram[moved]++;
-        counts[first_place + i] = moved;
-    }
-    answer = Py_NewRef(Py_None);
-end:
-    release(&held);
-    return answer;
-}
-
 static PyMethodDef methods[] = {
     {"enter_writes", (PyCFunction)(void (*)(void))enter_writes, METH_FASTCALL, NULL},
-    {"move_counts", (PyCFunction)(void (*)(void))move_counts, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,8 +1,5 @@
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from forebay_cache.engine.entering import Entered, MapViews
 from forebay_core.units import Buffer
 
@@ -20,6 +17,3 @@ def enter_writes(
     found: Entered,
     /,
 ) -> tuple[int, int]: ...
-def move_counts(
-    counts: memoryview, histogram: memoryview, olds: npt.NDArray[np.int64], count: int, first: int, /
-) -> None: ...

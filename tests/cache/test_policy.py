@@ -1,247 +1,352 @@
-"""The policy: counts and histogram stay true, ageing halves, the frequent stay, a scan passes through."""
+"""The policy: both twins do the same, books stay true, and it is an LFU: the frequent stay, scans and loops pass."""
 
-from itertools import pairwise
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forebay_cache.engine.blockmap import BlockMap, PlaceArray, make_key
-from forebay_cache.engine.limits import AGEING_HITS_PER_PLACE, AGEING_SLICE_PLACES, COUNT_MAX
-from forebay_cache.engine.policy import AgedFrequency, Policy
+from forebay_cache.engine import policy_core
+from forebay_cache.engine.policy import FrequencyPolicy, PolicySettings, make_replay
+from forebay_cache.engine.policy_core import Core, Replay, sample_runs
+from forebay_cache.engine.policy_lists import LIST_RING, LIST_WINDOW, MAIN, OUTSIDE, REGION_SHIFT, WINDOW
 
-PLACES = 256
-
-
-def places_of(values: list[int]) -> PlaceArray:
-    return np.array(values, np.int64)
-
-
-def keys_of(places: PlaceArray) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    return np.zeros(places.size, np.uint64)
+native = policy_core._policy
+needs_native = pytest.mark.skipif(native is None, reason="there is no compiler here")
+PLACES = 96
+VOLUME = 1 << 40
 
 
-class SmallCache:
-    """Map and policy, with zones filled and reclaimed front to back as the engine does, and no contents."""
-
-    def __init__(self, zone_count: int, zone_blocks: int) -> None:
-        self.zone_blocks = zone_blocks
-        self.size = zone_count * zone_blocks
-        self.policy: Policy = AgedFrequency(self.size)
-        self.map = BlockMap(self.size, zone_blocks=zone_blocks)
-        self.free = list(range(1, zone_count))
-        self.full: list[int] = []
-        self.open = 0
-        self.at = 1  # place 0 holds no block
-        self.misses = 0
-
-    def touch(self, lba: int) -> None:
-        """Read a block: a hit, or a fill."""
-        place = self.map.find(make_key(1, lba))
-        if place >= 0:
-            self.policy.hit(place)
-        else:
-            self.misses += 1
-            self._put(make_key(1, lba))
-            while len(self.free) < 3:
-                self._reclaim(self.full.pop(0))
-        while self.policy.step():
-            pass
-
-    def _put(self, key: int) -> None:
-        if self.at == self.zone_blocks:
-            self.full.append(self.open)
-            self.open = self.free.pop(0)
-            self.at = int(self.open == 0)
-        place = self.open * self.zone_blocks + self.at
-        self.at += 1
-        old = self.map.insert(key, 1, 1, place)
-        if old < 0:
-            self.policy.inserted(place, key)
-        else:
-            self.policy.moved(old, place)
-
-    def _reclaim(self, zone: int) -> None:
-        first = zone * self.zone_blocks
-        keep = self.policy.worthy(first, self.zone_blocks) & self.map.linked_mask(first, self.zone_blocks)
-        for place in (np.flatnonzero(keep) + first).tolist():
-            self._put(self.map.keys[place])
-        self.policy.removed(np.arange(first, first + self.zone_blocks))
-        self.map.clear_zone(first, self.zone_blocks)
-        self.free.append(zone)
-
-    def resident(self, lbas: range) -> int:
-        """How many of these blocks are cached."""
-        return sum(self.map.find(make_key(1, lba)) >= 0 for lba in lbas)
-
-
-def zipf_stream(rng: np.random.Generator, *, blocks: int, count: int, skew: float) -> list[int]:
+def zipf_keys(rng: np.random.Generator, *, blocks: int, count: int, skew: float = 0.9) -> np.ndarray:
     weights = 1 / np.arange(1, blocks + 1) ** skew
-    lbas: list[int] = rng.choice(blocks, count, p=weights / weights.sum()).tolist()
-    return lbas
+    return rng.choice(blocks, count, p=weights / weights.sum()).astype(np.uint64) + np.uint64(VOLUME)
 
 
-def test_a_stationary_zipf_stream_keeps_the_most_frequent_blocks() -> None:
-    cache = SmallCache(64, 64)
-    for lba in zipf_stream(np.random.default_rng(7), blocks=10 * cache.size, count=400_000, skew=0.9):
-        cache.touch(lba)
-    assert cache.resident(range(cache.size // 10)) >= 0.99 * (cache.size // 10)
-    assert cache.resident(range(cache.size // 3)) >= 0.9 * (cache.size // 3)
+def hit_ratio(replay: Replay, keys: np.ndarray) -> float:
+    before = replay.figures()
+    replay.feed(keys)
+    after = replay.figures()
+    return (after["hits"] - before["hits"]) / keys.size
 
 
-def test_a_scan_does_not_evict_what_is_used_often() -> None:
-    cache = SmallCache(64, 64)
-    hot = range(cache.size // 3)
-    for _ in range(4):
-        for lba in hot:
-            cache.touch(lba)
-    for lba in range(1_000_000, 1_000_000 + 10 * cache.size):
-        cache.touch(lba)
-    assert cache.resident(hot) == len(hot)
+def in_main(replay: Replay) -> set[int]:
+    return {key for bucket in replay.blocks()[:LIST_WINDOW] for key in bucket}
 
 
-def test_a_new_working_set_takes_over() -> None:
-    cache = SmallCache(32, 64)
-    rng = np.random.default_rng(3)
-    for lba in zipf_stream(rng, blocks=4 * cache.size, count=100_000, skew=1.0):
-        cache.touch(lba)
-    cache.misses = 0
-    moved = zipf_stream(rng, blocks=4 * cache.size, count=20 * cache.size, skew=1.0)
-    rates = []
-    for part in range(0, len(moved), 2 * cache.size):
-        cache.misses = 0
-        for lba in moved[part : part + 2 * cache.size]:
-            cache.touch(10_000_000 + lba)
-        rates.append(1 - cache.misses / (2 * cache.size))
-    assert rates[4] >= 0.9 * rates[-1]
-    assert all(later >= earlier - 0.05 for earlier, later in pairwise(rates))
+# --- it is an LFU -----------------------------------------------------------------------------------------------
 
 
-def test_ageing_halves_every_count_in_bounded_steps() -> None:
-    count = AGEING_SLICE_PLACES * 2 + 5
-    policy = AgedFrequency(count)
-    policy.restore(0, (np.arange(count) % (COUNT_MAX + 1)).astype(np.uint8))
-    before = policy.counts.copy()
-    assert policy.step() is False
-    everything = np.arange(count)
-    for _ in range(AGEING_HITS_PER_PLACE):
-        policy.hits(everything)
-    raised = np.minimum(before.astype(int) + AGEING_HITS_PER_PLACE, COUNT_MAX)
-    assert policy.counts.tolist() == raised.tolist()
-    assert [policy.step() for _ in range(4)] == [True, True, False, False]
-    assert policy.counts.tolist() == ((raised + 1) // 2).tolist()
-    assert policy.histogram == np.bincount(policy.counts, minlength=256).tolist()
+def test_a_stationary_zipf_stream_ends_with_the_most_frequent_blocks_in_main() -> None:
+    keys = zipf_keys(np.random.default_rng(7), blocks=20_000, count=1_500_000)
+    replay = make_replay(2000)
+    replay.feed(keys)
+    figures = replay.figures()
+    main = in_main(replay)
+    often = [key for key, _ in Counter(keys.tolist()).most_common(figures["count"] // 2)]
+    assert sum(key in main for key in often) >= 0.95 * len(often)
 
 
-def test_a_block_that_was_used_once_is_not_worth_keeping() -> None:
-    policy = AgedFrequency(PLACES)
-    policy.inserted(3, 1)
-    policy.inserted(4, 1)
-    policy.hit(4)
-    assert np.flatnonzero(policy.worthy(0, PLACES)).tolist() == [4]
-    assert policy.worthy(4, 2).tolist() == [True, False]
+def test_one_scan_evicts_hardly_any_frequent_block() -> None:
+    keys = zipf_keys(np.random.default_rng(3), blocks=20_000, count=600_000)
+    replay = make_replay(2000)
+    replay.feed(keys)
+    frequent = {key for bucket in replay.blocks()[2:LIST_WINDOW] for key in bucket}
+    assert len(frequent) > 500
+    replay.feed(np.arange(20_000, dtype=np.uint64) + np.uint64(VOLUME + 10_000_000))
+    left = {key for listed in replay.blocks() for key in listed}
+    assert len(frequent - left) < 0.02 * len(frequent)
 
 
-def test_no_more_than_the_share_is_worth_keeping() -> None:
-    policy = AgedFrequency(PLACES, worthy_share=0.25)
-    policy.restore(0, (np.arange(PLACES) // 16 + 1).astype(np.uint8))
-    assert int(policy.worthy(0, PLACES).sum()) == 64
-    policy.restore(0, np.full(PLACES, 9, np.uint8))
-    assert not policy.worthy(0, PLACES).any()
-    policy.restore(0, np.full(PLACES, COUNT_MAX, np.uint8))
-    assert policy.threshold == COUNT_MAX + 1
-    assert not policy.worthy(0, PLACES).any()
+def test_a_new_working_set_takes_over_within_ten_times_the_cache() -> None:
+    rng = np.random.default_rng(5)
+    replay = make_replay(2000)
+    replay.feed(zipf_keys(rng, blocks=20_000, count=300_000))
+    moved = zipf_keys(rng, blocks=20_000, count=300_000) + np.uint64(50_000_000)
+    early = hit_ratio(replay, moved[:2_000])
+    replay.feed(moved[2_000:20_000])
+    within = hit_ratio(replay, moved[20_000:24_000])
+    steady = hit_ratio(replay, moved[60_000:])
+    assert early < steady
+    assert within >= 0.9 * steady
 
 
-def test_a_count_stays_at_its_largest() -> None:
-    policy = AgedFrequency(PLACES)
-    policy.restore(0, np.full(PLACES, COUNT_MAX, np.uint8))
-    policy.hit(0)
-    policy.hit_run(0, 4)
-    policy.hit_run(0, PLACES)
-    policy.hits(np.arange(PLACES))
-    assert policy.counts.tolist() == [COUNT_MAX] * PLACES
+def test_a_loop_that_is_larger_than_the_cache_keeps_what_it_can() -> None:
+    loop = np.arange(1667, dtype=np.uint64) + np.uint64(VOLUME)
+    replay = make_replay(1000)
+    replay.feed(np.tile(loop, 60))
+    assert hit_ratio(replay, np.tile(loop, 20)) >= 0.58
 
 
-CALLS = st.one_of(
-    st.tuples(st.just("hit"), st.integers(0, PLACES - 1)),
-    st.tuples(st.just("run"), st.integers(0, PLACES - 100), st.integers(1, 100)),
-    st.tuples(st.just("hits"), st.lists(st.integers(0, PLACES - 1), unique=True)),
-    st.tuples(st.just("inserted"), st.integers(0, PLACES - 1)),
-    st.tuples(st.just("moved"), st.integers(0, PLACES - 1), st.integers(0, PLACES - 1)),
-    st.tuples(st.just("written"), st.lists(st.integers(-1, PLACES - 101), max_size=100)),
-    st.tuples(st.just("removed"), st.lists(st.integers(0, PLACES - 1), unique=True)),
+def test_it_beats_an_lru_and_writes_less() -> None:
+    keys = zipf_keys(np.random.default_rng(1), blocks=30_000, count=400_000)
+    ours, lru = make_replay(1500), make_replay(1500, is_lru=True)
+    assert hit_ratio(ours, keys) > hit_ratio(lru, keys) + 0.05
+    assert ours.figures()["writes"] < lru.figures()["writes"] / 4
+    assert lru.figures()["writes"] == 400_000 - lru.figures()["hits"]
+
+
+def test_a_volume_below_its_floor_is_passed_over() -> None:
+    rng = np.random.default_rng(9)
+    large = zipf_keys(rng, blocks=20_000, count=200_000)
+    small = rng.integers(0, 300, 4000).astype(np.uint64)
+    held = []
+    for base in (10_000_000, VOLUME):  # as blocks of the same volume, and of a second one
+        replay = make_replay(1000)
+        replay.feed(np.insert(large, np.arange(0, 200_000, 50), small + np.uint64(VOLUME + base)))
+        first = VOLUME + base
+        held.append(sum(first <= key < first + 300 for listed in replay.blocks() for key in listed))
+    assert held[1] >= 2 * held[0] > 0, held
+
+
+def test_the_same_trace_gives_the_same_figures() -> None:
+    keys = zipf_keys(np.random.default_rng(2), blocks=9000, count=50_000)
+    one, other = make_replay(700, seed=5), make_replay(700, seed=5)
+    one.feed(keys)
+    other.feed(keys)
+    assert one.figures() == other.figures()
+    assert one.blocks() == other.blocks()
+
+
+# --- twins ------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 60),
+    st.integers(0, 1 << 32),
+    st.sampled_from([0.0, 0.03, 0.3]),
+    st.sampled_from([0.0, 0.2, 0.8]),
+    st.integers(3, 40),
+    st.booleans(),
 )
+def test_both_twins_replay_alike(
+    capacity: int, seed: int, price: float, window_max: float, entries: int, is_lru: bool
+) -> None:
+    rng = random.Random(seed)
+    keys = [rng.randrange(1, 3) << 40 | int(rng.paretovariate(0.6)) % 300 for _ in range(1500)]
+    twins = [
+        kind(capacity, max(1, capacity // 10), entries, seed, price, window_max, is_lru)
+        for kind in (native.Replay, Replay)
+    ]
+    for twin in twins:
+        twin.feed(np.array(keys, np.uint64))
+    assert twins[0].figures() == twins[1].figures()
+    assert twins[0].blocks() == twins[1].blocks()
+    for twin in twins:
+        twin.shrink(max(1, capacity // 2), 1 << 63)
+        twin.feed(np.array(keys[:300], np.uint64))
+    assert twins[0].figures() == twins[1].figures()
+    assert twins[0].blocks() == twins[1].blocks()
 
 
-def distinct(olds: list[int]) -> list[int]:
-    """A block has one place: of equal ones the first stays, the others were not cached."""
-    return [old if old not in olds[:i] else -1 for i, old in enumerate(olds)]
+class Device:
+    """Keys by place, as the map keeps them, under a policy."""
+
+    def __init__(self, kind: type, capacity: int, seed: int) -> None:
+        self.keys = np.zeros(PLACES, np.uint64)
+        self.states = np.zeros(PLACES, np.uint8)
+        self.core: Core = kind(PLACES, capacity, self.keys, self.states, 2, 10, seed, 0.03, 0.8)
+        self.place_of: dict[int, int] = {}
+
+    def use(self, key: int, place: int, how: int) -> None:
+        """Read a block, or write it to a place that may hold another one."""
+        found = self.place_of.get(key, -1)
+        if how == 0 and found >= 0:
+            self.core.hit(found)
+        elif how == 1:
+            self._empty(place)
+            found = self.place_of.get(key, -1)
+            if found >= 0:
+                self.keys[found] = 0
+            self._put(key, place)
+            self.core.written(place, np.array([found], np.int64), np.array([key], np.uint64))
+        elif how == 2 and found >= 0 and self.keys[place] == 0:
+            self.keys[found] = 0
+            self._put(key, place)
+            self.core.moved(found, place)
+        elif how == 3 and found < 0:
+            self.core.missed(key, 1)
+            if self.core.admits(key):
+                self._empty(place)
+                self._put(key, place)
+                self.core.entered(place)
+        elif how == 4:
+            self._empty(place)
+
+    def _put(self, key: int, place: int) -> None:
+        self.keys[place] = key
+        self.place_of[key] = place
+
+    def _empty(self, place: int) -> None:
+        key = int(self.keys[place])
+        if key:
+            del self.place_of[key]
+            self.keys[place] = 0
+            self.core.removed(np.array([place], np.int64), key >> 40)
+
+    def check(self, capacity: int) -> None:
+        """The lists and the states say the same."""
+        listed = self.core.blocks()
+        everywhere = [place for places in listed for place in places]
+        assert len(everywhere) == len(set(everywhere)) == self.core.figures()["count"] <= capacity
+        regions = self.states >> REGION_SHIFT
+        assert sorted(listed[LIST_WINDOW]) == np.flatnonzero(regions == WINDOW).tolist()
+        assert sorted(place for bucket in listed[:LIST_WINDOW] for place in bucket) == (
+            np.flatnonzero(regions == MAIN).tolist()
+        )
+        assert not listed[LIST_RING]
+        assert (self.states == 0).tolist() == (self.keys == 0).tolist()
 
 
-def apply_to_model(model: list[int], call: tuple) -> None:  # type: ignore[type-arg]
-    match call:
-        case ("hit", place):
-            model[place] += 1
-        case ("run", first, count):
-            for place in range(first, first + count):
-                model[place] += 1
-        case ("hits", places):
-            for place in places:
-                model[place] += 1
-        case ("inserted", place):
-            model[place] = 1
-        case ("moved", source, target):
-            count, model[source] = model[source], 0
-            model[target] = max(count, 1)
-        case ("written", olds):
-            for place, old in enumerate(distinct(olds), PLACES - 100):
-                count = 0
-                if old >= 0:
-                    count, model[old] = model[old], 0
-                model[place] = max(count, 1)
-        case ("removed", places):
-            for place in places:
-                model[place] = 0
+@pytest.mark.parametrize("seed", range(12))
+def test_books_are_true_and_alike_whatever_happens_to_places(seed: int) -> None:
+    rng = random.Random(seed)
+    capacity = rng.randrange(1, PLACES)
+    devices = [Device(kind, capacity, seed) for kind in ([Core] if native is None else [native.Core, Core])]
+    for step in range(1200):
+        key = rng.randrange(1, 4) << 40 | int(rng.paretovariate(0.7)) % 150
+        place, how = rng.randrange(1, PLACES), rng.choices(range(5), (6, 3, 1, 4, 1))[0]
+        for device in devices:
+            device.use(key, place, how)
+        if step == 500:
+            for device in devices:
+                device.core.set_floor(capacity // 6, np.array([1, 2, 3], np.int64))
+                device.core.take_sample(1 << 63)
+        if step % 100 == 0:
+            devices[0].check(capacity)
+            for device in devices[1:]:
+                assert device.states.tolist() == devices[0].states.tolist(), step
+                assert device.core.blocks() == devices[0].core.blocks(), step
+    assert len({device.core.take_sample(0) for device in devices}) == 1
+    assert len({str(device.core.figures()) for device in devices}) == 1
 
 
-def apply_to_policy(policy: AgedFrequency, call: tuple) -> None:  # type: ignore[type-arg]
-    match call:
-        case ("hit", place):
-            policy.hit(place)
-        case ("run", first, count):
-            policy.hit_run(first, count)
-        case ("hits", places):
-            policy.hits(places_of(places))
-        case ("inserted", place):
-            policy.inserted(place, 1)
-        case ("moved", source, target):
-            policy.moved(source, target)
-        case ("written", olds):
-            moved = places_of(distinct(olds))
-            policy.written(PLACES - 100, moved, keys_of(moved))
-        case ("removed", places):
-            policy.removed(places_of(places))
+@needs_native
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 30)), max_size=20),
+    st.integers(0, (1 << 64) - 1),
+    st.integers(10, 200),
+)
+def test_both_twins_sample_alike(runs: list[tuple[int, int]], limit: int, room: int) -> None:
+    firsts, counts = (np.array([run[i] for run in runs], np.uint64) for i in (0, 1))
+    left = []
+    for sample in (native.sample_runs, sample_runs):
+        into = np.zeros(room, np.uint64)
+        done, taken, total = sample(firsts, counts, into, limit, 7)
+        left.append((done, taken, total, into[:taken].tolist()))
+        assert total == sum(count for _, count in runs[:done])
+    assert left[0] == left[1]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(CALLS, max_size=60))
-def test_counts_and_histogram_are_those_of_a_plain_list(calls: list[tuple]) -> None:  # type: ignore[type-arg]
-    policy = AgedFrequency(PLACES)
-    model = [0] * PLACES
-    for call in calls:
-        apply_to_policy(policy, call)
-        apply_to_model(model, call)
-    assert policy.counts.tolist() == model
-    assert policy.histogram == np.bincount(model, minlength=256).tolist()
+@needs_native
+def test_what_does_not_fit_is_refused() -> None:
+    keys, states = np.zeros(8, np.uint64), np.zeros(8, np.uint8)
+    for places, capacity in ((9, 4), (8, 9), (8, 0)):
+        with pytest.raises(ValueError, match="fit"):
+            native.Core(places, capacity, keys, states, 1, 10, 0, 0.0, 0.8)
+    with pytest.raises((BufferError, ValueError), match=r"read-only|writable"):
+        native.Core(8, 4, keys, np.frombuffer(bytes(8), np.uint8), 1, 10, 0, 0.0, 0.8)
+    core = native.Core(8, 4, keys, states, 1, 10, 0, 0.0, 0.8)
+    for place in (0, 9, 1 << 63):
+        with pytest.raises(ValueError, match="outside"):
+            core.hit(place)
+    for call in (
+        lambda: core.hits(np.array([-1])),
+        lambda: core.hit_run(5, 9),
+        lambda: core.moved(1, 9),
+        lambda: core.written(7, np.array([-1, -1]), keys[:2]),
+        lambda: core.restore(5, states),
+    ):
+        with pytest.raises(ValueError, match="outside"):
+            call()
+    with pytest.raises(ValueError, match="fit"):
+        core.written(1, np.array([-1, -1]), keys[:1])
+    with pytest.raises(ValueError, match="plan"):
+        core.follow(7)
+    with pytest.raises(ValueError, match="size"):
+        native.Replay(0, 0, 10, 0, 0.0, 0.8, False)
 
 
-def test_a_place_costs_one_byte() -> None:
-    assert AgedFrequency(1 << 20).memory_bytes == 1 << 20
+# --- over places ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
-def test_a_senseless_share_is_refused(share: float) -> None:
-    with pytest.raises(AssertionError):
-        AgedFrequency(PLACES, worthy_share=share)
+def full_policy(count: int = 400) -> tuple[FrequencyPolicy, np.ndarray]:
+    """A policy over places that hold blocks 1, 2, 3 ...; the first quarter is used often."""
+    keys = np.arange(count, dtype=np.uint64) + np.uint64(VOLUME)
+    keys[0] = 0
+    policy = FrequencyPolicy(keys, worthy_share=0.5)
+    places = np.arange(1, count, dtype=np.int64)
+    policy.written(1, np.full(count - 1, -1, np.int64), keys[1:])
+    for _ in range(20):
+        policy.hits(places[: count // 4])
+    return policy, keys
+
+
+def test_no_more_than_the_share_is_worth_keeping_and_the_frequent_are() -> None:
+    policy, _ = full_policy()
+    worthy = policy.worthy(0, 400)
+    assert not worthy[0]
+    assert worthy.sum() <= 200
+    assert worthy[1:100].mean() >= 0.95
+
+
+def test_a_restart_keeps_what_was_worth_keeping() -> None:
+    policy, keys = full_policy()
+    again = FrequencyPolicy(keys, worthy_share=0.5)
+    for first in range(0, 400, 50):
+        again.restore(first, policy.states[first : first + 50])
+    again.restored()
+    assert (again.worthy(0, 400) == policy.worthy(0, 400)).mean() >= 0.97
+    assert again.frequency(int(keys[5])) > again.frequency(int(keys[390]))
+    assert again.figures()["count"] == policy.figures()["count"]
+
+
+def test_what_came_after_the_checkpoint_counts_as_just_used() -> None:
+    _, keys = full_policy()
+    again = FrequencyPolicy(keys, worthy_share=0.5)
+    states = np.zeros(400, np.uint8)
+    states[7] = 1
+    states[8] = OUTSIDE << REGION_SHIFT
+    again.restore(0, states)
+    assert np.flatnonzero(again.worthy(0, 400)).tolist() == [7]
+
+
+def test_a_block_that_lost_is_back_when_it_is_used_before_its_zone_is_reclaimed() -> None:
+    policy, _ = full_policy()
+    lost = next(place for place in range(1, 400) if not policy.worthy(place, 1)[0])
+    writes = policy.figures()["writes"]
+    for _ in range(12):
+        policy.hit(lost)
+    assert policy.worthy(lost, 1)[0]
+    assert policy.figures()["writes"] == writes
+
+
+def test_a_fetched_block_of_a_full_cache_is_kept_once_it_is_used_often() -> None:
+    policy, _ = full_policy(4000)
+    policy._core.follow(1)  # no window: frequency decides
+    for _ in range(3):
+        policy.hits(np.arange(1, 4000))
+    assert policy.figures()["count"] == policy.capacity
+    cold, warm = VOLUME + 50_000, VOLUME + 60_000
+    policy.missed(cold, 1)
+    assert not policy.admits(cold)
+    for _ in range(15):
+        policy.missed(warm, 1)
+    assert policy.admits(warm)
+
+
+def test_the_window_never_grows_beyond_its_setting() -> None:
+    keys = zipf_keys(np.random.default_rng(4), blocks=3000, count=60_000)
+    replay = make_replay(500, settings=PolicySettings(window_max=0.1))
+    for part in np.split(keys, 20):
+        replay.feed(part)
+        assert replay.figures()["window_max"] <= 50
+
+
+def test_a_place_costs_at_most_17_bytes() -> None:
+    policy = FrequencyPolicy(np.zeros(1 << 16, np.uint64))
+    assert policy.memory_bytes <= 17 << 16

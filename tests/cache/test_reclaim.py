@@ -314,7 +314,7 @@ def test_what_is_clean_in_memory_only_is_not_dropped_before_the_log_says_so() ->
     while rig.store.queue:
         rig.store.step()
     assert volume.acknowledged > volume.noted, "the record waits for the device"
-    engine.policy.counts[:] = 0
+    engine.policy.states[:] = 0
     for _ in range(20):
         engine.reclaim.kick()
     assert engine.zones.states[zone] not in (ZoneState.FREE, ZoneState.EMPTY)

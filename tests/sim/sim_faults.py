@@ -254,7 +254,7 @@ def fill_inserted_over_newer_write() -> None:
     def fill(self, block) -> None:
         _, volume_key, lba, version, checksum, place, _ = block
         self._engine.map.insert(volume_key << 40 | lba, version, checksum, place)
-        self._engine.policy.inserted(place, volume_key << 40 | lba)
+        self._engine.policy.inserted(place)
 
     Apply._fill = fill
     cache.CacheEngine._known = lambda self, volume, extent: []

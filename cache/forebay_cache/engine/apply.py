@@ -84,7 +84,7 @@ class Apply:
         key = volume_key << LBA_BITS | lba
         if volume_key in engine.volumes and engine.map.find(key) < 0:
             engine.map.insert(key, version, checksum, place)
-            engine.policy.inserted(place, key)
+            engine.policy.inserted(place)
 
     def _move(self, copy: Copy) -> None:
         _, volume_key, lba, version, checksum, place, source = copy
@@ -117,7 +117,7 @@ class Apply:
         key = change.volume_key << LBA_BITS | extent.start
         kept = (volume.acknowledged, volume.closed_version)
         for places in engine.map.remove_range(key, extent.count, below=change.version, kept=kept):
-            engine.policy.removed(places)
+            engine.policy.removed(places, volume_key=change.volume_key)
             volume.trimmed = volume.trimmed or places.size > 0
         engine.loading.forget(key, extent.count)
         volume.holes.add(extent, change.version)
@@ -131,7 +131,7 @@ class Apply:
         extent = Extent(change.start, change.value)
         key = change.volume_key << LBA_BITS | extent.start
         for places in engine.map.remove_range(key, extent.count, below=change.version):
-            engine.policy.removed(places)
+            engine.policy.removed(places, volume_key=change.volume_key)
         engine.loading.forget(key, extent.count)
         volume = engine.volumes[change.volume_key]
         volume.holes.remove(extent)

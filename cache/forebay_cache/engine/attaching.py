@@ -266,7 +266,7 @@ class Attaching:
         """Forget what is cached of a volume that nobody reads."""
         engine, key = self._engine, volume.key << LBA_BITS
         for places in engine.map.remove_range(key, 1 << LBA_BITS, below=(1 << 64) - 1):
-            engine.policy.removed(places)
+            engine.policy.removed(places, volume_key=volume.key)
         engine.loading.forget(key, 1 << LBA_BITS)
 
 

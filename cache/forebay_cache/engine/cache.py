@@ -34,7 +34,7 @@ from forebay_cache.engine.limits import (
 )
 from forebay_cache.engine.loading import Loading
 from forebay_cache.engine.log import Log, Settled
-from forebay_cache.engine.policy import AgedFrequency, Policy
+from forebay_cache.engine.policy import FrequencyPolicy, PolicySettings
 from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream, UpstreamRefusal
 from forebay_cache.engine.rates import (
     NEVER,
@@ -73,6 +73,7 @@ class EngineSettings(NamedTuple):
     limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one
     checkpoint_chunk_places: int = CHUNK_PLACES
+    policy: PolicySettings = PolicySettings()
 
 
 class _Timer(NamedTuple):
@@ -106,7 +107,7 @@ class CacheEngine:
         self.report = report
         self.alarm = alarm
         self.failed = ""
-        self.policy: Policy = AgedFrequency(recovered.map.place_count)
+        self.policy = FrequencyPolicy(recovered.map.key_array, settings=settings.policy, seed=life)
         self.volumes: dict[int, CacheVolume] = {}
         self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
         self.noted_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)  # what the log says of them
@@ -141,6 +142,7 @@ class CacheEngine:
         self.hole_count = 0  # of all volumes and of trims under way: never less, but for what was learned since a tick
         self._hole_count_max = hole_count_max(self.map.place_count)  # of a checkpoint
         self._dirty_max = int(self.map.place_count * settings.dirty_share_max)
+        self._protected: list[int] = []  # keys of the volumes that the policy keeps a floor for
         restore(self, recovered)
         self._start_point = recovered.point
 
@@ -166,9 +168,9 @@ class CacheEngine:
         self.count_holes()
         self.destage.tick(now_ns, wall_ns)
         self.slowing.tick(now_ns)
+        self._protect()
         self.pace(now_ns)
         self.checkpoints.step()
-        self.policy.step()
         self.reclaim.kick()
         self.log.kick()
         self.log.note_durable()
@@ -372,7 +374,7 @@ class CacheEngine:
 
     def drop_block(self, key: int, place: int) -> None:
         """Forget a clean block."""
-        self.policy.removed(np.array([place]))
+        self.policy.removed(np.array([place]), volume_key=key >> LBA_BITS)
         self.map.remove(key)
         self.loading.forget(key, 1)
 
@@ -425,6 +427,8 @@ class CacheEngine:
         view = memoryview(piece.plain)
         for lba in absent:
             i = lba - piece.extent.start
+            if not (volume.temporary or self.policy.admits(first | lba)):
+                continue
             if volume.temporary:
                 self.sources.keep(volume, lba)
             self.log.seal_if_full()
@@ -448,8 +452,16 @@ class CacheEngine:
                     self.destage.prune_dirty(volume)
             self.count_dirty_blocks()
 
+    def _protect(self) -> None:
+        """Tell the policy which volumes are in use."""
+        keys = [volume.key for volume in self.volumes.values() if volume.attached and not volume.temporary]
+        if keys != self._protected:
+            self._protected = keys
+            self.policy.protect(keys)
+
     def _loaded(self) -> None:
         """All clean entries are in the map: go on with what waited for that."""
+        self.policy.restored()
         self.reclaim.kick()
         self.checkpoints.step()
         self.resume_writers()

@@ -249,7 +249,7 @@ class Checkpoints:
         newer = (keys != 0) & (versions > one.acknowledged.take(known))
         one.dirty.append(bool(newer.any()))
         keys = np.where(linked | newer, keys, np.uint64(0))
-        counts = np.where(linked, np.maximum(engine.policy.counts[part], np.uint8(1)), np.uint8(0))
+        counts = np.where(linked, np.maximum(engine.policy.states[part], np.uint8(1)), np.uint8(0))
         return checkpoint.encode_places(keys, versions, table.checksum_array[part], counts)
 
     def _write(self, one: _Pass, offset: int, blocks: list[Buffer], then: Callable[[], None]) -> None:

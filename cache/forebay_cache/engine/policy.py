@@ -1,204 +1,183 @@
-"""The policy: which clean blocks are worth keeping when their zone is reclaimed.
+"""The policy: which clean blocks are worth keeping when their zone is reclaimed, and which are worth a write at all.
 
-The engine tells the policy of every hit and of every place that gets, changes or loses its block; the policy answers
-for a run of places which of them to keep. It never sees block contents, I/O, volumes or dirty state: what must not be
-dropped is the engine's matter. Any policy that keeps what it needs per place or per key fits; keys come with
-`inserted`, so one that remembers what left (a ghost list, a frequency sketch) can know a block that returns.
+The engine tells the policy of every use of a block and of every place that gets, changes or loses its block; the
+policy answers for a run of places which of them to keep, and for a fetched block whether to keep it. It never sees
+block contents, I/O or dirty state: what must not be dropped is the engine's matter. So a dirty block that loses
+against others stays until it is destaged, and a block that is used again before its zone is reclaimed is back without
+a write.
 
-Invariants of AgedFrequency:
-    counts[place] is 0 exactly while no block is known there, else 1 to 255.
-    histogram[c] == places whose count is c.
-Crash: the counts are in the checkpoint; what came after it counts as used once.
+Invariants:
+    states[place] is 0 exactly while no block is known there.
+    At most `capacity` places are worth keeping.
+Crash: the states are in the checkpoint; what came after it counts as just used.
 """
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.engine.entering import NEVER_HIT, move_counts_fast
-from forebay_cache.engine.limits import AGEING_HITS_PER_PLACE, AGEING_SLICE_PLACES, COUNT_MAX, WORTHY_SHARE
+from forebay_cache.engine.limits import (
+    COUNTERS_PER_BLOCK,
+    MINIATURE_BLOCKS,
+    RING_BLOCKS_MAX,
+    RING_PER_CAPACITY,
+    WORTHY_SHARE,
+)
+from forebay_cache.engine.policy_core import PLANS, CoreFast, Figures, Replay, ReplayFast
+from forebay_cache.engine.policy_lists import REGION_SHIFT, WINDOW
 
 U64Array = npt.NDArray[np.uint64]
 U8Array = npt.NDArray[np.uint8]
 PlaceArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-_ONE: Final = np.uint8(1)
-_FEW: Final = 32  # up to so many places one by one is faster than by arrays
+_LINK_BYTES: Final = 9  # two links and a state of each place
 
 
-class Policy(Protocol):
-    """What the engine tells and asks. Every call is bounded by the places it names."""
+class PolicySettings(NamedTuple):
+    """What an admin may set: the price of a write in hits, and the largest share that the window may get."""
+
+    write_price: float = 0.03
+    window_max: float = 0.8
+
+
+class FrequencyPolicy:
+    """LFU with ageing, admission by frequency and a window that sizes itself, over the places of a device.
+
+    `hit(place)` tells that a cached block was read or overwritten where it lies.
+    """
+
+    def __init__(
+        self,
+        keys: U64Array,
+        *,
+        settings: PolicySettings = PolicySettings(),  # noqa: B008 - immutable
+        seed: int = 0,
+        worthy_share: float = WORTHY_SHARE,
+        core: type = CoreFast,
+    ) -> None:
+        """`keys` is the map's array of keys by place; at most `worthy_share` of all places are worth keeping."""
+        assert 0.0 < worthy_share < 1.0
+        self.capacity: Final = max(1, int(keys.size * worthy_share))
+        self.states: Final[U8Array] = np.zeros(keys.size, np.uint8)
+        self._core: Final = core(
+            keys.size,
+            self.capacity,
+            keys,
+            self.states,
+            ring_blocks(self.capacity),
+            MINIATURE_BLOCKS,
+            seed,
+            settings.write_price,
+            settings.window_max,
+        )
+        self.hit: Final[Callable[[int], None]] = self._core.hit
 
     @property
-    def counts(self) -> U8Array:
-        """One byte per place for the checkpoint; only read by others."""
-
-    @property
-    def hit(self) -> Callable[[int], None]:
-        """`hit(place)`: a block was read or overwritten where it was cached."""
+    def memory_bytes(self) -> int:
+        """Bytes that grow with the cache; what all miniatures together take is below 2 MiB."""
+        return self.states.size * _LINK_BYTES + self.capacity * COUNTERS_PER_BLOCK // 2
 
     def hit_run(self, first_place: int, count: int) -> None:
         """Consecutive places were hit."""
+        self._core.hit_run(first_place, count)
 
     def hits(self, places: PlaceArray) -> None:
         """Distinct places were hit."""
+        self._core.hits(places)
 
-    def inserted(self, place: int, key: int) -> None:
-        """A block that was not in the cache lies here now."""
+    def missed(self, key: int, count: int) -> None:
+        """Consecutive blocks were read that are not cached."""
+        self._core.missed(key, count)
+
+    def admits(self, key: int) -> bool:
+        """Tell whether a block that was fetched is worth a write."""
+        admitted: bool = self._core.admits(key)
+        return admitted
+
+    def frequency(self, key: int) -> int:
+        """Return how often a block was used lately, 0 to 15."""
+        frequency: int = self._core.frequency(key)
+        return frequency
+
+    def inserted(self, place: int) -> None:
+        """A block that was not in the cache was fetched and lies here now."""
+        self._core.entered(place)
 
     def moved(self, source: int, target: int) -> None:
-        """A cached block has another place now: moved by reclaim, or overwritten (which is a hit as well)."""
+        """Reclaim moved a cached block."""
+        self._core.moved(source, target)
 
     def written(self, first_place: int, olds: PlaceArray, keys: U64Array) -> None:
         """Blocks were written to consecutive places; `olds` are the places they had before, -1 for those not cached.
 
         What lies at an old place from now on is not the policy's matter.
         """
+        self._core.written(first_place, olds, keys)
 
-    def removed(self, places: PlaceArray) -> None:
-        """These distinct places are empty now, whatever they were."""
-
-    def worthy(self, first_place: int, count: int) -> Mask:
-        """Return for each place of a run whether its block should be kept. A small share of all places is worthy."""
-
-    def restore(self, first_place: int, counts: U8Array) -> None:
-        """Take over the counts of a run of places from a checkpoint: 0 for an empty place."""
-
-    def step(self) -> bool:
-        """Do one bounded step of upkeep; tell whether more is due now. Called between requests."""
-
-
-class AgedFrequency:
-    """LFU with ageing: a count per place, halved for all places after so many hits per place."""
-
-    def __init__(self, place_count: int, *, worthy_share: float = WORTHY_SHARE) -> None:
-        """At most `worthy_share` of all places, those with the highest counts, are worth keeping."""
-        assert place_count > 0
-        assert 0.0 < worthy_share < 1.0
-        self.place_count: Final = place_count
-        self.counts: Final[U8Array] = np.zeros(place_count, np.uint8)
-        self._view: Final = self.counts.data
-        self._histogram: Final = np.zeros(COUNT_MAX + 1, np.int64).data
-        self._histogram[0] = place_count
-        self._worthy_max: Final = int(place_count * worthy_share)
-        self._ageing_hits: Final = AGEING_HITS_PER_PLACE * place_count
-        self._tally: Final = [0]  # hits since the last ageing began; in a list for the closure below
-        self._ageing_at = place_count  # places below it are halved, the others wait; all are when it is place_count
-        self.hit: Final[Callable[[int], None]] = _make_hit(self._view, self._histogram, self._tally)
-
-    @property
-    def histogram(self) -> list[int]:
-        """Places by count."""
-        return self._histogram.tolist()
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the arrays."""
-        return self.counts.nbytes
-
-    def hit_run(self, first_place: int, count: int) -> None:
-        """See Policy."""
-        if count <= _FEW:
-            for place in range(first_place, first_place + count):
-                self.hit(place)
-            return
-        self._raise(slice(first_place, first_place + count), count)
-
-    def hits(self, places: PlaceArray) -> None:
-        """See Policy."""
-        self._raise(places, places.size)
-
-    def inserted(self, place: int, key: int) -> None:
-        """See Policy; a block begins with one use."""
-        self._set(place, NEVER_HIT)
-
-    def moved(self, source: int, target: int) -> None:
-        """See Policy."""
-        view = self._view
-        count = view[source]
-        if count and not view[target]:  # the usual case: the histogram stays as it is
-            view[target] = count
-            view[source] = 0
-        else:
-            self._set(source, 0)
-            self._set(target, count or NEVER_HIT)
-
-    def written(self, first_place: int, olds: PlaceArray, keys: U64Array) -> None:
-        """See Policy; a block keeps its count."""
-        assert olds.size == keys.size
-        move_counts_fast(self._view, self._histogram, olds, olds.size, first_place)
-
-    def removed(self, places: PlaceArray) -> None:
-        """See Policy."""
-        self._set_many(places, np.zeros(places.size, np.uint8))
-
-    def restore(self, first_place: int, counts: U8Array) -> None:
-        """See Policy."""
-        self._set_many(slice(first_place, first_place + counts.size), counts)
+    def removed(self, places: PlaceArray, *, volume_key: int = 0) -> None:
+        """These distinct places are empty now; where the map has no key any more, they were of this volume."""
+        self._core.removed(places, volume_key)
 
     def worthy(self, first_place: int, count: int) -> Mask:
-        """See Policy."""
-        mask: Mask = self.counts[first_place : first_place + count] >= self.threshold
+        """Return for each place of a run whether its block should be kept."""
+        mask: Mask = self.states[first_place : first_place + count] >= WINDOW << REGION_SHIFT
         return mask
 
-    @property
-    def threshold(self) -> int:
-        """The smallest count that is worth keeping: at least one hit, and not more places than the share.
+    def restore(self, first_place: int, states: U8Array) -> None:
+        """Take over the states of a run of places from a checkpoint: 0 for an empty place, 1 for one used since."""
+        self._core.restore(first_place, states)
 
-        256 if even the places with the largest count are too many.
-        """
-        worthy_count = 0
-        for count in range(COUNT_MAX, NEVER_HIT, -1):
-            worthy_count += self._histogram[count]
-            if worthy_count > self._worthy_max:
-                return count + 1
-        return NEVER_HIT + 1
+    def restored(self) -> None:
+        """All was restored: go on with the plan that the share of the window hints at, if there is enough to tell."""
+        figures = self.figures()
+        if figures["count"] * 2 < self.capacity:
+            return
+        share = figures["window_count"] / figures["count"]
+        plan = min(range(1, len(PLANS)), key=lambda one: abs(PLANS[one].window - share))
+        while PLANS[plan].window > PLANS[figures["plan"]].window and plan > figures["plan"]:
+            plan -= 1  # more than `window_max` allows
+        self._core.follow(plan)
 
-    def step(self) -> bool:
-        """See Policy: halve the counts of one slice while ageing. Halves are rounded up, so a block keeps its 1."""
-        if self._ageing_at >= self.place_count:
-            if self._tally[0] < self._ageing_hits:
-                return False
-            self._tally[0] = 0
-            self._ageing_at = 0
-        at = self._ageing_at
-        part = slice(at, min(at + AGEING_SLICE_PLACES, self.place_count))
-        counts = self.counts[part]
-        self._set_many(part, (counts >> _ONE) + (counts & _ONE))
-        self._ageing_at = part.stop
-        return self._ageing_at < self.place_count
+    def protect(self, volume_keys: list[int]) -> None:
+        """While one of these volumes holds less than half of an equal share, its blocks are the last to be dropped."""
+        floor = self.capacity // (2 * len(volume_keys)) if len(volume_keys) > 1 else 0
+        self._core.set_floor(floor, np.array(volume_keys, np.int64))
 
-    def _raise(self, places: PlaceArray | slice, count: int) -> None:
-        counts = self.counts[places]
-        self._tally[0] += count
-        self._set_many(places, counts + (counts < COUNT_MAX))
+    def take_sample(self, limit: int) -> bytes:
+        """Return the keys, as u64, used since the last call whose hash was below the limit given then."""
+        sampled: bytes = self._core.take_sample(limit)
+        return sampled
 
-    def _set(self, place: int, count: int) -> None:
-        self._histogram[self._view[place]] -= 1
-        self._histogram[count] += 1
-        self._view[place] = count
-
-    def _set_many(self, places: PlaceArray | slice, counts: U8Array) -> None:
-        before = np.bincount(self.counts[places], minlength=COUNT_MAX + 1)
-        after = np.bincount(counts, minlength=COUNT_MAX + 1)
-        self.counts[places] = counts
-        change = after - before
-        for count in np.flatnonzero(change).tolist():
-            self._histogram[count] += int(change[count])
+    def figures(self) -> Figures:
+        """Return what was done so far."""
+        figures: Figures = self._core.figures()
+        return figures
 
 
-def _make_hit(counts: memoryview, histogram: memoryview, tally: list[int]) -> Callable[[int], None]:
-    """Return the policy's hottest function; as a closure it looks nothing up on an object."""
+def ring_blocks(capacity: int) -> int:
+    """Return how many fetched blocks a cache keeps in memory before it decides whether they are worth a write."""
+    return max(1, min(RING_BLOCKS_MAX, capacity // RING_PER_CAPACITY))
 
-    def hit(place: int) -> None:
-        tally[0] += 1
-        count = counts[place]
-        if count < COUNT_MAX:
-            counts[place] = count + 1
-            histogram[count] -= 1
-            histogram[count + 1] += 1
 
-    return hit
+def make_replay(
+    capacity: int,
+    *,
+    settings: PolicySettings = PolicySettings(),  # noqa: B008 - immutable
+    seed: int = 0,
+    miniature_blocks: int = MINIATURE_BLOCKS,
+    is_lru: bool = False,
+    replay: type[Replay] = ReplayFast,
+) -> Replay:
+    """Return the policy over so many blocks, to be driven by keys; or an LRU to compare it with."""
+    return replay(
+        capacity,
+        ring_blocks(capacity),
+        miniature_blocks,
+        seed,
+        settings.write_price,
+        settings.window_max,
+        is_lru,
+    )

@@ -353,6 +353,8 @@ class Reads:
 
     def _fetch(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
         request.volume.miss_blocks += part.count
+        if not (volume.temporary or request.prefetch):
+            self._engine.policy.missed(volume.key << LBA_BITS | part.start, part.count)
 
         def arrived(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
             if isinstance(answer, UpstreamRefusal):

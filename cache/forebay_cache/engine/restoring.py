@@ -39,6 +39,7 @@ def restore(engine: "CacheEngine", recovered: Recovered) -> None:
     listing = _Listing(engine, recovered)
     for first in range(0, engine.map.place_count, RESTORE_PLACES):
         listing.add(first, recovered.counts)
+    engine.policy.restored()
     listing.close_cuts()
     engine.count_dirty_blocks()
     engine.sources.recovered()
@@ -87,7 +88,8 @@ class _Listing:
             return  # nothing of a large map that is mostly not loaded yet is touched
         part = slice(first, first + RESTORE_PLACES)
         linked = table.linked_mask(first, min(RESTORE_PLACES, table.place_count - first))
-        engine.policy.restore(first, np.where(linked, counts[part], np.uint8(0)))
+        used = np.maximum(counts[part], 1)  # what came after the checkpoint was used since
+        engine.policy.restore(first, np.where(linked, used, np.uint8(0)))
         keys, versions = table.key_array[part], table.version_array[part]
         volume_keys = (keys >> np.uint64(LBA_BITS)).astype(np.int64)
         known = volume_keys < engine.acknowledged_versions.size

@@ -1,0 +1,636 @@
+/* The native twins of `forebay_cache.engine.policy_core`: `Core` over the places of a device, `Replay` over keys.
+
+   See the twins for what each method does. What Python owns (keys and states of the places) is held as buffers for
+   the life of a Core; places are checked against its bounds before anything is read or written. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "_policy_core.h"
+
+#define SAMPLED_MAX 8192
+
+typedef struct {
+    PyObject_HEAD
+    cache_t cache;
+    sketch_t sketch;
+    chooser_t chooser;
+    Py_buffer keys, states;
+    uint64_t sample_limit, sampled[SAMPLED_MAX];
+    uint32_t sampled_count;
+    int64_t accesses;
+} core_t;
+
+typedef struct {
+    PyObject_HEAD
+    keyed_t keyed;
+    sketch_t sketch;
+    chooser_t chooser;
+    int is_lru;
+    int64_t accesses, missed, entries;
+} replay_t;
+
+/* --- arguments */
+
+static int number(PyObject *object, uint64_t *into)
+{
+    *into = PyLong_AsUnsignedLongLong(object);
+    return *into == (uint64_t)-1 && PyErr_Occurred() ? -1 : 0;
+}
+
+static int numbers(PyObject *const *arguments, Py_ssize_t given, Py_ssize_t count, uint64_t *into)
+{
+    if (given != count) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments were expected", count);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (number(arguments[i], &into[i]) < 0)
+            return -1;
+    return 0;
+}
+
+static void *items(PyObject *object, Py_buffer *view, Py_ssize_t *length)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if (view->len % 8) {
+        PyErr_SetString(PyExc_ValueError, "an array of another item size was expected");
+        PyBuffer_Release(view);
+        return NULL;
+    }
+    *length = view->len / 8;
+    return view->buf;
+}
+
+static int is_place(const core_t *self, uint64_t place, uint64_t count)
+{
+    if (place > 0 && place <= self->cache.slots && count <= self->cache.slots - place)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "a place is outside of the device");
+    return 0;
+}
+
+/* --- Core: what the engine tells of places */
+
+static void see(core_t *self, uint64_t key)
+{
+    const uint64_t hash = hash_of(&self->sketch, key);
+    self->accesses++;
+    if (hash * SAMPLE_FACTOR < self->sample_limit && self->sampled_count < SAMPLED_MAX)
+        self->sampled[self->sampled_count++] = key;
+    observe(&self->chooser, &self->sketch, &self->cache, key, hash);
+    sweep(&self->cache);
+}
+
+static void use(core_t *self, uint32_t place)
+{
+    see(self, self->cache.keys[place]);
+    if (region_of(&self->cache, place) >= WINDOW)
+        touch(&self->cache, place, NULL);
+    else
+        enter(&self->cache, place);
+}
+
+static void forget(core_t *self, uint32_t place)
+{
+    if (region_of(&self->cache, place) >= WINDOW)
+        take_out(&self->cache, place);
+    self->cache.states[place] = 0;
+}
+
+/* The block of one place lies at another one from now on, with all that is known of it. */
+static void transplant(core_t *self, uint32_t source, uint32_t target)
+{
+    cache_t *cache = &self->cache;
+    if (region_of(cache, target) >= WINDOW)
+        take_out(cache, target);
+    const int region = region_of(cache, source);
+    set_state(cache, target, region ? region : OUTSIDE, bucket_of(cache, source));
+    if (region >= WINDOW) {
+        cache->next[target] = cache->next[source];
+        cache->prev[target] = cache->prev[source];
+        cache->next[cache->prev[target]] = target;
+        cache->prev[cache->next[target]] = target;
+    }
+    cache->states[source] = 0;
+}
+
+static PyObject *core_hit(core_t *self, PyObject *argument)
+{
+    uint64_t place;
+    if (number(argument, &place) < 0 || !is_place(self, place, 1))
+        return NULL;
+    use(self, (uint32_t)place);
+    Py_RETURN_NONE;
+}
+
+static PyObject *core_hit_run(core_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    uint64_t n[2];
+    if (numbers(arguments, given, 2, n) < 0 || !is_place(self, n[0], n[1]))
+        return NULL;
+    for (uint64_t i = 0; i < n[1]; i++)
+        use(self, (uint32_t)(n[0] + i));
+    Py_RETURN_NONE;
+}
+
+static PyObject *each_place(core_t *self, PyObject *array, void (*act)(core_t *, uint32_t))
+{
+    Py_buffer view;
+    Py_ssize_t count;
+    const int64_t *places = items(array, &view, &count);
+    if (places == NULL)
+        return NULL;
+    int fits = 1;
+    for (Py_ssize_t i = 0; i < count && fits; i++)
+        fits = is_place(self, (uint64_t)places[i], 1);
+    for (Py_ssize_t i = 0; i < count && fits; i++)
+        act(self, (uint32_t)places[i]);
+    PyBuffer_Release(&view);
+    return fits ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyObject *core_hits(core_t *self, PyObject *array) { return each_place(self, array, use); }
+
+static PyObject *core_removed(core_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    if (given != 2 || number(arguments[1], &self->cache.volume_of_zero) < 0) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "2 arguments were expected");
+        return NULL;
+    }
+    return each_place(self, arguments[0], forget);
+}
+
+static PyObject *core_missed(core_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    uint64_t n[2];
+    if (numbers(arguments, given, 2, n) < 0)
+        return NULL;
+    for (uint64_t i = 0; i < n[1]; i++)
+        see(self, n[0] + i);
+    Py_RETURN_NONE;
+}
+
+static PyObject *core_admits(core_t *self, PyObject *argument)
+{
+    uint64_t key;
+    if (number(argument, &key) < 0)
+        return NULL;
+    const int count = frequency(&self->sketch, hash_of(&self->sketch, key));
+    return PyBool_FromLong(admits(&self->cache, count, (key >> LBA_BITS) % VOLUME_SLOTS));
+}
+
+static PyObject *core_frequency(core_t *self, PyObject *argument)
+{
+    uint64_t key;
+    if (number(argument, &key) < 0)
+        return NULL;
+    return PyLong_FromLong(frequency(&self->sketch, hash_of(&self->sketch, key)));
+}
+
+static PyObject *core_entered(core_t *self, PyObject *argument)
+{
+    uint64_t place;
+    if (number(argument, &place) < 0 || !is_place(self, place, 1))
+        return NULL;
+    if (region_of(&self->cache, (uint32_t)place) < WINDOW) {
+        self->cache.writes++;
+        enter(&self->cache, (uint32_t)place);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *core_moved(core_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    uint64_t n[2];
+    if (numbers(arguments, given, 2, n) < 0 || !is_place(self, n[0], 1) || !is_place(self, n[1], 1))
+        return NULL;
+    if (n[0] != n[1])
+        transplant(self, (uint32_t)n[0], (uint32_t)n[1]);
+    Py_RETURN_NONE;
+}
+
+static void write_block(core_t *self, uint32_t place, int64_t old, uint64_t key)
+{
+    self->cache.volume_of_zero = key >> LBA_BITS;
+    see(self, key);
+    if (old >= 0)
+        transplant(self, (uint32_t)old, place);
+    if (region_of(&self->cache, place) >= WINDOW) {
+        touch(&self->cache, place, NULL);
+    } else {
+        self->cache.writes += old < 0;
+        enter(&self->cache, place);
+    }
+}
+
+static PyObject *core_written(core_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    Py_buffer held[2];
+    Py_ssize_t old_count = 0, key_count = 0;
+    uint64_t first;
+    if (given != 3) {
+        PyErr_SetString(PyExc_TypeError, "3 arguments were expected");
+        return NULL;
+    }
+    const int64_t *olds = number(arguments[0], &first) < 0 ? NULL : items(arguments[1], &held[0], &old_count);
+    if (olds == NULL)
+        return NULL;
+    const uint64_t *keys = items(arguments[2], &held[1], &key_count);
+    if (keys == NULL) {
+        PyBuffer_Release(&held[0]);
+        return NULL;
+    }
+    int fits = is_place(self, first, (uint64_t)old_count);
+    if (fits && old_count != key_count) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+        fits = 0;
+    }
+    for (Py_ssize_t i = 0; i < old_count && fits; i++)
+        fits = olds[i] < 0 || is_place(self, (uint64_t)olds[i], 1);
+    for (Py_ssize_t i = 0; i < old_count && fits; i++)
+        write_block(self, (uint32_t)(first + (uint64_t)i), olds[i], keys[i]);
+    PyBuffer_Release(&held[0]);
+    PyBuffer_Release(&held[1]);
+    return fits ? Py_NewRef(Py_None) : NULL;
+}
+
+/* A place comes back with the state that a checkpoint tells; one without a region was used since. */
+static void restore_place(core_t *self, uint32_t place, uint8_t state)
+{
+    cache_t *cache = &self->cache;
+    if (state == 0 || cache->states[place] != 0)
+        return;
+    int bucket = state & COUNT_MASK;
+    bucket = bucket > COUNT_MAX ? COUNT_MAX : bucket;
+    const int region = state >> REGION_SHIFT;
+    if (region == OUTSIDE || cache->count >= cache->capacity) {
+        set_state(cache, place, OUTSIDE, 0);
+        return;
+    }
+    raise_to(&self->sketch, hash_of(&self->sketch, cache->keys[place]), region == MAIN && bucket > 1 ? bucket : 1);
+    put_in(cache, place, region == MAIN ? MAIN : WINDOW, region == MAIN ? bucket : 0);
+}
+
+static PyObject *core_restore(core_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    Py_buffer view;
+    uint64_t first;
+    if (given != 2) {
+        PyErr_SetString(PyExc_TypeError, "2 arguments were expected");
+        return NULL;
+    }
+    if (number(arguments[0], &first) < 0 || PyObject_GetBuffer(arguments[1], &view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    const int fits = first + (uint64_t)view.len <= self->cache.slots;
+    for (Py_ssize_t i = 0; i < view.len && fits; i++)
+        if (first + (uint64_t)i > 0)
+            restore_place(self, (uint32_t)(first + (uint64_t)i), ((const uint8_t *)view.buf)[i]);
+    PyBuffer_Release(&view);
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "a place is outside of the device");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *core_follow(core_t *self, PyObject *argument)
+{
+    uint64_t plan;
+    if (number(argument, &plan) < 0)
+        return NULL;
+    if (plan > (uint64_t)self->chooser.plan_max) {
+        PyErr_SetString(PyExc_ValueError, "there is no such plan");
+        return NULL;
+    }
+    self->chooser.plan = (int)plan;
+    follow_plan(&self->cache, (int)plan);
+    Py_RETURN_NONE;
+}
+
+static PyObject *core_set_floor(core_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    Py_buffer view;
+    Py_ssize_t count;
+    uint64_t floor;
+    if (given != 2) {
+        PyErr_SetString(PyExc_TypeError, "2 arguments were expected");
+        return NULL;
+    }
+    const int64_t *volumes = number(arguments[0], &floor) < 0 ? NULL : items(arguments[1], &view, &count);
+    if (volumes == NULL)
+        return NULL;
+    memset(self->cache.floored, 0, VOLUME_SLOTS);
+    for (Py_ssize_t i = 0; i < count; i++)
+        self->cache.floored[(uint64_t)volumes[i] % VOLUME_SLOTS] = 1;
+    self->cache.floor = (int64_t)floor;
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+static PyObject *core_take_sample(core_t *self, PyObject *argument)
+{
+    if (number(argument, &self->sample_limit) < 0)
+        return NULL;
+    PyObject *answer = PyBytes_FromStringAndSize((const char *)self->sampled, 8 * (Py_ssize_t)self->sampled_count);
+    self->sampled_count = 0;
+    return answer;
+}
+
+static PyObject *figures_of(const cache_t *cache, const chooser_t *chooser, int64_t accesses)
+{
+    return Py_BuildValue(
+        "{sL sL sL sL sL sL si}", "accesses", (long long)accesses, "hits", (long long)cache->hits, "writes",
+        (long long)cache->writes, "count", (long long)cache->count, "window_count", (long long)cache->window_count,
+        "window_max", (long long)cache->window_max, "plan", chooser->plan);
+}
+
+static PyObject *core_figures(core_t *self, PyObject *nothing)
+{
+    (void)nothing;
+    return figures_of(&self->cache, &self->chooser, self->accesses);
+}
+
+static PyObject *blocks_in(const cache_t *cache, int as_keys)
+{
+    PyObject *answer = PyList_New(0);
+    for (int list = 0; answer != NULL && list < LISTS; list++) {
+        PyObject *one = PyList_New(0);
+        for (uint32_t slot = oldest(cache, list); one && slot && slot < cache->slots; slot = cache->next[slot]) {
+            PyObject *name = PyLong_FromUnsignedLongLong(as_keys ? cache->keys[slot] : slot);
+            if (name == NULL || PyList_Append(one, name) < 0)
+                Py_CLEAR(one);
+            Py_XDECREF(name);
+        }
+        if (one == NULL || PyList_Append(answer, one) < 0)
+            Py_CLEAR(answer);
+        Py_XDECREF(one);
+    }
+    return answer;
+}
+
+static PyObject *core_blocks(core_t *self, PyObject *nothing)
+{
+    (void)nothing;
+    return blocks_in(&self->cache, 0);
+}
+
+static void core_free(core_t *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    end_cache(&self->cache);
+    end_chooser(&self->chooser);
+    free(self->sketch.counters);
+    PyBuffer_Release(&self->keys);
+    PyBuffer_Release(&self->states);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *named)
+{
+    PyObject *keys, *states;
+    unsigned long long places, capacity, ring_max, entries, seed;
+    double price, window_max;
+    (void)named;
+    if (!PyArg_ParseTuple(
+            arguments, "KKOOKKKdd", &places, &capacity, &keys, &states, &ring_max, &entries, &seed, &price, &window_max))
+        return NULL;
+    core_t *self = (core_t *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    if (PyObject_GetBuffer(keys, &self->keys, PyBUF_SIMPLE) < 0
+        || PyObject_GetBuffer(states, &self->states, PyBUF_WRITABLE) < 0)
+        goto failed;
+    if (places < 1 || places > 0xFFFFFF00u || capacity < 1 || capacity > places || ring_max > capacity || entries < 1
+        || entries > 0xFFFFFF || (uint64_t)self->keys.len != 8 * places || (uint64_t)self->states.len != places) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+        goto failed;
+    }
+    self->cache.keys = self->keys.buf;
+    self->cache.states = self->states.buf;
+    self->cache.volume_counts = calloc(VOLUME_SLOTS, 8);
+    self->cache.floored = calloc(VOLUME_SLOTS, 1);
+    if (begin_cache(&self->cache, (uint32_t)places, (int64_t)capacity, &self->sketch) < 0
+        || begin_sketch(&self->sketch, (int64_t)capacity, seed) < 0
+        || begin_chooser(&self->chooser, &self->sketch, (int64_t)capacity, (int64_t)ring_max, (int64_t)entries, price,
+                         window_max) < 0
+        || self->cache.volume_counts == NULL || self->cache.floored == NULL) {
+        PyErr_NoMemory();
+        goto failed;
+    }
+    follow_plan(&self->cache, self->chooser.plan);
+    return (PyObject *)self;
+failed:
+    Py_DECREF(self);
+    return NULL;
+}
+
+/* --- Replay: a whole cache by keys */
+
+static void replay_key(replay_t *self, uint64_t key)
+{
+    cache_t *cache = &self->keyed.cache;
+    self->accesses++;
+    if (!self->is_lru) {
+        const uint64_t hash = hash_of(&self->sketch, key);
+        observe(&self->chooser, &self->sketch, cache, key, hash);
+        const uint64_t volume = (key >> LBA_BITS) % VOLUME_SLOTS;
+        if (!cache->floored[volume]) {
+            cache->floored[volume] = 1;
+            self->entries++;
+            cache->floor = self->entries > 1 ? cache->capacity / (2 * self->entries) : 0;
+        }
+    }
+    self->missed += !access_key(&self->keyed, key);
+}
+
+static PyObject *replay_feed(replay_t *self, PyObject *array)
+{
+    Py_buffer view;
+    Py_ssize_t count;
+    const uint64_t *keys = items(array, &view, &count);
+    if (keys == NULL)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++)
+        replay_key(self, keys[i]);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    Py_RETURN_NONE;
+}
+
+/* Keep the blocks whose sample hash is below the limit, and as many of them as the new capacity takes. */
+static PyObject *replay_shrink(replay_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    uint64_t n[2];
+    cache_t *cache = &self->keyed.cache;
+    if (numbers(arguments, given, 2, n) < 0)
+        return NULL;
+    if (n[0] < 1 || n[0] > (uint64_t)cache->capacity) {
+        PyErr_SetString(PyExc_ValueError, "a cache only gets smaller here");
+        return NULL;
+    }
+    for (uint32_t slot = 1; slot < cache->slots; slot++)
+        if (cache->states[slot] && hash_of(&self->sketch, self->keyed.keys[slot]) * SAMPLE_FACTOR >= n[1])
+            evict(cache, slot, &self->keyed);
+    cache->capacity = (int64_t)n[0];
+    if (self->is_lru) {
+        cache->window_max = cache->capacity;
+    } else {
+        cache->ring_max = cache->capacity / 100 > 0 ? cache->capacity / 100 : 1;
+        self->sketch.period = n[0] * AGEING_ACCESSES;
+        follow_plan(cache, self->chooser.plan);
+    }
+    while (cache->count > cache->capacity || cache->window_count > cache->window_max)
+        settle(cache, &self->keyed);
+    Py_RETURN_NONE;
+}
+
+static PyObject *replay_figures(replay_t *self, PyObject *nothing)
+{
+    (void)nothing;
+    return figures_of(&self->keyed.cache, &self->chooser, self->accesses);
+}
+
+static PyObject *replay_blocks(replay_t *self, PyObject *nothing)
+{
+    (void)nothing;
+    return blocks_in(&self->keyed.cache, 1);
+}
+
+static void replay_free(replay_t *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    end_keyed(&self->keyed);
+    end_chooser(&self->chooser);
+    free(self->sketch.counters);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *replay_new(PyTypeObject *type, PyObject *arguments, PyObject *named)
+{
+    unsigned long long capacity, ring_max, entries, seed;
+    double price, window_max;
+    int is_lru;
+    (void)named;
+    if (!PyArg_ParseTuple(arguments, "KKKKddp", &capacity, &ring_max, &entries, &seed, &price, &window_max, &is_lru))
+        return NULL;
+    if (capacity < 1 || capacity > 0xF0000000u || ring_max > capacity || entries < 1 || entries > 0xFFFFFF) {
+        PyErr_SetString(PyExc_ValueError, "no cache has this size");
+        return NULL;
+    }
+    replay_t *self = (replay_t *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    cache_t *cache = &self->keyed.cache;
+    self->is_lru = is_lru;
+    int failed = begin_keyed(&self->keyed, (int64_t)capacity, &self->sketch) < 0;
+    if (is_lru) {
+        cache->window_max = (int64_t)capacity;
+    } else if (!failed) {
+        cache->ring_max = ring_max > 0 ? (int64_t)ring_max : 1;
+        cache->volume_counts = calloc(VOLUME_SLOTS, 8);
+        cache->floored = calloc(VOLUME_SLOTS, 1);
+        failed = cache->volume_counts == NULL || cache->floored == NULL
+            || begin_sketch(&self->sketch, (int64_t)capacity, seed) < 0
+            || begin_chooser(&self->chooser, &self->sketch, (int64_t)capacity, cache->ring_max, (int64_t)entries, price,
+                             window_max) < 0;
+        follow_plan(cache, self->chooser.plan);
+    }
+    self->sketch.seed = seed;
+    self->entries = 0;
+    if (failed) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+/* --- sampling */
+
+/* Write the keys of runs of blocks to `into` whose sample hash is below the limit; return how many, and all blocks. */
+static PyObject *sample_runs(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    Py_buffer held[3];
+    Py_ssize_t length[3];
+    void *arrays[3];
+    uint64_t n[2];
+    int count = 0;
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 5) {
+        PyErr_SetString(PyExc_TypeError, "5 arguments were expected");
+        return NULL;
+    }
+    while (count < 3 && (arrays[count] = items(arguments[count], &held[count], &length[count])) != NULL)
+        count++;
+    if (count < 3 || numbers(arguments + 3, 2, 2, n) < 0)
+        goto end;
+    const uint64_t *firsts = arrays[0], *counts = arrays[1];
+    uint64_t *into = arrays[2], total = 0, taken = 0;
+    if (length[0] != length[1] || held[2].readonly) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+        goto end;
+    }
+    Py_ssize_t run = 0;
+    for (; run < length[0] && counts[run] <= (uint64_t)length[2] - taken; run++) {
+        total += counts[run];
+        for (uint64_t key = firsts[run]; key < firsts[run] + counts[run]; key++) {
+            into[taken] = key;
+            taken += mix(key ^ n[1]) * SAMPLE_FACTOR < n[0];
+        }
+    }
+    answer = Py_BuildValue("(nKK)", run, (unsigned long long)taken, (unsigned long long)total);
+end:
+    while (count)
+        PyBuffer_Release(&held[--count]);
+    return answer;
+}
+
+#define FAST(function) (PyCFunction)(void (*)(void))function, METH_FASTCALL, NULL
+#define ONE(function) (PyCFunction)(void (*)(void))function, METH_O, NULL
+#define NONE(function) (PyCFunction)(void (*)(void))function, METH_NOARGS, NULL
+
+static PyMethodDef core_methods[] = {
+    {"hit", ONE(core_hit)}, {"hits", ONE(core_hits)}, {"hit_run", FAST(core_hit_run)}, {"missed", FAST(core_missed)},
+    {"admits", ONE(core_admits)}, {"frequency", ONE(core_frequency)}, {"entered", ONE(core_entered)},
+    {"moved", FAST(core_moved)}, {"written", FAST(core_written)}, {"removed", FAST(core_removed)},
+    {"restore", FAST(core_restore)}, {"follow", ONE(core_follow)}, {"set_floor", FAST(core_set_floor)},
+    {"take_sample", ONE(core_take_sample)}, {"figures", NONE(core_figures)}, {"blocks", NONE(core_blocks)},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMethodDef replay_methods[] = {
+    {"feed", ONE(replay_feed)}, {"shrink", FAST(replay_shrink)}, {"figures", NONE(replay_figures)},
+    {"blocks", NONE(replay_blocks)}, {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot core_slots[] = {
+    {Py_tp_new, core_new}, {Py_tp_dealloc, core_free}, {Py_tp_methods, core_methods}, {0, NULL}};
+static PyType_Slot replay_slots[] = {
+    {Py_tp_new, replay_new}, {Py_tp_dealloc, replay_free}, {Py_tp_methods, replay_methods}, {0, NULL}};
+static PyType_Spec core_spec = {"forebay_cache._policy.Core", sizeof(core_t), 0, Py_TPFLAGS_DEFAULT, core_slots};
+static PyType_Spec replay_spec = {
+    "forebay_cache._policy.Replay", sizeof(replay_t), 0, Py_TPFLAGS_DEFAULT, replay_slots};
+
+static PyMethodDef functions[] = {{"sample_runs", FAST(sample_runs)}, {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "forebay_cache._policy", .m_size = -1, .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__policy(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+    PyObject *core = PyType_FromSpec(&core_spec), *replay = PyType_FromSpec(&replay_spec);
+    if (module == NULL || core == NULL || replay == NULL || PyModule_AddObjectRef(module, "Core", core) < 0
+        || PyModule_AddObjectRef(module, "Replay", replay) < 0)
+        Py_CLEAR(module);
+    Py_XDECREF(core);
+    Py_XDECREF(replay);
+    return module;
+}

@@ -1,0 +1,9 @@
+from forebay_cache.engine import policy_core
+from forebay_cache.engine.policy_core import U64Array
+
+class Core(policy_core.Core): ...
+class Replay(policy_core.Replay): ...
+
+def sample_runs(
+    firsts: U64Array, counts: U64Array, into: U64Array, limit: int, seed: int, /
+) -> tuple[int, int, int]: ...
