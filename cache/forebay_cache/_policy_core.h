@@ -17,7 +17,7 @@
 #define COUNT_MAX 15
 #define ROWS 4
 #define COUNTERS_PER_BLOCK 24
-#define AGEING_ACCESSES 10
+#define AGEING_ACCESSES 9
 #define SWEEP_STEP 4
 #define SETTLE_STEPS_MAX 4
 #define VICTIMS_SKIPPED_MAX 8
@@ -38,7 +38,7 @@
 #define MAIN 3
 
 static const double PLAN_WINDOWS[PLANS] = {0.0, 0.0, 0.03, 0.1, 0.2, 0.4, 0.8};
-static const int PLAN_MARGIN_FROM[PLANS] = {0, 2, 2, 2, 2, 2, 2};
+static const int PLAN_MARGIN_FROM[PLANS] = {0, 3, 3, 3, 3, 3, 3};
 static const uint64_t ROW_FACTORS[ROWS] = {
     0x9E3779B97F4A7C15u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u, 0xD6E8FEB86659FD93u};
 #define MINIATURE_FACTOR 0xA0761D6478BD642Fu

@@ -64,12 +64,12 @@ class Plan(NamedTuple):
 
 PLANS: Final = (
     Plan(0.0, 0),
-    Plan(0.0, 2),
-    Plan(0.03, 2),
-    Plan(0.1, 2),
-    Plan(0.2, 2),
-    Plan(0.4, 2),
-    Plan(0.8, 2),
+    Plan(0.0, 3),
+    Plan(0.03, 3),
+    Plan(0.1, 3),
+    Plan(0.2, 3),
+    Plan(0.4, 3),
+    Plan(0.8, 3),
 )
 PLAN_AT_START: Final = 5
 
