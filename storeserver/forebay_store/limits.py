@@ -138,6 +138,12 @@ SCRUB_PAUSE_S: Final = 60.0
 CLEAN_PAUSE_S: Final = 1.0
 """How long the cleaner waits between looks."""
 
+CLEAN_LOOK_SIZE: Final = 4 * MIB
+"""Bytes that clients send after which the cleaner looks at once, at least."""
+
+CLEAN_LOOK_SHARE: Final = 1 / 64
+"""The same as a share of the live bytes."""
+
 CLEAN_IDLE_S: Final = 10.0
 """When clients have changed nothing for so long the cleaner cleans thoroughly."""
 

@@ -19,6 +19,7 @@ from forebay_core.frame import FRAME_BLOCKS_MAX, FrameBuilder, FrameHeader, chec
 from forebay_core.units import BLOCK_SIZE
 from forebay_store.engine.head import overlapping
 from forebay_store.engine.live import find_segment
+from forebay_store.engine.moving import has_history
 from forebay_store.engine.ports import IndexReader, SegmentBackend
 from forebay_store.engine.reading import holds
 from forebay_store.engine.replay import LoadedSegment, load_segment
@@ -105,6 +106,7 @@ def _copy_payload(
     row = find_volume(reader, volume)
     if row is None:
         return  # What is left of it is on its way out.
+    with_history = has_history(reader, row.number)
     payload = payload_of(segment.buffer, placed)
     offset = 0
     while offset < payload.nbytes and not copy.full:
@@ -115,7 +117,9 @@ def _copy_payload(
         except CorruptionError as error:
             copy.damaged.append(DamagedPlace(segment.name, frame_offset, payload.nbytes - offset, str(error)))
             return  # Where the next frame begins is no longer known.
-        entries = list(live_entries(reader, row.number, segment.name, frame_offset, header.extents))
+        entries = list(
+            live_entries(reader, row.number, segment.name, frame_offset, header.extents, with_history=with_history)
+        )
         if entries:
             frame = payload[offset : offset + header.size]
             try:
@@ -130,13 +134,21 @@ def _copy_payload(
 
 
 def live_entries(
-    reader: IndexReader, number: int, segment: SegmentName, frame_offset: int, extents: Sequence[Extent]
+    reader: IndexReader,
+    number: int,
+    segment: SegmentName,
+    frame_offset: int,
+    extents: Sequence[Extent],
+    *,
+    with_history: bool,
 ) -> Iterator[HeadEntry]:
     """Yield the entries of head and history that show blocks of one frame."""
     for extent in extents:
         for entry in overlapping(reader, number, extent.start, extent.end):
             if entry.segment == segment and entry.frame_offset == frame_offset and entry.is_data:
                 yield entry
+        if not with_history:
+            continue
         end = history_key(number, 0, extent.end, 0)
         for key, value in reader.scan(Table.HISTORY, history_key(number, 0, extent.start, 0)):
             if key >= end:

@@ -45,6 +45,7 @@ def apply_cleaned(
     if row is None:
         return
     olds = unpack_names(record.olds)
+    with_history = has_history(writer, row.number)
     stored_size = 0
     for move in unpack_moves(record.moves):
         old = olds[move.old_index]
@@ -53,13 +54,19 @@ def apply_cleaned(
                 moved = _moved(entry, move, segment, payload_offset)
                 writer.put(Table.HEAD, *encode_entry(row.number, moved))
                 stored_size += _count(live, entry, moved)
-        for entry, last in _history(writer, row.number, move):
+        for entry, last in _history(writer, row.number, move) if with_history else ():
             if is_at(entry, old, move):
                 moved = _moved(entry, move, segment, payload_offset)
                 writer.put(Table.HISTORY, *encode_history(row.number, 0, moved, last))
                 _count(live, entry, moved)
     if stored_size:
         put_volume(writer, row._replace(stored_size=row.stored_size + stored_size))
+
+
+def has_history(reader: IndexReader, number: int) -> bool:
+    """Tell whether a volume has any data in the history."""
+    row = next(iter(reader.scan(Table.HISTORY, history_key(number, 0, 0, 0))), None)
+    return row is not None and row[0] < history_key(number, 1, 0, 0)
 
 
 def inherit_age(writer: IndexWriter, segment: SegmentName, parts: Sequence[CleanedPart]) -> None:

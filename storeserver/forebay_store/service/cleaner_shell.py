@@ -19,7 +19,15 @@ from forebay_store.engine.cleaning import DamagedPlace
 from forebay_store.engine.ports import Index, SegmentBackend
 from forebay_store.engine.space import BUSY, RESTING, Pressure, Space
 from forebay_store.format.segment import SegmentName
-from forebay_store.limits import CLEAN_IDLE_S, CLEAN_PAUSE_S, CLEAN_RETRY_S, SPACE_RATIO_FREE, SPACE_RATIO_PRESSED
+from forebay_store.limits import (
+    CLEAN_IDLE_S,
+    CLEAN_LOOK_SHARE,
+    CLEAN_LOOK_SIZE,
+    CLEAN_PAUSE_S,
+    CLEAN_RETRY_S,
+    SPACE_RATIO_FREE,
+    SPACE_RATIO_PRESSED,
+)
 from forebay_wire import messages
 
 _LOG: Final = logging.getLogger("forebay.store")
@@ -50,6 +58,8 @@ class CleanerShell:
         self._wake = asyncio.Event()
         self._asked = False
         self._written = True  # something, since the last look; at the start nobody knows
+        self._fresh_size = 0  # bytes since the last look
+        self._look_size = CLEAN_LOOK_SIZE
         self._rested = False  # after a thorough pass nothing was written
         self._quiet_from_s = self._loop.time()
         self._running = False
@@ -61,11 +71,14 @@ class CleanerShell:
         """Damage was found in these: they are no victims any more."""
         self._cleaner.bar(segments)
 
-    def note_request(self) -> None:
-        """A client changes something."""
+    def note_request(self, size: int) -> None:
+        """A client changes something, with so many bytes; when they are many the next look comes at once."""
         self._quiet_from_s = self._loop.time()
         self._written = True
         self._rested = False
+        self._fresh_size += size
+        if self._fresh_size >= self._look_size:
+            self._wake.set()
 
     def ask(self) -> None:
         """Clean thoroughly, now."""
@@ -111,6 +124,7 @@ class CleanerShell:
             if not (asked or self._written or (idle and not self._rested)):
                 continue
             self._asked = self._written = False
+            self._fresh_size = 0
             await self._pass(asked)
             self._passes += asked
             self._rested = (asked or idle) and not self._written and not self._error
@@ -131,6 +145,9 @@ class CleanerShell:
             for job in jobs:
                 await self._perform(job, asked)
             self._error = ""
+            if self._cleaner.space is not None:
+                live = sum(one.live for one in self._cleaner.space.segments)
+                self._look_size = max(CLEAN_LOOK_SIZE, int(live * CLEAN_LOOK_SHARE))
         except ForebayError as error:
             self._error = str(error)
             _LOG.warning("cleaning ended early: %s", error)

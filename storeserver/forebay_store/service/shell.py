@@ -237,7 +237,7 @@ class StoreShell:
         self, message: Change, part: PartTable | None, payload: tuple[Buffer, ...]
     ) -> messages.AnyMessage:
         incoming = Incoming(message, part, self._wall_ns(), self._fresh_id(ID_SIZE))
-        self._cleaner.note_request()
+        self._cleaner.note_request(sum(memoryview(buffer).nbytes for buffer in payload))
         return await self._settled(lambda ticket: self._engine.submit(ticket, incoming, payload))
 
     async def _append(self, records: Records) -> None:
