@@ -104,8 +104,7 @@ class CacheEngine:
         self.upstream = upstream
         self.builder = builder
         self.settings, self.life = settings, life
-        self.report = report
-        self.alarm = alarm
+        self.report, self.alarm = report, alarm
         self.failed = ""
         self.policy = FrequencyPolicy(recovered.map.key_array, settings=settings.policy, seed=life)
         self.volumes: dict[int, CacheVolume] = {}
