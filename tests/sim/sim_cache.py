@@ -6,7 +6,7 @@ have in flight is finished.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from sim_disk import SimDevice, SimDisk
@@ -16,6 +16,7 @@ from sim_store import KEY, StoreHost
 from sim_world import SimLoop, Violation, World
 
 from forebay_cache.engine.cache import CacheEngine, EngineSettings
+from forebay_cache.engine.front import Chunk, IoError
 from forebay_cache.engine.ports import BuildRequest, BuiltPart
 from forebay_cache.engine.recovery import blank_device, recover
 from forebay_cache.engine.volume import CacheVolume
@@ -152,6 +153,8 @@ class CacheHost:
         self.session.start()
 
     def _came_back(self, volume: CacheVolume) -> None:
+        if volume.snapshot:
+            return  # it has no history
         self.tap.ids[volume.key] = volume.id
         official = self.officials[volume.id]
         branch = self.tap.branches.get(volume.id)
@@ -226,6 +229,25 @@ class CacheHost:
         if branch is None or official.branches.get(volume.epoch) is not branch:
             self.begin_branch(volume)
         return volume
+
+    def attach_snapshot(self, name: str) -> CacheVolume | ForebayError | None:
+        """Serve a snapshot."""
+        answer = self.command(lambda: self.shell.attach(name, read_only=False, take_over=False))
+        return answer if answer is None or isinstance(answer, ForebayError) else self.shell._find(name)
+
+    def read(self, volume: CacheVolume, offset: int, length: int) -> bytes | IoError | None:
+        """Read, and wait for the answer; None if the daemon died meanwhile."""
+        got: list[bytes | IoError] = []
+
+        def reply(error: IoError, chunks: Sequence[Chunk]) -> None:
+            content = b"".join(bytes(c.length) if c.buffer is None else bytes(c.buffer) for c in chunks)
+            got.append(content if error == IoError.OK else error)
+
+        loop = self.loop
+        assert loop is not None
+        loop.enter(lambda: volume.read(offset, length, reply))
+        self.world.run(lambda: bool(got) or not loop.alive, limit_s=120)
+        return got[0] if got else None
 
     def begin_branch(self, volume: CacheVolume) -> None:
         """The volume is ours under a new epoch: its history here begins with what the store shows."""

@@ -21,10 +21,12 @@ from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.destage import Destage
 from forebay_cache.engine.front import IoError
+from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
 from forebay_cache.service.store_session import StoreSession
+from forebay_core.extents import Extent
 from forebay_core.units import sequence_of
 from forebay_store.engine import apply as store_apply
 from forebay_store.engine import changes, reading
@@ -292,6 +294,18 @@ def merge_without_second_look() -> None:
     Writes.changing = lambda self, volume_key, extent: []
 
 
+def origin_map_keeps_what_was_changed() -> None:
+    """What the guest of a clone writes or trims stays the origin's in its map."""
+    OriginMap.remove = lambda self, extent: None
+    OriginMap.remove_many = lambda self, lbas: None
+
+
+def origin_map_not_replayed() -> None:
+    recovery._change_origins = lambda origins, kind, start, version, value: (
+        origins.add(Extent(start, value)) if kind == record.ORIGIN else None
+    )
+
+
 _BROKEN_FAULT = (TypeError, AttributeError, NameError)
 """These come from a fault that does not fit the product any more: nothing noticed it."""
 
@@ -342,6 +356,8 @@ PLANTED = (
     Planted(stale_fetch_kept, "all", 60),
     Planted(commit_acknowledged_before_durable, "power", 40),
     Planted(older_record_wins, "all"),
+    Planted(origin_map_keeps_what_was_changed, "family"),
+    Planted(origin_map_not_replayed, "family", 40),
 )
 
 

@@ -42,6 +42,7 @@ class Profile(NamedTuple):
     rounds: int = 6
     device_size: int = 10 << 20
     blocks: int = 120
+    family: bool = False  # the second volume is a clone of a snapshot of the first
 
 
 BASE = {
@@ -72,11 +73,17 @@ PROFILES = {
     "media": Profile({"damage_cache": 4, "power_cache": 2, "crash_cache": 2, "drain": 1}),
     "limits": Profile({**BASE, "limit": 8}),
     "unreadable": Profile({"unreadable": 3, "crash_cache": 2, "power_cache": 1, "drain": 1, "limit": 1}),
+    "family": Profile(
+        {**BASE, "read_snapshot": 8, "power_cache": 3, "leave_snapshot": 2},
+        device_size=8 << 20,
+        blocks=230,
+        family=True,
+    ),
     "store_media": Profile({"damage_store": 3, "crash_store": 2, "crash_cache": 1, "drain": 1}, rounds=4),
 }
 TURNS = (
     *("all", "power", "limits", "fencing", "all", "full", "power", "ssd", "all", "media", "full", "store_media"),
-    *("unreadable", "all"),
+    *("unreadable", "all", "family"),
 )
 
 
@@ -104,6 +111,7 @@ class Scenario:
             host.closing = self._closing
         self.guests: dict[str, Guest] = {}
         self.left_behind: list[LeftBehind] = []
+        self.frozen = b""  # what the snapshot of the first volume shows for ever
         self.healed = False
         self.crashes = 0
 
@@ -128,8 +136,8 @@ class Scenario:
             guest.recovered(host, volume, branch, power)
 
     async def _closing(self, name: str) -> None:
-        guest = self.guests[name]
-        await guest.closing()
+        if name in self.guests:
+            await self.guests[name].closing()
 
     def _watch(self) -> None:
         """What an operator's supervisor does: look at the daemons from time to time, restart those that gave up."""
@@ -151,21 +159,48 @@ class Scenario:
     def begin(self, *, depth: int, pause_ns: int) -> None:
         """Start everything and attach both volumes at the first host."""
         self.store.start()
-        for name in NAMES:
-            created = self.store.ask(messages.CreateVolume(name, self.profile.blocks * BLOCK_SIZE))
-            assert isinstance(created, messages.Volume)
-            official = Official(created.row.id, name)
-            self.judge.volumes[created.row.id] = official
-            for host in self.caches:
-                host.officials[created.row.id] = official
-            self.guests[name] = Guest(
-                self.world, name, created.row.id, created.row.size, depth=depth, pause_ns=pause_ns
-            )
+        names = NAMES[:1] if self.profile.family else NAMES
+        for name in names:
+            self._create(messages.CreateVolume(name, self.profile.blocks * BLOCK_SIZE), depth=depth, pause_ns=pause_ns)
         for host in self.caches:
             host.start()
         for guest in self.guests.values():
             self.place(guest, self.caches[0])
+        if self.profile.family:
+            self._create(self._clone(NAMES[1]), depth=depth, pause_ns=pause_ns)
+            for guest in self.guests.values():
+                self.place(guest, self.caches[0])
         self._watch()
+
+    def _create(self, message: messages.CreateVolume | messages.CloneVolume, *, depth: int, pause_ns: int) -> None:
+        """Make a volume at the store, and a guest for it."""
+        created = self.store.ask(message)
+        assert isinstance(created, messages.Volume)
+        official = Official(created.row.id, message.name)
+        official.version = created.row.version
+        for guest in self.guests.values():  # there is one already if this is its clone
+            official.state = dict(self.judge.volumes[guest.id].state) if self.frozen else {}
+        self.judge.volumes[created.row.id] = official
+        for host in self.caches:
+            host.officials[created.row.id] = official
+        self.guests[message.name] = Guest(
+            self.world, message.name, created.row.id, created.row.size, depth=depth, pause_ns=pause_ns
+        )
+
+    def _clone(self, name: str) -> messages.CloneVolume:
+        """Let the first guest write, take a snapshot of its volume while nobody holds it; return what makes a clone."""
+        first = self.guests[NAMES[0]]
+        self.world.run_for(self.random.randrange(200, 1500) * MS)
+        host = first.host
+        assert host is not None
+        host.command(lambda: host.shell.detach(first.name, leave_dirty=False))
+        official = self.judge.volumes[first.id]
+        branch = official.branches[official.epoch]
+        branch.submitted = branch.written = branch.synced = official.version + 1  # the store numbers the snapshot
+        taken = self.store.ask(messages.CreateSnapshot((first.name,), "s"))
+        assert isinstance(taken, messages.SnapshotTaken), taken
+        self.frozen = b"".join(official.state.get(lba, bytes(BLOCK_SIZE)) for lba in range(first.size // BLOCK_SIZE))
+        return messages.CloneVolume(first.name, "s", name)
 
     def run(self) -> None:
         """All of it."""
@@ -293,6 +328,32 @@ class Scenario:
             return False
         guest.plug(host, volume)
         return True
+
+    # --- the family -------------------------------------------------------------------------------------------
+
+    def read_snapshot(self) -> None:
+        """Serve the snapshot at any host, beside whatever else it does, and read it."""
+        host = self.random.choice(self.caches)
+        if not host.running:
+            return
+        volume = host.attach_snapshot(f"{NAMES[0]}@s")
+        if not isinstance(volume, CacheVolume):
+            self.world.note(f"{host.name} does not attach the snapshot: {volume}")
+            return
+        for _ in range(self.random.choice((1, 5, 20))):
+            offset = self.random.randrange(len(self.frozen) - 1)
+            length = min(self.random.choice((1, 4096, 65536)), len(self.frozen) - offset)
+            found = host.read(volume, offset, length)
+            if found is None:
+                return
+            if found != self.frozen[offset : offset + length] and not (host.device.failed or self.world.excuses):
+                raise Violation(f"{host.name}: the snapshot reads otherwise at {offset}, or not at all: {found[:9]!r}")
+
+    def leave_snapshot(self) -> None:
+        """Serve the snapshot no more."""
+        host = self.random.choice(self.caches)
+        if host.running:
+            host.command(lambda: host.shell.detach(f"{NAMES[0]}@s", leave_dirty=False))
 
     # --- what goes wrong --------------------------------------------------------------------------------------
 
