@@ -144,6 +144,9 @@ CLEAN_LOOK_SIZE: Final = 4 * MIB
 CLEAN_LOOK_SHARE: Final = 1 / 64
 """The same as a share of the live bytes."""
 
+PURGE_PAUSE_S: Final = 0.05
+"""How long a pass that was asked for waits before it looks again whether what was deleted is out of the index."""
+
 CLEAN_IDLE_S: Final = 10.0
 """When clients have changed nothing for so long the cleaner cleans thoroughly."""
 

@@ -57,6 +57,11 @@ class Background:
         """Whether blocks are being copied."""
         return bool(self._copying) and self._copy_serial == 0
 
+    @property
+    def purging(self) -> bool:
+        """Whether entries of what was deleted are still to be removed, and nothing keeps that from going on."""
+        return self._purge_serial != 0 or (self._purge_wanted and not self._paused)
+
     def want_purge(self) -> None:
         """Something was deleted."""
         self._purge_wanted = True

@@ -127,6 +127,11 @@ class StoreEngine:
         return self._log.newest
 
     @property
+    def purging(self) -> bool:
+        """Whether what was deleted is being taken out of the index: not while a full disk or an error stops that."""
+        return not self._error and not self._index_full and self._background.purging
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is under way and the index shows everything; a failed store never gets further."""
         if self._commands or self._log.writing or self._applying or self._background.busy:

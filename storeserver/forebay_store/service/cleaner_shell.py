@@ -25,6 +25,7 @@ from forebay_store.limits import (
     CLEAN_LOOK_SIZE,
     CLEAN_PAUSE_S,
     CLEAN_RETRY_S,
+    PURGE_PAUSE_S,
     SPACE_RATIO_FREE,
     SPACE_RATIO_PRESSED,
 )
@@ -46,13 +47,18 @@ class CleanerShell:
         append: Callable[[Records], Awaitable[None]],
         fresh_number: Callable[[], int],
         on_damage: Callable[[list[DamagedPlace]], None],
+        purging: Callable[[], bool],
     ) -> None:
-        """`rate` is in bytes per second; `append` puts records into the log and returns when the index shows them."""
+        """`rate` is in bytes per second; `append` puts records into the log and returns when the index shows them.
+
+        `purging` tells whether what was deleted is still being taken out of the index.
+        """
         self._cleaner = Cleaner(index, backend, store=store)
         self._rate = rate
         self._append = append
         self._fresh_number = fresh_number
         self._on_damage = on_damage
+        self._purging = purging
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "cleaner")
         self._wake = asyncio.Event()
@@ -123,6 +129,8 @@ class CleanerShell:
             idle = self._loop.time() - self._quiet_from_s >= CLEAN_IDLE_S
             if not (asked or self._written or (idle and not self._rested)):
                 continue
+            if asked:
+                await self._wait_purged()
             self._asked = self._written = False
             self._fresh_size = 0
             await self._pass(asked)
@@ -137,6 +145,11 @@ class CleanerShell:
             finally:
                 timer.cancel()
         self._wake.clear()
+
+    async def _wait_purged(self) -> None:
+        """Wait for the end of purging: who deletes something and lets the store clean then wants that space back."""
+        while self._purging():
+            await asyncio.sleep(PURGE_PAUSE_S)
 
     async def _pass(self, asked: bool) -> None:
         self._running = True

@@ -84,6 +84,7 @@ class StoreShell:
             append=self._append,
             fresh_number=lambda: int.from_bytes(fresh_id(8), "little"),
             on_damage=lambda places: self._scrub.note_places(places),
+            purging=lambda: self._engine.purging,
         )
         self._scrub = ScrubShell(
             store.index,
