@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import sys
+import time
 from typing import Final
 
 from forebay_core.errors import ForebayError
@@ -17,6 +18,8 @@ from forebay_wire.client import WireClient
 from forebay_wire.messages import Done, FlattenVolume, GetStoreStatus, GetVolume, StoreStatus, Volume, VolumeRow
 
 POLL_S: Final = 0.2
+STUCK_S: Final = 60.0
+"""When the store copied nothing for so long, as where the origin can't be read, nobody needs to wait."""
 
 
 def add(commands: Commands) -> None:
@@ -52,9 +55,16 @@ async def _follow(client: WireClient, name: str) -> VolumeRow:
         async for extent, hole in mapped(client, view, view.whole):
             total += 0 if hole else extent.count * BLOCK_SIZE
     progress = Progress("flattening", total, sys.stderr)
+    last, seen_s = row.data_blocks, time.monotonic()
     try:
         while row.flattening:
             progress.reach(min(row.data_blocks * BLOCK_SIZE, total))
+            if row.data_blocks != last:
+                last, seen_s = row.data_blocks, time.monotonic()
+            if time.monotonic() - seen_s > STUCK_S:
+                raise ForebayError(
+                    f"flattening {name} makes no progress; the store's log says why, forebay store scrub finds damage"
+                )
             status, _ = await client.ask(GetStoreStatus(), StoreStatus)
             if status.error:
                 raise ForebayError(f"the store refuses changes: {status.error}; flattening goes on when it is mended")
