@@ -1,14 +1,17 @@
-"""Follows work that a running store was asked to do, by its status."""
+"""Follows work that a running store was asked to do, by its status, and tells what damage it knows of."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from forebay_core.errors import ForebayError
+from forebay_core.units import BLOCK_SIZE
+from forebay_tools.printing import Json, say_table
 from forebay_wire.client import WireClient
 from forebay_wire.messages import Damage, DamagedExtent, GetDamage, GetStoreStatus, StoreStatus
 
 POLL_S: Final = 0.2
+DAMAGE_HEAD: Final = ("VOLUME", "BLOCKS", "BYTES FROM", "SEGMENT", "OFFSET", "WHAT")
 
 
 async def store_status(client: WireClient) -> StoreStatus:
@@ -38,3 +41,27 @@ async def known_damage(client: WireClient) -> list[DamagedExtent]:
         rows.extend(page.rows)
         more = page.more and bool(page.rows)
     return rows
+
+
+def say_damage(rows: Sequence[DamagedExtent]) -> None:
+    """Print a table of damaged extents, if there are any."""
+    if rows:
+        say_table(DAMAGE_HEAD, [_cells(row) for row in rows])
+
+
+def damage_json(row: DamagedExtent) -> dict[str, Json]:
+    """Return what --json prints of a damaged extent, in blocks."""
+    return {
+        "volume": row.volume or None,
+        "start": row.start,
+        "count": row.count,
+        "segment": row.segment,
+        "offset": row.offset,
+        "text": row.text,
+    }
+
+
+def _cells(row: DamagedExtent) -> tuple[str, ...]:
+    last = row.start + row.count - 1
+    blocks = str(row.start) if row.count == 1 else f"{row.start}-{last}"
+    return (row.volume or "-", blocks, str(row.start * BLOCK_SIZE), row.segment, str(row.offset), row.text)

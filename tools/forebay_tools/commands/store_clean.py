@@ -7,15 +7,15 @@ from forebay_core.units import format_size
 from forebay_tools.arguments import Commands, add_command, add_json, add_store, add_wait
 from forebay_tools.connect import store_client
 from forebay_tools.interrupt import run_interruptible
-from forebay_tools.printing import Json, note, say, say_json
+from forebay_tools.printing import Json, say, say_json
 from forebay_tools.rows import clean_json
-from forebay_tools.store_watch import follow, known_damage, store_status
+from forebay_tools.store_watch import damage_json, follow, known_damage, say_damage, store_status
 from forebay_wire.messages import CleanStore, Done, StoreStatus
 
 
 def add(commands: Commands) -> None:
     """Declare the command."""
-    text = "give the space of what is dead back now, until nothing is worth it, on a running store"
+    text = "give the space of what is dead back now, on a running store; exit code 1 if damage is known, which it lists"
     parser = add_command(commands, "clean", run, text)
     add_wait(parser, "return when the pass is over, or with --no-wait as soon as it is asked for", default=True)
     add_json(parser)
@@ -35,16 +35,15 @@ async def _run(arguments: argparse.Namespace) -> int:
             say("cleaning is asked for; forebay status tells how it is")
             return 0
         after = await follow(client, lambda status: status.clean.passes > before.clean.passes)
-        damaged = len(await known_damage(client)) if after.scrub.damaged else 0
+        damage = await known_damage(client)
     if after.clean.error:
         raise ForebayError(f"cleaning ended early: {after.clean.error}")
     if arguments.json:
-        say_json(_json(before, after))
+        say_json({**_json(before, after), "damage": [damage_json(row) for row in damage]})
     else:
+        say_damage(damage)
         say(_summary(before, after))
-    if damaged:
-        note(f"{damaged} damaged extents are known; forebay store scrub --no-wait lists them")
-    return EXIT_FAILED if damaged else 0
+    return EXIT_FAILED if damage else 0
 
 
 def _json(before: StoreStatus, after: StoreStatus) -> dict[str, Json]:

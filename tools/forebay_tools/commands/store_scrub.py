@@ -4,18 +4,16 @@ import argparse
 import sys
 
 from forebay_core.errors import EXIT_FAILED, ForebayError
-from forebay_core.units import BLOCK_SIZE, format_size
+from forebay_core.units import format_size
 from forebay_tools.arguments import Commands, add_command, add_json, add_store, add_wait, transfer_rate
 from forebay_tools.connect import store_client
 from forebay_tools.interrupt import run_interruptible
-from forebay_tools.printing import Json, say, say_json, say_table
+from forebay_tools.printing import say, say_json
 from forebay_tools.progress import Progress
 from forebay_tools.rows import scrub_json
-from forebay_tools.store_watch import follow, known_damage, store_status
+from forebay_tools.store_watch import damage_json, follow, known_damage, say_damage, store_status
 from forebay_wire.client import WireClient
-from forebay_wire.messages import DamagedExtent, Done, ScrubStore, StoreStatus
-
-HEAD = ("VOLUME", "BLOCKS", "BYTES FROM", "SEGMENT", "OFFSET", "WHAT")
+from forebay_wire.messages import Done, ScrubStore, StoreStatus
 
 
 def add(commands: Commands) -> None:
@@ -44,10 +42,9 @@ async def _run(arguments: argparse.Namespace) -> int:
         after = await _follow(client, before) if arguments.wait else await store_status(client)
         damage = await known_damage(client)
     if arguments.json:
-        say_json({**scrub_json(after.scrub), "damage": [_json(row) for row in damage]})
+        say_json({**scrub_json(after.scrub), "damage": [damage_json(row) for row in damage]})
     else:
-        if damage:
-            say_table(HEAD, [_cells(row) for row in damage])
+        say_damage(damage)
         say(_summary(after, len(damage), waited=arguments.wait))
     return EXIT_FAILED if damage else 0
 
@@ -75,20 +72,3 @@ def _summary(status: StoreStatus, damaged: int, *, waited: bool) -> str:
     if waited:
         return f"{format_size(status.scrub.checked_size)} verified; {found}"
     return f"the scrub is under way, {found}; forebay status tells how it is"
-
-
-def _json(row: DamagedExtent) -> dict[str, Json]:
-    return {
-        "volume": row.volume or None,
-        "start": row.start,
-        "count": row.count,
-        "segment": row.segment,
-        "offset": row.offset,
-        "text": row.text,
-    }
-
-
-def _cells(row: DamagedExtent) -> tuple[str, ...]:
-    last = row.start + row.count - 1
-    blocks = str(row.start) if row.count == 1 else f"{row.start}-{last}"
-    return (row.volume or "-", blocks, str(row.start * BLOCK_SIZE), row.segment, str(row.offset), row.text)
