@@ -16,6 +16,13 @@ from forebay_core.units import MIB
 README = Path(__file__).resolve().parents[2] / "README.md"
 PORT = "7300"
 COMMAND_TIMEOUT_S = 120
+SECTIONS = (
+    "By hand",
+    "Snapshots and clones",
+    "Incremental backup",
+    "Space: trim, clean, scrub",
+    "Keys and networks",
+)
 
 
 def lines_below(*titles: str) -> list[str]:
@@ -95,13 +102,24 @@ def test_the_commands_of_the_readme_run_as_written(tmp_path: Path) -> None:
     port = free_port()
     printed = {}
     try:
-        for line in lines_below("By hand", "Keys and networks"):
+        for line in lines_below(*SECTIONS):
             printed[line] = shell.type(line.replace(PORT, port))
+        shell.type("forebay detach debian")
+        for name in ("debian@monday", "restored", "vm1"):
+            shell.type(f"forebay volume export {name} {name}.out")
     finally:
         shell.end()
     expected = bytearray(image)
     expected[MIB : MIB + 65536] = b"\x07" * 65536
     assert (tmp_path / "copy.img").read_bytes() == expected
+    assert (tmp_path / "base.raw").read_bytes() == expected
+    clone = bytearray(expected)
+    clone[:65536] = b"\x09" * 65536
+    assert (tmp_path / "vm1.out").read_bytes() == clone
+    expected[2 * MIB : 2 * MIB + 65536] = b"\x05" * 65536
+    expected[:65536] = bytes(65536)
+    assert (tmp_path / "debian@monday.out").read_bytes() == expected
+    assert (tmp_path / "restored.out").read_bytes() == expected
     assert printed["forebay attach debian"].startswith('{"uri": "nbd+unix:///debian?socket=')
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
     assert len(shell.daemons) == 2

@@ -34,10 +34,11 @@ CACHE_SIZE_MIN: Final = 512 * MIB
 CACHE_SIZE_MAX: Final = 8 * GIB
 RUN_DIR_SIZE_MAX: Final = 80
 """Bytes of the run directory's path; a Unix socket's path has little room."""
+OVERWRITTEN: Final = 7
 COLD_SHARE_MAX: Final = 0.1
 """Fills of the last moment may be lost in a crash; more is not."""
 
-TOOLS: Final = {"qemu-img": "qemu-utils", "nbdcopy": "libnbd-bin", "mkfs.ext4": "e2fsprogs"}
+TOOLS: Final = {"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "nbdcopy": "libnbd-bin", "mkfs.ext4": "e2fsprogs"}
 NOT_COPIED: Final = ("__pycache__", "site-packages", "dist-packages", "test", "lib-dynload", "config-*", "*.a", "*.so")
 FOREBAY: Final = (sys.executable, "-m", "forebay_tools.main")
 
@@ -104,6 +105,7 @@ class Demo:
         self._attach("scratch")
         self._run("nbdcopy", str(self._expected["scratch"]), self._uris["scratch"])
         self._crash()
+        self._snapshot()
         _title("Send everything to the store and take it out again")
         for name in self._expected:
             self._forebay("drain", name)
@@ -177,6 +179,21 @@ class Demo:
         status = self._status()
         if self._image is None and status["miss_blocks"] > COLD_SHARE_MAX * status["hit_blocks"]:
             raise ForebayError("the cache came back cold; this is a bug")
+
+    def _snapshot(self) -> None:
+        _title("Take a snapshot, overwrite the volume, and look at a clone of the snapshot")
+        before = self._expected["scratch"]
+        self._forebay("snapshot", "create", "scratch@before", "--wait")
+        after = self._folder / "after.raw"
+        shutil.copyfile(before, after)
+        with after.open("r+b") as file:
+            file.write(bytes([OVERWRITTEN]) * MIB)
+        self._run("qemu-io", "-f", "raw", "-c", f"write -P {OVERWRITTEN} 0 1M", self._uris["scratch"])
+        self._forebay("volume", "clone", "scratch@before", "clone")
+        self._attach("clone")
+        self._expected |= {"scratch": after, "clone": before}
+        for name in ("clone", "scratch"):
+            self._compare(name)
 
     def _export(self, name: str) -> None:
         target = self._folder / f"{name}.exported"
@@ -267,7 +284,7 @@ def _image() -> Path | None:
 
 
 def _check_tools() -> None:
-    missing = sorted(package for tool, package in TOOLS.items() if shutil.which(tool) is None)
+    missing = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
     if missing:
         raise ForebayError(f"needs packages that are missing; as root: apt-get install {' '.join(missing)}")
 
