@@ -8,13 +8,17 @@ from store_daemon import frame, plain
 from store_twins import StoreTwin
 from test_store_engine import OTHER, Rig, code
 
+from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent, pack
 from forebay_core.units import BLOCK_SIZE, make_version
 from forebay_store.engine.head_change import split_levels
 from forebay_store.engine.reading import plan_read
+from forebay_store.engine.replay import next_incarnation
 from forebay_store.engine.views import expect_view, walk
 from forebay_store.format.entries import HOLE, LEVEL_BITS, ORIGIN, make_hole
 from forebay_store.format.rows import Table
+from forebay_store.format.segment import SegmentName
+from forebay_store.limits import INCARNATION_MAX, WAITING_PER_VOLUME_MAX
 from forebay_wire import messages
 from forebay_wire.messages import HOLE_FRAME, ORIGIN_FRAME, PIECE_DTYPE
 
@@ -438,6 +442,18 @@ def test_two_clones_of_one_name_at_once_make_one_volume() -> None:
         rig.assert_rebuilds()
 
 
+def test_a_clone_that_is_refused_because_its_parent_is_busy_leaves_its_name_free() -> None:
+    rig = SnapRig()
+    rig.close(1, "s")
+    rig.twin.submit(rig.part(attempt=5), frame(0, "what all others wait for"))
+    tickets = [rig.twin.submit(rig.cut(9, 9)) for _ in range(WAITING_PER_VOLUME_MAX + 2)]
+    assert code(rig.twin.answers[tickets[-1]]) == messages.FAILED
+    clone = rig.twin.submit(messages.CloneVolume("vm", "s", "c"))
+    assert code(rig.twin.answers[clone]) == messages.FAILED
+    assert isinstance(rig.twin.ask(messages.CreateVolume("c", BLOCK_SIZE)), messages.Volume)
+    assert all(ticket in rig.twin.answers for ticket in tickets)
+
+
 @pytest.mark.parametrize("start", [0, 1, 4095, 4096, (1 << 21) - 5, (1 << 30) - 1])
 @pytest.mark.parametrize("length", [1, 16, 17, 4096, 70_000, (1 << 22) + 3, (1 << 31) + 5])
 def test_long_holes_lie_in_the_history_where_a_look_finds_them(start: int, length: int) -> None:
@@ -486,6 +502,12 @@ def test_a_snapshot_shows_long_holes_that_left_the_head() -> None:
     rig.twin.settle()
     assert not rig.twin.index.rows()[Table.HISTORY]
     rig.assert_rebuilds()
+
+
+def test_a_store_that_was_started_too_often_says_so() -> None:
+    assert next_incarnation([SegmentName(INCARNATION_MAX - 1, 5)]) == INCARNATION_MAX
+    with pytest.raises(ForebayError, match="copy it to a new one"):
+        next_incarnation([SegmentName(INCARNATION_MAX, 0)])
 
 
 class CountingView(DictView):

@@ -8,7 +8,7 @@ Crash: each transaction sets the mark of the newest applied segment; replay goes
 
 from collections.abc import Iterator, Sequence
 
-from forebay_core.errors import CorruptionError
+from forebay_core.errors import CorruptionError, ForebayError
 from forebay_core.units import Buffer
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.checkpoint import load_checkpoint, newest_checkpoint
@@ -18,6 +18,7 @@ from forebay_store.format.layout import DecodedSegment, decode_segment, payload_
 from forebay_store.format.part import parse_part
 from forebay_store.format.records import PART_RECORDS
 from forebay_store.format.segment import NO_SEGMENT, SegmentName, parse_name
+from forebay_store.limits import INCARNATION_MAX
 
 
 def segment_names(backend: SegmentBackend) -> list[SegmentName]:
@@ -127,5 +128,12 @@ def segment_records(segment: LoadedSegment) -> Iterator[LogRecord]:
 
 
 def next_incarnation(names: Sequence[SegmentName]) -> int:
-    """Return the number of the store's next start."""
-    return names[-1].incarnation + 1 if names else 1
+    """Return the number of the store's next start.
+
+    Raises:
+        ForebayError: there were as many as a store may have.
+    """
+    incarnation = names[-1].incarnation + 1 if names else 1
+    if incarnation > INCARNATION_MAX:
+        raise ForebayError(f"this store was started {INCARNATION_MAX} times, which is all it can; copy it to a new one")
+    return incarnation

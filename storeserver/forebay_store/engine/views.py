@@ -84,7 +84,7 @@ def expect_view(reader: IndexReader, id_: bytes) -> View:
     """
     view = find_view(reader, id_)
     if view is None:
-        raise RefusedError(messages.NO_SUCH_VOLUME, f"no volume of id {id_[:ID_SIZE].hex()} in this store")
+        raise RefusedError(messages.NO_SUCH_VOLUME, f"no volume or snapshot of id {id_[:ID_SIZE].hex()} in this store")
     return view
 
 
