@@ -316,6 +316,8 @@ def test_a_volume_grows_while_it_is_attached_and_stays_so() -> None:
     rig.run_until(lambda: bool(got))
     assert got[0] is not None and got[0].kind == RESIZE
     assert rig.volume.size == rig.size + BLOCK_SIZE
+    assert rig.read(rig.size, BLOCK_SIZE) == bytes(BLOCK_SIZE), "the store can't tell yet: it does not know the size"
+    assert rig.allocation(rig.size, BLOCK_SIZE) == [(BLOCK_SIZE, True)]
     assert rig.write(rig.size, b"new".ljust(BLOCK_SIZE)) == IoError.OK
     assert rig.flush() == IoError.OK
     rig.restart(power=True)

@@ -143,6 +143,8 @@ class CacheHost:
             folder=_Fronts(self),  # type: ignore[arg-type]
             device=self.name,
             device_size=self.size,
+            draw=self.random.randbytes,
+            wall_ns=lambda: self.world.now_ns + self.wall_skew_ns,
         )
         for volume in self.engine.volumes.values():
             self._came_back(volume)
@@ -165,6 +167,7 @@ class CacheHost:
         else:
             # Damaged media are no excuse: what is damaged was durable, and later records prove it.
             branch.recover(volume.version, power=self._power)
+            branch.check_pending(volume.pending_snapshots, volume.acknowledged)
             self.recovered(volume, branch, self._power)
 
     def kill(self) -> None:

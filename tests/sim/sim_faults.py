@@ -19,8 +19,10 @@ from forebay_cache.engine import cache, fetches, log_end, recovery
 from forebay_cache.engine.apply import Apply
 from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.checkpoints import Checkpoints
+from forebay_cache.engine.cut_ends import CutEnds
 from forebay_cache.engine.destage import Destage
 from forebay_cache.engine.front import IoError
+from forebay_cache.engine.holes import HoleMap
 from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.writes import Writes
@@ -252,6 +254,60 @@ def pinned_version_overwritten() -> None:
     BlockMap._hold_place = forget
 
 
+def snapshot_answered_before_durable() -> None:
+    append = CutEnds._append
+
+    def early(self, asked):
+        log = self._engine.log
+        add_note = log.add_note
+
+        def note(end, settled):
+            add_note(end, lambda ok: asked.taken(end if ok else None))
+
+        log.add_note = note
+        append(self, asked)
+        log.add_note = add_note
+
+    CutEnds._append = early
+
+
+def pinned_version_dropped_at_reclaim() -> None:
+    keep = Reclaim._to_keep
+
+    def linked(self, zone, *, worthy):
+        found = keep(self, zone, worthy=worthy)
+        return found[[self._engine.map.is_linked(place) for place in found.tolist()]] if found.size else found
+
+    Reclaim._to_keep = linked
+
+
+def cut_merged_over_a_snapshot() -> None:
+    close_at = Destage.close_at
+
+    def merge(self, volume, end):
+        last = volume.cuts[-1] if len(volume.cuts) > 1 else None
+        if last is None or last.end is None:
+            close_at(self, volume, end)
+            return
+        last.runs += volume.dirty.take()
+        for hole in volume.open_holes:
+            last.holes.add(Extent(hole.start, hole.end - hole.start), hole.version)
+        volume.open_holes = HoleMap()
+        last.last_version = volume.applied
+        volume.ends.remove(last.end)
+        last.end = end
+
+    Destage.close_at = merge
+
+
+def snapshot_lost_at_recovery() -> None:
+    recovery._Replay._note_ends = lambda self, records: None
+
+
+def older_version_of_a_snapshot_lost_at_recovery() -> None:
+    recovery._Replay.older = lambda self, *_: None
+
+
 def fill_inserted_over_newer_write() -> None:
     def fill(self, block) -> None:
         _, volume_key, lba, version, checksum, place, _ = block
@@ -352,6 +408,11 @@ PLANTED = (
     Planted(part_answered_before_durable, Directed("store segment is written", "full")),
     Planted(prefix_cut_ignored, "all"),
     Planted(pinned_version_overwritten, "all"),
+    Planted(snapshot_answered_before_durable, "snapshots"),
+    Planted(pinned_version_dropped_at_reclaim, "snapshots", 40),
+    Planted(cut_merged_over_a_snapshot, "snapshots", 40),
+    Planted(snapshot_lost_at_recovery, "snapshots"),
+    Planted(older_version_of_a_snapshot_lost_at_recovery, "snapshots", 40),
     Planted(fill_inserted_over_newer_write, "all", 40),
     Planted(stale_fetch_kept, "all", 60),
     Planted(commit_acknowledged_before_durable, "power", 40),

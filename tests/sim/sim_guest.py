@@ -120,6 +120,11 @@ class Guest:
         self.unplug()
         self.writing = True
 
+    def grow(self, size: int) -> None:
+        """The volume is larger now; what is behind its old end reads as zeros."""
+        self.model.extend(bytes(max(0, size - len(self.model))))
+        self.size = max(self.size, size)
+
     # --- requests ---------------------------------------------------------------------------------------------
 
     @property

@@ -11,12 +11,13 @@ Invariants:
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from sim_world import Violation
 
 from forebay_cache.format import record
+from forebay_cache.format.volume_note import VolumeNote
 from forebay_core.checksums import checksum
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent, pack
@@ -24,6 +25,7 @@ from forebay_core.units import BLOCK_SIZE, Buffer, epoch_of
 from forebay_store.engine.ports import Index, SegmentBackend
 from forebay_store.engine.reading import check_frames, plan_read
 from forebay_store.engine.replay import replay
+from forebay_store.engine.snapshots import snapshots_after
 from forebay_store.engine.volumes import find_volume
 from forebay_store.format.rows import VolumeState
 from forebay_wire import messages
@@ -67,7 +69,8 @@ class Branch:
         self.live = dict(base)
         self.block_versions: dict[int, int] = {}
         self.acknowledged = base_version  # newest change that a guest was told of
-        self.durable = base_version  # newest change that a flush was answered for
+        self.durable = base_version  # newest change that a flush or a snapshot was answered for
+        self.snapshots: dict[str, int] = {}  # answered ones: name and version
 
     def submit(self, change: Change) -> None:
         """A record that holds this is on its way to the disk."""
@@ -113,6 +116,19 @@ class Branch:
     def flushed(self, version: int) -> None:
         """A guest is told that everything up to this version is durable."""
         self.durable = max(self.durable, version)
+
+    def took(self, name: str, version: int) -> None:
+        """An operator is told that this snapshot is taken: nothing takes it back."""
+        if version > self.synced:
+            raise Violation(f"{self.name}: snapshot {name} was answered, the SSD surely has only {self.synced:#x}")
+        self.snapshots[name] = version
+        self.flushed(version)
+
+    def check_pending(self, names: Sequence[str], acknowledged: int) -> None:
+        """Every snapshot that was answered waits for the store, or is there."""
+        lost = [name for name, version in self.snapshots.items() if version > acknowledged and name not in names]
+        if lost:
+            raise Violation(f"{self.name}: snapshots {lost} were answered and are gone")
 
     def recover(self, version: int, *, power: bool) -> State:
         """The device came back at this version: forget what is newer. Return the state that must be read now."""
@@ -174,7 +190,10 @@ class LogTap:
         header, entries = record.decode_record(content[:BLOCK_SIZE], place=f"write at offset {offset}")
         if header.kind == record.NOTE:
             note = record.decode_note(content[:BLOCK_SIZE], place=f"write at offset {offset}")
-            self.ids[note.volume_key] = note.volume_id
+            if isinstance(note, VolumeNote):
+                self.ids[note.volume_key] = note.volume_id
+            elif (ended := self.branches.get(self.ids.get(note.volume_key, b""))) is not None:
+                yield Change(note.version, 0, 0, None), ended  # a snapshot or resize changes no block
             return
         if len(content) != header.size * BLOCK_SIZE:
             raise Violation(f"a record of {header.size} blocks was written as {len(content)} bytes")
@@ -201,6 +220,7 @@ class Official:
         self.epoch = 0
         self.branches: dict[int, Branch] = {}  # by epoch
         self.acknowledged = 0  # newest version that a cache was told the store has
+        self.snapshots: dict[bytes, tuple[int, State]] = {}  # by id: version, and what it shows for ever
 
     def begin(self, epoch: int, branch: Branch) -> None:
         """A device was granted an epoch, and its changes count from now on."""
@@ -225,6 +245,7 @@ class StoreJudge:
     def __init__(self) -> None:
         self.volumes: dict[bytes, Official] = {}
         self.shown_states = 0
+        self.snapshots_compared = 0
 
     def shown(self, index: Index, backend: SegmentBackend, *, all_of_it: bool = False, damaged: bool = False) -> None:
         """Compare each volume that moved (or all) with its history."""
@@ -244,6 +265,31 @@ class StoreJudge:
                 official.advance(row.version)
             if moved or all_of_it:
                 self._compare(index, backend, row, official, damaged=damaged)
+                if not damaged:
+                    self._compare_snapshots(index, backend, row, official, all_of_it=all_of_it)
+
+    def _compare_snapshots(
+        self, index: Index, backend: SegmentBackend, row: VolumeState, official: Official, *, all_of_it: bool
+    ) -> None:
+        """Each snapshot shows the history at its sequence number, whatever happened since; none goes."""
+        with index.view() as reader:
+            shown = {one.id: one for one in snapshots_after(reader, row.number, 0)}
+        gone = official.snapshots.keys() - shown.keys()
+        if gone:
+            raise Violation(f"{row.name}: {len(gone)} snapshots are gone that nobody deleted")
+        for snapshot, state in shown.items():
+            is_new = snapshot not in official.snapshots
+            if is_new:
+                branch = official.branches[epoch_of(state.version)]
+                named = branch.snapshots.get(state.name, state.version)
+                if named != state.version:
+                    raise Violation(f"{row.name}@{state.name} is at {state.version:#x}, it was taken at {named:#x}")
+                official.snapshots[snapshot] = (state.version, branch.state_at(state.version))
+            if is_new or all_of_it:
+                self.snapshots_compared += 1
+                found = read_store(index, backend, snapshot, Extent(0, state.size // BLOCK_SIZE))
+                if found != official.snapshots[snapshot][1]:
+                    raise Violation(f"{row.name}@{state.name} is not what the volume was at {state.version:#x}")
 
     def _compare(
         self, index: Index, backend: SegmentBackend, row: VolumeState, official: Official, *, damaged: bool

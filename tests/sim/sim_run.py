@@ -60,10 +60,18 @@ BASE = {
     "leave_dirty": 1,
     "drain": 2,
     "slow_disk": 1,
+    "snapshot": 6,
+    "grow": 1,
 }
 PROFILES = {
     "all": Profile(BASE),
     "power": Profile({"power_cache": 6, "power_store": 2, "cut_network": 1, "drain": 1}),
+    "snapshots": Profile(
+        {"snapshot": 12, "grow": 2, "crash_cache": 3, "power_cache": 2, "crash_store": 1, "partition": 2, "drain": 1},
+        rounds=14,
+        device_size=8 << 20,
+        blocks=180,
+    ),
     "fencing": Profile(
         {"leave_behind": 5, "take_over": 3, "move": 2, "cut_network": 2, "crash_cache": 1, "partition": 1}
     ),
@@ -83,7 +91,7 @@ PROFILES = {
 }
 TURNS = (
     *("all", "power", "limits", "fencing", "all", "full", "power", "ssd", "all", "media", "full", "store_media"),
-    *("unreadable", "all", "family"),
+    *("unreadable", "all", "family", "snapshots", "snapshots"),
 )
 
 
@@ -113,7 +121,7 @@ class Scenario:
         self.left_behind: list[LeftBehind] = []
         self.frozen = b""  # what the snapshot of the first volume shows for ever
         self.healed = False
-        self.crashes = 0
+        self.crashes = self.snapshots = 0
 
     # --- the world's reactions --------------------------------------------------------------------------------
 
@@ -274,6 +282,9 @@ class Scenario:
         official = self.judge.volumes[guest.id]
         if official.state != guest.branch.live:
             raise Violation(f"{guest.name} is drained, and the store shows something else than its guest wrote")
+        answered = {version for version in guest.branch.snapshots.values() if version <= official.version}
+        if not answered <= {version for version, _ in official.snapshots.values()} and not self.world.excuses:
+            raise Violation(f"{guest.name} is drained, and the store lacks a snapshot that was answered")
         return True
 
     def finish(self) -> None:
@@ -507,6 +518,35 @@ class Scenario:
             disk.unreadable.add(disk.zones_offset + self.random.randrange(blocks) * BLOCK_SIZE)
         self._damaged(f"{disk.name}: {len(disk.unreadable)} blocks can't be read")
 
+    def snapshot(self) -> None:
+        """Take some snapshots of a running volume while its guest writes on, and the next fault comes."""
+        guest = self.random.choice(list(self.guests.values()))
+        for _ in range(self.random.choice((1, 1, 2, 4))):
+            host = guest.host
+            if host is None or not host.running or guest.broken:
+                return
+            self.snapshots += 1
+            self._take(guest, host, f"s{self.snapshots}")
+            self.world.run_for(self.random.randrange(60) * MS)
+
+    def _take(self, guest: Guest, host: CacheHost, name: str) -> None:
+        branch, away = guest.branch, self.network.down_ns > self.world.now_ns or bool(self.world.excuses)
+        stored = not away and self.random.random() < 0.1
+        answer = host.command(lambda: host.shell.snapshot(guest.name, name, stored=stored), limit_s=300)
+        if isinstance(answer, messages.SnapshotRow):
+            branch.took(name, answer.version)
+
+    def grow(self) -> None:
+        """Make an attached volume larger."""
+        guest = self.random.choice(list(self.guests.values()))
+        host, branch = guest.host, guest.branch if guest.host is not None else None
+        if host is None or branch is None or not host.running or guest.broken or guest.volume is None:
+            return
+        size = min(guest.volume.logged_size + 4 * BLOCK_SIZE, 230 * BLOCK_SIZE)
+        answer = host.command(lambda: host.shell.resize(guest.name, size), limit_s=300)
+        if isinstance(answer, messages.VolumeRow) and guest.host is host and guest.branch is branch:
+            guest.grow(answer.size)
+
     def limit(self) -> None:
         """Limit how fast a volume, or all, is destaged; or lift it."""
         host = self._host()
@@ -560,6 +600,7 @@ def run_many(first: int, end: int, report: Callable[[str], object]) -> bool:
         try:
             done = run_seed(seed)
             line |= {"digest": done.world.digest, "events": done.world.events, "shown": done.judge.shown_states}
+            line["snapshots"] = done.judge.snapshots_compared
             line |= {"crashes": done.crashes, "simulated_s": done.world.now_ns // 1_000_000_000}
         except (Exception, Violation):
             failed = True

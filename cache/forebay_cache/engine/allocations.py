@@ -53,7 +53,9 @@ class Allocations:
                     now += [_State(rest, piece.plain is None) for rest in subtract(common, covered)]
             reply(IoError.OK, _shape(sorted(now), offset))
 
-        self._engine.upstream.allocation(volume.id, extent, answered, through=True)
+        unknown = subtract(extent, [state.extent for state in known])  # the store may not know a new end yet
+        asked = Extent(unknown[0].start, unknown[-1].end - unknown[0].start)
+        self._engine.upstream.allocation(volume.id, asked, answered, through=True)
 
     def _known(self, volume: "CacheVolume", extent: Extent) -> "list[_State]":
         """Return the state of all blocks that the cache knows, sorted."""

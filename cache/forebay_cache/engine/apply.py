@@ -17,7 +17,7 @@ from forebay_cache.engine.log import Batch, Change, Copy, Writes
 from forebay_cache.format import record
 from forebay_cache.format.cut_end import RESIZE, CutEnd
 from forebay_core.extents import Extent, from_blocks
-from forebay_core.units import LBA_BITS, LBA_MAX, Version
+from forebay_core.units import BLOCK_SHIFT, LBA_BITS, LBA_MAX, Version
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -105,7 +105,10 @@ class Apply:
         engine = self._engine
         volume = engine.volumes[end.volume_key]
         volume.applied = Version(end.version)
-        if end.kind == RESIZE:
+        if end.kind == RESIZE and end.size > volume.size:
+            # The store does not know the new end before it has the cut, and refuses reads behind the old one.
+            volume.holes.add(Extent(volume.block_count, (end.size >> BLOCK_SHIFT) - volume.block_count), end.version)
+            engine.hole_count += 1
             volume.grow(end.size)
         engine.destage.close_at(volume, end)
 

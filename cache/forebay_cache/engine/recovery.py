@@ -464,7 +464,9 @@ class _Replay:
         volume = self.volumes.get(end.volume_key)
         if volume is None:
             return
-        if end.kind == RESIZE:
+        if end.kind == RESIZE and end.size > volume.note.size:
+            old = volume.note.size >> BLOCK_SHIFT
+            volume.holes.add(Extent(old, (end.size >> BLOCK_SHIFT) - old), end.version)
             volume = volume._replace(note=volume.note._replace(size=end.size))
         self._set(volume._replace(version=max(volume.version, end.version)))
 

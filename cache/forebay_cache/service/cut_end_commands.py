@@ -7,8 +7,6 @@ Invariants:
 
 import asyncio
 import contextlib
-import secrets
-import time
 from collections.abc import Callable
 
 from forebay_cache.engine.cache import CacheEngine
@@ -28,9 +26,18 @@ from forebay_wire.messages import SnapshotRow, VolumeRow
 class CutEndCommands:
     """Takes snapshots and resizes volumes that are attached here."""
 
-    def __init__(self, engine: CacheEngine, session: StoreSession) -> None:
+    def __init__(
+        self,
+        engine: CacheEngine,
+        session: StoreSession,
+        *,
+        draw: Callable[[int], bytes],
+        wall_ns: Callable[[], int],
+    ) -> None:
         self._engine = engine
         self._session = session
+        self._draw = draw
+        self._wall_ns = wall_ns
 
     def learn_soon(self, volume: CacheVolume) -> None:
         """Ask the store for the volume's snapshots as soon as it is open there, beside everything else."""
@@ -68,7 +75,7 @@ class CutEndCommands:
         check_name(name, "snapshot")
         if name in volume.known_snapshots:
             await self.learn(volume)
-        snapshot, taken_ns = secrets.token_bytes(ID_SIZE), time.time_ns()
+        snapshot, taken_ns = self._draw(ID_SIZE), self._wall_ns()
         end = await self._taken(
             volume, lambda taken: self._engine.cut_ends.snapshot(volume, snapshot, name, taken_ns, taken)
         )

@@ -9,6 +9,8 @@ volume that was detached here but not given back at the store is taken up again 
 
 import asyncio
 import logging
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -51,6 +53,8 @@ class Shell:
         folder: RunFolder,
         device: str,
         device_size: int,
+        draw: Callable[[int], bytes] = secrets.token_bytes,
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._engine = engine
         self._session = session
@@ -62,7 +66,7 @@ class Shell:
         self._device_size = device_size
         self._changing: set[str] = set()
         self._snapshots = SnapshotExports(engine, session)
-        self._cut_ends = CutEndCommands(engine, session)
+        self._cut_ends = CutEndCommands(engine, session, draw=draw, wall_ns=wall_ns)
 
     def resume(self) -> None:
         """Serve the volumes that were attached when the daemon ended, whether the store is there or not.
