@@ -138,6 +138,16 @@ SCRUB_PAUSE_S: Final = 60.0
 CLEAN_PAUSE_S: Final = 1.0
 """How long the cleaner waits between looks."""
 
+RESERVE_SIZE_MAX: Final = 64 * MIB
+"""Bytes of the disk that data does not get, so that trims, deletions and the cleaner can free some; more if a
+checkpoint is larger."""
+
+RESERVE_SHARE: Final = 1 / 16
+"""The same as a share of the disk, where that is less."""
+
+COPY_ROOM_SHARE: Final = 1 / 4
+"""Share of the free bytes that one step of the cleaner may use."""
+
 CLEAN_LOOK_SIZE: Final = 4 * MIB
 """Bytes that clients send after which the cleaner looks at once, at least."""
 

@@ -19,6 +19,7 @@ from forebay_core.units import Buffer
 from forebay_store.engine.cleaner import delete_leaving
 from forebay_store.engine.ports import BackendError, IndexWriter, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.replay import replay
+from forebay_store.engine.space import DiskRoom
 from forebay_store.format.damage_file import ScrubState, decode_damage, encode_damage
 from forebay_store.format.reports import Reports, decode_reports, encode_reports
 from forebay_store.format.segment import parse_name
@@ -259,6 +260,7 @@ class _Opened:
         self.damage = damage
         self.folder = self
         self.store = STORE
+        self.room = lambda: DiskRoom(1 << 40, 1 << 40)
         self.newest = claim(backend, index, store=STORE, now_ns=1)  # type: ignore[arg-type]
 
 

@@ -385,3 +385,37 @@ def test_a_full_disk_refuses_cuts_and_goes_on_when_there_is_space(small_disk: Pa
     with StoreDaemon(small_disk) as daemon:
         run(look(daemon))
     assert fsck(small_disk) == []
+
+
+def test_on_a_full_disk_trims_and_cleaning_free_space(small_disk: Path) -> None:
+    async def look(daemon: StoreDaemon) -> None:
+        async with daemon.client() as client:
+            row = await create(client, "vm", 1 << 16)
+            writer = await Writer.open(client, "vm")
+            await writer.write(0, "kept")
+            count = 0
+            with pytest.raises(RefusedError) as caught:
+                while True:
+                    start = 16 + count * 256
+                    await writer.stage(0, [frame(start + at * 16, (count, at), 16) for at in range(16)])
+                    await writer.commit(1)
+                    count += 1
+            assert caught.value.code == messages.NO_SPACE and count > 10
+            with pytest.raises(RefusedError):
+                for lba in range(1000):  # Nothing but what is kept for freeing space is left now.
+                    await writer.write((1 << 15) + lba, lba)
+            await writer.stage(0, [], [Extent(16 + at * 256 + 8, 240) for at in range(count)])
+            await writer.commit(1)
+            for _ in range(3):
+                await client.ask(messages.CleanStore(), messages.Done)
+            while True:
+                status, _ = await client.ask(messages.GetStoreStatus(), messages.StoreStatus)
+                if status.clean.passes >= 1 and not status.clean.running:
+                    break
+            assert status.segment_bytes < 1.3 * status.live_bytes, status
+            await writer.write(16, "new", 16)
+            assert (await read_plain(client, row.id, 0, 17))[0] == plain("kept")
+
+    with StoreDaemon(small_disk) as daemon:
+        run(look(daemon))
+    assert fsck(small_disk) == []

@@ -36,7 +36,7 @@ from forebay_store.format.records import Record
 from forebay_store.format.rows import STAGED_PART, Table, decode_segment_row
 from forebay_store.format.segment import NO_SEGMENT, SegmentName
 from forebay_store.format.space_records import SegmentsDeleted, pack_names
-from forebay_store.limits import CHECKPOINT_BATCH_SIZE
+from forebay_store.limits import CHECKPOINT_BATCH_SIZE, COPY_ROOM_SHARE, COPY_SIZE
 
 _ROW_SIZE_GUESS = 16
 """Bytes of an index row in a checkpoint, for the first one: 10 to 20 were seen."""
@@ -76,10 +76,19 @@ class Counts(NamedTuple):
 class Cleaner:
     """Cleans one store; `space` is what the newest look found, `damaged` what copying met and nobody took yet."""
 
-    def __init__(self, index: Index, backend: SegmentBackend, *, store: bytes) -> None:
+    def __init__(
+        self,
+        index: Index,
+        backend: SegmentBackend,
+        *,
+        store: bytes,
+        room: Callable[[], int] = lambda: int(COPY_SIZE / COPY_ROOM_SHARE),
+    ) -> None:
+        """`room` tells how many bytes the disk has left."""
         self._index = index
         self._backend = backend
         self._store = store
+        self._room = room
         self._builder = FrameBuilder()
         self.barred: set[SegmentName] = set()
         self.damaged: list[DamagedPlace] = []
@@ -184,7 +193,8 @@ class Cleaner:
 
     def _copy_now(self, names: list[SegmentName]) -> Copied:
         with self._index.view() as reader:
-            return copy_live(reader, self._backend, names, store=self._store, builder=self._builder)
+            size_max = min(COPY_SIZE, int(self._room() * COPY_ROOM_SHARE))
+            return copy_live(reader, self._backend, names, store=self._store, builder=self._builder, size_max=size_max)
 
 
 def delete_leaving(backend: SegmentBackend, index: Index) -> None:

@@ -69,20 +69,27 @@ class _Copy:
     pieces: dict[bytes, list[_Piece]] = field(default_factory=dict)
     written: dict[SegmentName, int] = field(default_factory=dict)
     damaged: list[DamagedPlace] = field(default_factory=list)
+    size_max: int = COPY_SIZE
     block_count: int = 0
     stored_size: int = 0
 
     @property
     def full(self) -> bool:
         """Whether one step has enough."""
-        return self.block_count >= COPY_BLOCKS_MAX or self.stored_size >= COPY_SIZE
+        return self.block_count >= COPY_BLOCKS_MAX or self.stored_size >= self.size_max
 
 
 def copy_live(
-    reader: IndexReader, backend: SegmentBackend, victims: Sequence[SegmentName], *, store: bytes, builder: FrameBuilder
+    reader: IndexReader,
+    backend: SegmentBackend,
+    victims: Sequence[SegmentName],
+    *,
+    store: bytes,
+    builder: FrameBuilder,
+    size_max: int = COPY_SIZE,
 ) -> Copied:
-    """Copy what lives in these segments, as much as one step may."""
-    copy = _Copy()
+    """Copy what lives in these segments, up to about `size_max` bytes."""
+    copy = _Copy(size_max=size_max)
     for name in victims[:OLDS_MAX]:
         if copy.full:
             break

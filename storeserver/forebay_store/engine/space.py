@@ -54,6 +54,13 @@ class Space(NamedTuple):
     barred: Set[SegmentName]  # no victims: damaged, or with parts of unfinished cuts
 
 
+class DiskRoom(NamedTuple):
+    """Bytes of the disk under the store."""
+
+    free: int
+    total: int
+
+
 class Pressure(NamedTuple):
     """How hard to clean. Ratios are of bytes on the disk over live ones."""
 

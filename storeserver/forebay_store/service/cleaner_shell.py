@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final, assert_never
 
-from forebay_core.errors import ForebayError
+from forebay_core.errors import ForebayError, NoSpaceError
 from forebay_store.engine.cleaner import Append, Cleaner, Job, Pause, Records, Work
 from forebay_store.engine.cleaning import DamagedPlace
 from forebay_store.engine.ports import Index, SegmentBackend
-from forebay_store.engine.space import BUSY, RESTING, Pressure, Space
+from forebay_store.engine.space import BUSY, RESTING, DiskRoom, Pressure, Space
 from forebay_store.format.segment import SegmentName
 from forebay_store.limits import (
     CLEAN_IDLE_S,
@@ -26,6 +26,8 @@ from forebay_store.limits import (
     CLEAN_PAUSE_S,
     CLEAN_RETRY_S,
     PURGE_PAUSE_S,
+    RESERVE_SHARE,
+    RESERVE_SIZE_MAX,
     SPACE_RATIO_FREE,
     SPACE_RATIO_PRESSED,
 )
@@ -44,16 +46,17 @@ class CleanerShell:
         *,
         store: bytes,
         rate: int,
+        room: Callable[[], DiskRoom],
         append: Callable[[Records], Awaitable[None]],
         fresh_number: Callable[[], int],
         on_damage: Callable[[list[DamagedPlace]], None],
         purging: Callable[[], bool],
     ) -> None:
-        """`rate` is in bytes per second; `append` puts records into the log and returns when the index shows them.
-
-        `purging` tells whether what was deleted is still being taken out of the index.
+        """`rate` is in bytes per second; `room` asks the disk; `append` puts records into the log and returns when the
+        index shows them; `purging` tells whether what was deleted is still being taken out of the index.
         """
-        self._cleaner = Cleaner(index, backend, store=store)
+        self._room = room
+        self._cleaner = Cleaner(index, backend, store=store, room=lambda: room().free)
         self._rate = rate
         self._append = append
         self._fresh_number = fresh_number
@@ -85,6 +88,21 @@ class CleanerShell:
         self._fresh_size += size
         if self._fresh_size >= self._look_size:
             self._wake.set()
+
+    def expect_room(self, size: int) -> None:
+        """Check that data may still be taken: the last bytes of a disk are for trims, deletions and cleaning.
+
+        Raises:
+            NoSpaceError: it may not.
+        """
+        if self._room().free - size < self._reserve():
+            self._wake.set()
+            raise NoSpaceError("the disk under the store is full but for what freeing space needs; free some")
+
+    def _reserve(self) -> int:
+        space = self._cleaner.space
+        least = min(RESERVE_SIZE_MAX, int(self._room().total * RESERVE_SHARE))
+        return max(least, 2 * space.checkpoint_size) if space is not None else least
 
     def ask(self) -> None:
         """Clean thoroughly, now."""
@@ -184,7 +202,8 @@ class CleanerShell:
 
     def _pressure(self, asked: bool) -> Pressure:
         idle = self._loop.time() - self._quiet_from_s >= CLEAN_IDLE_S
-        return RESTING if asked or idle else BUSY
+        low = self._room().free < 2 * self._reserve()
+        return RESTING if asked or idle or low else BUSY
 
     def _patience(self, asked: bool) -> float:
         """Return which share of the pause to make: none when the space grows out of hand."""

@@ -3,12 +3,14 @@
 After it the index shows every segment, and no other start of this store can have written the segments that follow.
 """
 
+import os
 from pathlib import Path
 
 from forebay_core.errors import CorruptionError, ForebayError
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.cleaner import delete_leaving
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
+from forebay_store.engine.space import DiskRoom
 from forebay_store.engine.volumes import read_store
 from forebay_store.format.layout import build_segment
 from forebay_store.format.records import StoreClaimed
@@ -31,6 +33,11 @@ class OpenStore:
         self.reports = ReportFile(folder.path, folder.store)
         self.damage = DamageFile(folder.path, folder.store)
         self.newest = NO_SEGMENT
+
+    def room(self) -> DiskRoom:
+        """Return how much the disk has left."""
+        disk = os.statvfs(self.folder.path)
+        return DiskRoom(disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
 
     def close(self) -> None:
         """Close everything; the lock goes last."""

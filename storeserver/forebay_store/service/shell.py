@@ -6,7 +6,6 @@ engine is touched from the event loop only.
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -81,6 +80,7 @@ class StoreShell:
             store.backend,
             store=store.folder.store,
             rate=settings.clean_rate,
+            room=store.room,
             append=self._append,
             fresh_number=lambda: int.from_bytes(fresh_id(8), "little"),
             on_damage=lambda places: self._scrub.note_places(places),
@@ -130,6 +130,8 @@ class StoreShell:
             case messages.GetDamage():
                 return self._scrub.damage(message), ()
             case messages.StagePart():
+                if payload.nbytes:
+                    self._cleaner.expect_room(payload.nbytes)
                 return await self._change(message, await self._parse(message, payload), (payload,)), ()
             case messages.OpenVolume():
                 opened = await self._change(message, None, ())
@@ -281,8 +283,7 @@ class StoreShell:
         with self._store.index.view() as reader:
             volumes = sum(1 for _ in reader.scan(Table.VOLUMES, b""))
             live_bytes = sum(decode_segment_row(value).live for _, value in reader.scan(Table.SEGMENTS, b""))
-        disk = os.statvfs(self._store.folder.path)
-        return volumes, disk.f_bavail * disk.f_frsize, live_bytes
+        return volumes, self._store.room().free, live_bytes
 
     # Commands.
 
