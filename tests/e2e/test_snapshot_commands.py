@@ -128,3 +128,25 @@ def test_clean_and_scrub_end_well_on_a_sound_store(rig: Rig) -> None:
     assert told["live_bytes"] == 0
     scrubbed = json.loads(rig.run("store", "scrub", "--json"))
     assert (scrubbed["damage"], scrubbed["running"]) == ([], False)
+
+
+def test_a_snapshot_is_taken_while_the_store_is_away(rig: Rig) -> None:
+    rig.start()
+    rig.create("v", MIB)
+    rig.attach("v")
+    write(rig, "v", OLD)
+    rig.kill_store()
+    assert "it is on its way to the store" in rig.run("snapshot", "create", "v@s")
+    write(rig, "v", NEW)
+    assert "s" in rig.run("snapshot", "create", "v@s", code=1)
+    assert "now" in rig.run("volume", "resize", "v", "2MiB")
+    assert rig.status().volumes[0].pending_snapshots == ("s",)
+    rig.kill_cache()
+    rig.start_cache(wait=False)
+    rig.start_store()
+    rig.wait_status(lambda status: status.store_connected)
+    rig.drain("v")
+    listed = json.loads(rig.run("snapshot", "list", "v", "--json"))
+    assert [(row["name"], row["pending"]) for row in listed] == [("s", False)]
+    assert rig.exported("v@s") == OLD.ljust(MIB, b"\0")
+    assert rig.exported("v") == NEW.ljust(2 * MIB, b"\0")
