@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from forebay_cache.engine.front import IoError, Reply
-from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX, ZONES_FOR_MOVES
+from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX, RUN_BLOCKS_MIN, ZONES_FOR_MOVES
 from forebay_cache.engine.ports import Device
 from forebay_cache.engine.zones import ZoneTable
 from forebay_cache.format import record
@@ -308,9 +308,14 @@ class Log:
                 self._append_event(event)
 
     def kick(self) -> None:
-        """Submit what is gathered unless the device has enough to do; then it goes when that is done."""
+        """Submit what is gathered unless the device has enough to do; then it goes when that is done.
+
+        A small record does not go behind another: it would be written no sooner, but without what comes meanwhile.
+        """
         self._append_held()
-        if self._batch is not None and len(self._in_flight) < RECORDS_IN_FLIGHT_MAX and not self._sealed:
+        if self._batch is None or self._sealed or len(self._in_flight) >= RECORDS_IN_FLIGHT_MAX:
+            return
+        if not self._in_flight or self._batch.data_count >= RUN_BLOCKS_MIN:
             self._seal()
 
     def note_durable(self) -> None:

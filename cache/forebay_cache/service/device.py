@@ -1,9 +1,9 @@
 """The SSD behind the engine: buffered reads and writes of one locked file or block device.
 
 A read tries the page cache first (`RWF_NOWAIT`, about 1 us) and goes to the kernel's io_uring, or to a pool of
-threads, when that would wait. A small write is a copy into the page cache: it is done at once, in 12 us instead of the
-60 that handing it to a thread costs, as long as such writes turn out not to wait. One thread does the others. Syncs are
-the kernel's, or a thread's, so records go on being written while `fdatasync` runs.
+threads, when that would wait. To write a record is to copy it into the page cache: that is done at once, one block in
+12 us instead of the 60 that handing it to a thread costs, as long as such writes turn out not to wait. One thread does
+the others. Syncs are the kernel's, or a thread's, so records go on being written while `fdatasync` runs.
 
 Invariants:
     Every accepted command is completed once, on the loop's thread, never inside the call.
@@ -23,6 +23,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Final, Protocol
 
+from forebay_cache.format.record import RECORD_ENTRIES_MAX
 from forebay_cache.service.completions import Completions
 from forebay_cache.service.device_file import DeviceFile
 from forebay_cache.service.failure_mark import FailureMark
@@ -32,7 +33,7 @@ from forebay_cache.service.sync_order import SyncOrder
 from forebay_cache.service.thread_reads import ThreadReads
 from forebay_cache.service.thread_syncs import ThreadSyncs, fdatasync
 from forebay_cache.service.uring import Ring
-from forebay_core.units import BLOCK_SIZE, KIB, Buffer
+from forebay_core.units import BLOCK_SIZE, Buffer
 
 COMMANDS_MAX: Final = 65536
 """Commands of one kind that wait; the fronts' bound on requests keeps far below it."""
@@ -40,8 +41,8 @@ COMMANDS_MAX: Final = 65536
 IOV_MAX: Final = 1024
 """Buffers of one pwritev, as Linux has it."""
 
-NEAR_SIZE_MAX: Final = 128 * KIB
-"""Bytes of a write that is done at once: 20 us."""
+NEAR_SIZE_MAX: Final = (1 + RECORD_ENTRIES_MAX) * BLOCK_SIZE
+"""Bytes of a write that is done at once, 130 us: any record."""
 
 NEAR_NS_MAX: Final = 500_000
 """A write at once that took longer has waited: for memory, or for the disk."""
