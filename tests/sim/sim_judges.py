@@ -29,6 +29,7 @@ from forebay_store.engine.snapshots import snapshots_after
 from forebay_store.engine.volumes import find_volume
 from forebay_store.format.rows import VolumeState
 from forebay_wire import messages
+from forebay_wire.limits import READ_BLOCKS_MAX
 from forebay_wire.pieces import plain_pieces
 
 State = dict[int, bytes]  # block -> content; a block that is not there reads as zeros
@@ -311,15 +312,17 @@ class StoreJudge:
 
 def read_store(index: Index, backend: SegmentBackend, volume: bytes, extent: Extent) -> State:
     """Return what a reader of the store gets, through the checks of both sides."""
-    with index.view() as reader:
-        plan = plan_read(reader, messages.Read(volume, pack([extent]), through=True))
-    buffers = [backend.read_range(one.segment.text, one.offset, one.size) for one in plan.reads]
-    payload: Buffer = b"".join(check_frames(plan, buffers))
     state: State = {}
-    for piece in plain_pieces(plan.pieces, payload, [extent], place="judge"):
-        if piece.plain is not None:
-            for at in range(piece.extent.count):
-                state[piece.extent.start + at] = bytes(piece.plain[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE])
+    for start in range(extent.start, extent.end, READ_BLOCKS_MAX):
+        part = Extent(start, min(READ_BLOCKS_MAX, extent.end - start))
+        with index.view() as reader:
+            plan = plan_read(reader, messages.Read(volume, pack([part]), through=True))
+        buffers = [backend.read_range(one.segment.text, one.offset, one.size) for one in plan.reads]
+        payload: Buffer = b"".join(check_frames(plan, buffers))
+        for piece in plain_pieces(plan.pieces, payload, [part], place="judge"):
+            if piece.plain is not None:
+                for at in range(piece.extent.count):
+                    state[piece.extent.start + at] = bytes(piece.plain[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE])
     return state
 
 

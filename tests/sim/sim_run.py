@@ -84,7 +84,7 @@ PROFILES = {
     "family": Profile(
         {**BASE, "read_snapshot": 8, "power_cache": 3, "leave_snapshot": 2},
         device_size=8 << 20,
-        blocks=230,
+        blocks=420,
         family=True,
     ),
     "store_media": Profile({"damage_store": 3, "crash_store": 2, "crash_cache": 1, "drain": 1}, rounds=4),
