@@ -3,7 +3,7 @@
 Invariants:
     no two entries of a volume overlap; what has none was never written: zeros, or of a clone the origin.
     a hole over a hole keeps the older one, and what was never written gets one in a clone only: nothing else changes.
-    adjacent holes that one change made are one entry, up to the largest count.
+    adjacent holes that one cut made are one entry, up to the largest count.
 """
 
 from collections.abc import Iterator, Sequence

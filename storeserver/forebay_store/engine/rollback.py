@@ -1,19 +1,23 @@
 """Rolling back: the head of a volume becomes what one of its snapshots shows, as a change of its own.
 
 Only entries that are younger than the snapshot can differ from it, for nothing leaves the head without another entry
-in its place. What differs gets new entries with the version of the rollback, so `changed` lists what it reverted.
+in its place. What differs gets new entries with the version of the rollback, so `changed` lists what it reverted; a
+hole where the snapshot shows one as well, or the origin where it does, stays as it is.
 """
 
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
 
+from forebay_core.extents import EXTENT_COUNT_MAX
 from forebay_core.units import LBA_MAX
-from forebay_store.engine.head import overlapping, replace
+from forebay_store.engine.head import overlapping
 from forebay_store.engine.head_change import HeadChange
 from forebay_store.engine.views import View, shown
-from forebay_store.format.entries import HOLE, ORIGIN, HeadEntry, make_hole, make_origin
+from forebay_store.format.entries import DATA, HOLE, HeadEntry, encode_entry, head_key, make_hole, make_origin, narrow
+from forebay_store.format.rows import Table
 
-_ENTRIES_PER_STEP: Final = 1024
+_ENTRIES_PER_STEP: Final = 4096
 
 
 def roll_back(change: HeadChange, view: View) -> None:
@@ -21,26 +25,65 @@ def roll_back(change: HeadChange, view: View) -> None:
     at = 0
     while at <= LBA_MAX:
         found = list(islice(overlapping(change.writer, change.number, at, LBA_MAX + 1), _ENTRIES_PER_STEP))
-        fresh = [entry for one in found if one.version > view.version for entry in _as_shown(change, view, one)]
-        replace(change, fresh)
+        younger = [entry for entry in found if entry.version > view.version]
+        if younger:
+            _roll_back(change, view, younger)
         if len(found) < _ENTRIES_PER_STEP:
             return
         at = found[-1].end
 
 
-def _as_shown(change: HeadChange, view: View, entry: HeadEntry) -> list[HeadEntry]:
-    """Return what takes the place of an entry, but for pieces that read alike."""
+def _roll_back(change: HeadChange, view: View, younger: Sequence[HeadEntry]) -> None:
+    """Put what the view shows in the place of entries, which are in order."""
+    old = list(shown(change.writer, view, younger[0].start, younger[-1].end))
     fresh: list[HeadEntry] = []
+    index = 0
+    for entry in younger:
+        while index < len(old) and old[index].end <= entry.start:
+            index += 1
+        for piece in _as_shown(change, view, entry, old, index):
+            _replace_piece(change, entry, piece, fresh)
+    change.writer.put_many(Table.HEAD, [encode_entry(change.number, piece) for piece in fresh])
+
+
+def _as_shown(
+    change: HeadChange, view: View, entry: HeadEntry, old: Sequence[HeadEntry], index: int
+) -> Iterator[HeadEntry]:
+    """Yield what the view shows in the extent of an entry, as of the rollback: of `old` what follows from `index` on."""
+    gap = make_origin if view.origin else make_hole
     at = entry.start
-    for old in shown(change.writer, view, entry.start, entry.end):
-        fresh += _gap(change, view, at, old.start)
-        fresh.append(old._replace(version=change.version))
-        at = old.end
-    fresh += _gap(change, view, at, entry.end)
-    return [one for one in fresh if one.kind != entry.kind or one.kind not in (HOLE, ORIGIN)]
+    while index < len(old) and old[index].start < entry.end:
+        one = old[index]
+        index += 1
+        start, end = max(one.start, entry.start), min(one.end, entry.end)
+        if at < start:
+            yield gap(at, start - at, change.version)
+        yield narrow(one, start, end)._replace(version=change.version)
+        at = end
+    if at < entry.end:
+        yield gap(at, entry.end - at, change.version)
 
 
-def _gap(change: HeadChange, view: View, start: int, end: int) -> list[HeadEntry]:
-    if start >= end:
-        return []
-    return [(make_origin if view.origin else make_hole)(start, end - start, change.version)]
+def _replace_piece(change: HeadChange, entry: HeadEntry, piece: HeadEntry, fresh: list[HeadEntry]) -> None:
+    """Add what takes the place of a piece of an entry: another, joined with the hole before it, or the same."""
+    if piece.kind == entry.kind and piece.kind != DATA:
+        fresh.append(narrow(entry, piece.start, piece.end))
+        return
+    change.displace(narrow(entry, piece.start, piece.end))
+    change.add(piece)
+    last = fresh[-1] if fresh else None
+    if last is not None and _joins(last, piece):
+        fresh[-1] = make_hole(last.start, last.length + piece.length, piece.version)
+        if piece.start == entry.start:
+            change.writer.delete(Table.HEAD, head_key(change.number, entry.start))
+    else:
+        fresh.append(piece)
+
+
+def _joins(left: HeadEntry, right: HeadEntry) -> bool:
+    return (
+        left.kind == right.kind == HOLE
+        and left.end == right.start
+        and left.version == right.version
+        and left.length + right.length <= EXTENT_COUNT_MAX
+    )
