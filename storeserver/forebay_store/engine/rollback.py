@@ -49,7 +49,7 @@ def _roll_back(change: HeadChange, view: View, younger: Sequence[HeadEntry]) -> 
 def _as_shown(
     change: HeadChange, view: View, entry: HeadEntry, old: Sequence[HeadEntry], index: int
 ) -> Iterator[HeadEntry]:
-    """Yield what the view shows in the extent of an entry, as of the rollback: of `old` what follows from `index` on."""
+    """Yield what the view shows in the extent of an entry, as of the rollback: `old` from `index` on, and gaps."""
     gap = make_origin if view.origin else make_hole
     at = entry.start
     while index < len(old) and old[index].start < entry.end:
