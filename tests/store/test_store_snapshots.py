@@ -10,8 +10,9 @@ from test_store_engine import OTHER, Rig, code
 
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent, pack
-from forebay_core.units import BLOCK_SIZE, make_version
+from forebay_core.units import BLOCK_SIZE, Buffer, make_version
 from forebay_store.engine.head_change import split_levels
+from forebay_store.engine.ports import SegmentMissingError
 from forebay_store.engine.reading import plan_read
 from forebay_store.engine.replay import next_incarnation
 from forebay_store.engine.views import expect_view, walk
@@ -370,6 +371,27 @@ def test_a_clone_whose_origin_is_damaged_stays_one() -> None:
     rig.twin.settle()
     assert rig.volume("c").flattening and rig.volume("c").origin
     assert code(rig.twin.ask(messages.RollbackVolume("vm", "s"))) == messages.VOLUME_IN_USE
+    assert not rig.twin.engine.error
+
+
+@pytest.mark.parametrize(("misses", "ends"), [(1, True), (1 << 30, False)])
+def test_flattening_looks_again_for_what_was_moved_meanwhile_but_not_for_ever(misses: int, ends: bool) -> None:
+    rig = SnapRig()
+    rig.write(1, 0, "a", 4)
+    rig.close(2, "s")
+    rig.clone("s", "c")
+    read_range, left = rig.twin.backend.read_range, [misses]
+
+    def missing(name: str, offset: int, size: int) -> Buffer:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise SegmentMissingError(place=name, what="segment", expected="bytes", found="nothing")
+        return read_range(name, offset, size)
+
+    rig.twin.backend.read_range = missing  # type: ignore[method-assign]
+    rig.twin.ask(messages.FlattenVolume("c"))
+    rig.twin.settle()
+    assert rig.volume("c").flattening != ends
     assert not rig.twin.engine.error
 
 
