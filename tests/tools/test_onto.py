@@ -76,6 +76,20 @@ def test_only_what_an_increment_holds_changes(tmp_path: Path, store: StoreProces
 
 
 @needs_qemu_img
+def test_an_increment_alone_makes_no_volume(tmp_path: Path, store: StoreProcess, forebay: Forebay) -> None:
+    image = increment(tmp_path / "inc", SIZE, [(Extent(5, 1), b"new!" * KIB)], [])
+    (tmp_path / "base").write_bytes(bytes(SIZE))
+    for _ in range(2):
+        refused = forebay("volume", "import", "v", image)
+        assert (refused.code, refused.err.count("\n")) == (1, 1)
+        assert f"forebay volume import --onto NAME {image}" in refused.err
+        # qemu keeps the mark when it writes the header.
+        for base in (("-b", tmp_path / "base", "-F", "raw"), ("-b", "")):
+            subprocess.run(["qemu-img", "rebase", "-u", "-f", "qcow2", *base, image], check=True)
+    assert forebay("volume", "list", "--json").out.strip() == "[]"
+
+
+@needs_qemu_img
 @pytest.mark.parametrize(
     "options",
     [

@@ -54,6 +54,11 @@ async def _open_source(path: Path, image_format: str | None) -> AsyncIterator[Ra
             yield source
         return
     with open_qcow2(path) as image:
+        if image.header.increment:
+            raise ForebayError(
+                f"{path}: holds only what changed since a snapshot; lay it over a volume in that state: "
+                f"forebay volume import --onto NAME {path}"
+            )
         size = image.header.size
         progress = Progress("converting", size, sys.stderr)
         try:

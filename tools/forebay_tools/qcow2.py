@@ -45,6 +45,9 @@ QCOW2_MAGIC: Final = 0x514649FB
 QCOW2_HEADER: Final = struct.Struct(">IIQIIQI36sQ20sI")
 assert QCOW2_HEADER.size == 104
 
+EXTENSION_INCREMENT: Final = 0x46424943
+"""Header extension of an image that was exported as an increment; other programs skip it, and qemu keeps it."""
+
 _SIZE_V2: Final = 72
 _KNOWN_FEATURES: Final = 0b11011  # dirty, corrupt, compression type, extended L2
 _DATA_FILE_FEATURE: Final = 0b00100
@@ -63,10 +66,11 @@ ReportShare: TypeAlias = Callable[[float], None]
 
 
 class Qcow2Header(NamedTuple):
-    """What we need of a header that was found harmless."""
+    """What we need of a header that was found harmless. `increment`: we wrote it to be laid over an older state."""
 
     version: int
     size: int
+    increment: bool = False
 
 
 class Qcow2Image(NamedTuple):
@@ -123,8 +127,8 @@ def parse_header(first: bytes, place: str) -> Qcow2Header:
         raise ForebayError(
             f"{place}: has {size} bytes; an image has at least one, at most {format_size(VOLUME_SIZE_MAX)}"
         )
-    _check_extensions(first[: 1 << cluster_bits], header_size, place)
-    return Qcow2Header(version, size)
+    kinds = _check_extensions(first[: 1 << cluster_bits], header_size, place)
+    return Qcow2Header(version, size, EXTENSION_INCREMENT in kinds)
 
 
 @contextlib.asynccontextmanager
@@ -184,13 +188,16 @@ async def _last_words(stream: asyncio.StreamReader) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in lines[-1]) if lines else ""
 
 
-def _check_extensions(first: bytes, at: int, place: str) -> None:
+def _check_extensions(first: bytes, at: int, place: str) -> list[int]:
+    """Return the kinds of the extensions; raises as `open_qcow2`."""
+    kinds: list[int] = []
     for _ in range(_EXTENSIONS_MAX):
         if at + _EXTENSION.size > len(first):
             break
         kind, size = _EXTENSION.unpack_from(first, at)
         if kind == _EXTENSION_END:
-            return
+            return kinds
+        kinds.append(kind)
         if kind == _EXTENSION_DATA_FILE:
             raise _data_file_error(place)
         if kind == _EXTENSION_LUKS:

@@ -30,7 +30,9 @@ Header, big-endian:
         88     8  u64   autoclear        0
         96     4  u32   refcount_order   4: refcounts of 16 bits
        100     4  u32   header_size      104
-       104     8  u64   extensions       0: there are none
+       104     4  u32   extension        "FBIC": the image is an increment, not a whole disk
+       108     4  u32   extension_size   0
+       112     8  u64   extensions_end   0: there are no more
 
 An L1 entry is the offset of an L2 table of one cluster, an L2 entry that of a cluster of the disk; bit 63 says that
 nobody else refers to it. L2 entry 1: reads as zeros. Entry 0 of either: not in this image.
@@ -47,12 +49,12 @@ import numpy.typing as npt
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, Buffer
-from forebay_tools.qcow2 import QCOW2_MAGIC
+from forebay_tools.qcow2 import EXTENSION_INCREMENT, QCOW2_MAGIC
 from forebay_tools.qcow2_tables import L1_SIZE_MAX
 
-HEADER: Final = struct.Struct(">IIQIIQIIQQIIQQQQIIQ")
+HEADER: Final = struct.Struct(">IIQIIQIIQQIIQQQQIIIIQ")
 CLUSTER_BITS_MAX: Final = 21
-assert HEADER.size == 112
+assert HEADER.size == 120
 
 _VERSION: Final = 3
 _REFCOUNT_ORDER: Final = 4
@@ -166,6 +168,8 @@ class Qcow2Writer:
             0,
             _REFCOUNT_ORDER,
             _HEADER_SIZE,
+            EXTENSION_INCREMENT,
+            0,
             0,
         )
         self.write(0, header)
