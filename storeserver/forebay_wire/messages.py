@@ -561,6 +561,7 @@ class VolumeStatus(Message, frozen=True, array_like=True):
     write_delay_us: int = 0  # how much each written block is slowed just now, because the buffer is nearly full
     pending_snapshots: tuple[str, ...] = ()  # taken, not in the store yet; in their order
     origin: str = ""  # `volume@snapshot` that it is a clone of; empty: none
+    origin_cached_bytes: int = 0  # of that snapshot and those it reads through to, shared with their other clones
 
 
 class CacheStatus(Message, frozen=True, array_like=True, tag=65):

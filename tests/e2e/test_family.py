@@ -116,6 +116,7 @@ def test_ten_clones_fetch_the_blocks_of_their_origin_once(rig: Rig, base: bytes)
     status = rig.status()
     assert status.cached_bytes <= 2 * SIZE
     assert {volume.origin for volume in status.volumes} == {"base@s"}
+    assert status.volumes[3].cached_bytes == 0 < status.volumes[3].origin_cached_bytes <= SIZE
 
 
 def test_clones_keep_their_own_blocks_through_kills_and_with_the_store_away(rig: Rig, base: bytes) -> None:

@@ -274,7 +274,4 @@ class Sources:
         return volume
 
     def _need_sources(self, volume: CacheVolume) -> None:
-        source = volume.source
-        while source is not None and source.key not in self._needed:
-            self._needed.add(source.key)
-            source = source.source
+        self._needed.update(source.key for source in volume.sources())

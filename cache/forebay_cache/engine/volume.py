@@ -12,6 +12,7 @@ Crash: rebuilt from checkpoint and records; all that is dirty then belongs to th
 """
 
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from forebay_cache.engine.changes import Tracked
@@ -245,6 +246,13 @@ class CacheVolume:
     def logged_size(self) -> int:
         """Bytes that the volume has behind all that is in the log or on its way there."""
         return self.ends[-1].size if self.ends else self._size
+
+    def sources(self) -> Iterator["CacheVolume"]:
+        """Yield the snapshots that it reads through to, nearest first."""
+        source = self.source
+        while source is not None:
+            yield source
+            source = source.source
 
     def acknowledgement_logged(self, position: int, *, version: Version, upstream_position: int) -> None:
         """The log says below `position` that `version` is acknowledged; all before `upstream_position` is upstream."""

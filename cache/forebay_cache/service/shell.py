@@ -231,7 +231,7 @@ class Shell:
             log_bytes=engine.log.bytes_written,
             store=self._session.address,
             store_connected=self._session.connected,
-            volumes=tuple(self._volume_status(v, cached.get(v.key, 0)) for v in self._listed()),
+            volumes=tuple(self._volume_status(v, cached) for v in self._listed()),
             error=engine.failed or self._session.error or self._upstream.waiting_for_space,
             limit=_limit_status(engine.destage.total, own=engine.own_limit != NOT_SET),
         )
@@ -347,7 +347,9 @@ class Shell:
     def _listed(self) -> list[CacheVolume]:
         return sorted(self._engine.attached(), key=lambda volume: volume.name)
 
-    def _volume_status(self, volume: CacheVolume, cached_blocks: int) -> VolumeStatus:
+    def _volume_status(self, volume: CacheVolume, cached: dict[int, int]) -> VolumeStatus:
+        """Tell how a volume is; `cached` are the cached blocks by volume key."""
+        below = sum(cached.get(source.key, 0) for source in volume.sources())
         return VolumeStatus(
             name=volume.name,
             size=volume.size,
@@ -357,7 +359,7 @@ class Shell:
             sequence=sequence_of(volume.version),
             acknowledged_version=volume.acknowledged,
             dirty_bytes=volume.dirty_blocks * BLOCK_SIZE,
-            cached_bytes=cached_blocks * BLOCK_SIZE,
+            cached_bytes=cached.get(volume.key, 0) * BLOCK_SIZE,
             hit_blocks=volume.hit_blocks,
             miss_blocks=volume.miss_blocks,
             connections=self._nbd.connection_count(volume.name),
@@ -366,6 +368,7 @@ class Shell:
             write_delay_us=self._engine.slowing.delay_of(volume) // 1000,
             pending_snapshots=tuple(volume.pending_snapshots),
             origin=volume.source.name if volume.source is not None else "",
+            origin_cached_bytes=below * BLOCK_SIZE,
         )
 
 
