@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from engine_rig import STORE_ID, VOLUME_ID, Rig
 
+from forebay_cache.engine import cut_ends, recovery
 from forebay_cache.engine.check import check_device
 from forebay_cache.engine.findings import CODES, FINDINGS_MAX, Finding
 from forebay_cache.engine.front import IoError
@@ -497,8 +498,56 @@ def test_findings_are_bounded() -> None:
 
 
 def test_every_code_is_provoked_here_and_listed_in_the_documentation() -> None:
-    provoked = {code for code, _, _ in BYTES_DAMAGE} | {code for code, _ in STATE_DAMAGE} | {"read-error", "more"}
+    elsewhere = {"read-error", "more", "pinned-lost", "snapshot-twice"}
+    provoked = {code for code, _, _ in BYTES_DAMAGE} | {code for code, _ in STATE_DAMAGE} | elsewhere
     assert provoked == set(CODES)
     text = ARCHITECTURE.read_text()
     listed = dict(re.findall(r"^\| `([a-z-]+)` \| (.*) \|$", text[text.index("<!-- fsck codes -->") :], re.MULTILINE))
     assert listed == CODES
+
+
+def with_snapshots(seed: int) -> Rig:
+    """A device with snapshots that the store does not have, and what they need overwritten, trimmed and moved."""
+    rig = worked_in(seed, size=20 << 20)
+    rng = random.Random(seed)
+    for turn in range(4):
+        got: list[object] = []
+        rig.engine.cut_ends.snapshot(rig.volume, rng.randbytes(16), f"s{turn}", 1, got.append)
+        rig.run_until(lambda got=got: bool(got))
+        work(rig, 12, rng)
+    rig.engine.cut_ends.resize(rig.volume, rig.volume.size + 8 * BLOCK_SIZE, lambda _: None)
+    work(rig, 6, rng)
+    settle(rig)
+    assert rig.engine.map.held_count > 20
+    return rig
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_found_where_snapshots_wait_for_the_store(seed: int) -> None:
+    rig = with_snapshots(seed)
+    assert not check(rig.device.bytes)
+    assert not check(stopped(rig))
+
+
+def test_a_damaged_pinned_version_is_found() -> None:
+    rig = with_snapshots(1)
+    place = int(rig.engine.map.held_places()[0])
+    image = bytearray(stopped(rig))
+    image[rig.engine.zones.offset_of(place) + 7] ^= 1
+    assert codes(image) == {"block-checksum"}
+
+
+def test_a_pinned_version_that_recovery_does_not_find_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = with_snapshots(1)
+    image = stopped(rig)
+    monkeypatch.setattr(recovery._Replay, "older", lambda self, *_: None)
+    monkeypatch.setattr(recovery._Replay, "hold_pinned", lambda self, *_: None)
+    assert codes(image) == {"pinned-lost"}
+
+
+def test_twins_among_pending_snapshots_are_found() -> None:
+    rig = with_snapshots(1)
+    end = rig.volume.ends[0]
+    rig.engine.cut_ends._append(cut_ends._Asked(rig.volume, end, lambda _: None))
+    settle(rig)
+    assert codes(stopped(rig)) == {"snapshot-twice"}

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from forebay_cache.engine.findings import Findings
 from forebay_cache.engine.recovery import Recovered, RecoveredVolume
+from forebay_cache.format import cut_end
 from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, SNAPSHOT
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, LBA_BITS, LBA_MAX, epoch_of
@@ -33,6 +34,7 @@ def check_volumes(recovered: Recovered, findings: Findings) -> None:
     for volume in recovered.volumes.values():
         _check_counters(volume, findings)
         _check_holes(recovered, volume, findings)
+        _check_ends(volume, findings)
     _check_names(recovered, findings)
 
 
@@ -70,6 +72,22 @@ def _check_counters(volume: RecoveredVolume, findings: Findings) -> None:
     for hole in volume.holes.newer_than(newest):
         what = f"version of the hole at block {hole.start}"
         findings.differ("version-ahead", place, what, expected=f"at most {newest:#x}", found=hex(hole.version))
+
+
+def _check_ends(volume: RecoveredVolume, findings: Findings) -> None:
+    """Snapshots that wait for the store have names and ids of their own; a released volume has none."""
+    place = f"volume {volume.note.name}"
+    names: set[str] = set()
+    ids: set[bytes] = set()
+    for end in volume.ends:
+        if end.kind == cut_end.SNAPSHOT and (end.name in names or end.snapshot in ids):
+            text = f"snapshot {end.name} at {end.version:#x}: expected a name and an id of its own, found twins"
+            findings.add("snapshot-twice", place, text)
+        names.add(end.name)
+        ids.add(end.snapshot)
+        if volume.note.flags & CLOSED:
+            expected = f"at most {volume.acknowledged:#x}, as the volume was released"
+            findings.differ("dirty-released", place, "version of an end of a cut", expected=expected, found=end.version)
 
 
 def _check_holes(recovered: Recovered, volume: RecoveredVolume, findings: Findings) -> None:

@@ -13,11 +13,12 @@ from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from forebay_cache.engine.check_areas import ChosenCheckpoint
 from forebay_cache.engine.device_reads import ReadDevice, read_around
 from forebay_cache.engine.findings import Findings
-from forebay_cache.engine.recovery import Recovered, device_tag
+from forebay_cache.engine.recovery import Recovered, RecoveredVolume, device_tag
 from forebay_cache.engine.zone_scan import Opening, ScannedRecord, ZoneScan, scan_zone
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import record
@@ -65,7 +66,7 @@ class ZoneCheck:
     def run(self, reached: Reached) -> None:
         """Check every zone that holds something, then the log's way from zone to zone."""
         size = self._zones.zone_blocks << BLOCK_SHIFT
-        used: list[int] = np.flatnonzero(self._map.live_array).tolist()
+        used: list[int] = self._map.used_zones.tolist()
         for count, zone in enumerate(used, 1):
             self._check_zone(zone)
             reached(count * size, len(used) * size)
@@ -196,8 +197,8 @@ class ZoneCheck:
             self._check_places(one)
             self._check_dirty(one)
         first = self._zones.place_at(scan.zone, 0)
-        linked = self._map.linked_mask(first, self._zones.zone_blocks)
-        for i in np.flatnonzero(linked & ~described).tolist():
+        filled = self._filled(first, self._zones.zone_blocks)
+        for i in np.flatnonzero(filled & ~described).tolist():
             what = f"record of {self._name(first + i)}"
             self._findings.differ("place-entry", self._offset(first + i), what, expected="one", found="none")
 
@@ -209,7 +210,7 @@ class ZoneCheck:
         keys = rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"]
         same = (table.key_array[part] == keys) & (table.version_array[part] == rows["version"])
         same &= table.checksum_array[part] == rows["checksum"]
-        for i in np.flatnonzero(table.linked_mask(first, count) & ~same).tolist():
+        for i in np.flatnonzero(self._filled(first, count) & ~same).tolist():
             expected = (hex(int(keys[i])), hex(int(rows["version"][i])), hex(int(rows["checksum"][i])))
             place = first + i
             found = (hex(table.keys[place]), hex(table.versions[place]), hex(table.checksums[place]))
@@ -221,7 +222,8 @@ class ZoneCheck:
         volumes = self._recovered.volumes
         for index, (lba, version, value, volume_key, kind, *_) in enumerate(one.entries.tolist()):
             volume = volumes.get(volume_key)
-            changes = kind in (record.WRITE, record.FILL, record.MOVE, record.TRIM, record.ZERO)
+            pinned = kind == record.PIN
+            changes = pinned or kind in (record.WRITE, record.FILL, record.MOVE, record.TRIM, record.ZERO)
             if volume is None or not changes or version <= volume.acknowledged:
                 continue
             last = lba if index < one.header.block_count else lba + value - 1
@@ -229,16 +231,30 @@ class ZoneCheck:
                 place = self._map.find(volume_key << LBA_BITS | block)
                 hole = volume.holes.find(block)
                 found = self._map.versions[place] if place >= 0 else hole.version if hole is not None else 0
-                if found < version:
-                    what = f"version of block {block} of volume {volume.note.name}"
-                    self._findings.differ(
-                        "dirty-lost", self._place(one.zone, one.block), what, expected=hex(version), found=hex(found)
-                    )
+                what = f"version of block {block} of volume {volume.note.name}"
+                where = self._place(one.zone, one.block)
+                if found < version and not pinned:
+                    self._findings.differ("dirty-lost", where, what, expected=hex(version), found=hex(found))
+                cut = volume.cut_of(version)
+                if cut < len(volume.ends) and not self._is_in_cut(volume, cut, block, version):
+                    what += f" in the cut that ends at {volume.ends[cut].version:#x}"
+                    self._findings.differ("pinned-lost", where, what, expected=hex(version), found="none")
+
+    def _is_in_cut(self, volume: RecoveredVolume, cut: int, block: int, version: int) -> bool:
+        """Tell whether a closed cut has this version of a block, or a newer one of its own."""
+        key, end = volume.note.volume_key << LBA_BITS | block, volume.ends[cut].version
+        place = self._map.find(key)
+        if place >= 0 and version <= self._map.versions[place] <= end:
+            return True
+        hole = volume.closed_holes[cut].find(block)
+        if hole is not None and hole.version >= version:
+            return True
+        return int(self._map.find_held(np.array([key], np.uint64), above=version - 1, to=end)[0]) >= 0
 
     def _check_blocks(self, zone: int, view: memoryview) -> None:
         """Compare the mapped blocks with their checksums."""
         first = self._zones.place_at(zone, 0)
-        for i in np.flatnonzero(self._map.linked_mask(first, self._zones.zone_blocks)).tolist():
+        for i in np.flatnonzero(self._filled(first, self._zones.zone_blocks)).tolist():
             expected = self._map.checksums[first + i]
             found = checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT])
             if found != expected and first + i not in self._unreadable:
@@ -287,6 +303,11 @@ class ZoneCheck:
             self._unreadable.add(place)
             self._findings.add("read-error", self._offset(place), str(error))
         return view
+
+    def _filled(self, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """Return which places of a run hold a block, mapped or pinned."""
+        filled: npt.NDArray[np.bool_] = self._map.key_array[first : first + count] != 0
+        return filled
 
     # --- words ------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ CODES: Final = {
     "hole-mapped": "a mapped block lies in a hole of its volume",
     "dirty-lost": "the log holds a change that is not in the store, and nothing recovered shows it",
     "dirty-released": "a volume that was released holds changes that are not in the store",
+    "pinned-lost": "the log holds a version that a pending snapshot or resize needs, and nothing recovered shows it",
+    "snapshot-twice": "two snapshots of a volume that wait for the store have one name or id",
     "volume-twice": "two volumes have one id, or two attached ones have one name",
     "read-error": "the device can't be read there",
     "state-unchecked": "the device is too damaged to say what recovery would make of it",
