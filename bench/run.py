@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import clean_rows
 import destage_rows
 import flush_rows
 import hit_rows
@@ -40,6 +41,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("restart", "warm"), restart_rows.measure),
     (("commit", "amplification"), flush_rows.measure),
     (("destage",), destage_rows.measure),
+    (("clean", "yield"), clean_rows.measure),
     (("snapshots-1000", "huge"), scale_rows.measure),
 )
 MICRO = "micro"

@@ -82,8 +82,8 @@ class Peer:
 class Store:
     """`forebay store serve` on a folder."""
 
-    def __init__(self, folder: Path) -> None:
-        words = ["store", "serve", "--data", str(folder), "--listen", "127.0.0.1:0", "--log-level", "warning"]
+    def __init__(self, folder: Path, *more: str) -> None:
+        words = ["store", "serve", "--data", str(folder), "--listen", "127.0.0.1:0", "--log-level", "warning", *more]
         self._daemon = DemoDaemon(_daemon_words("store", words), Path(f"{folder}.log"), "store listening on ")
         self.address = self._daemon.ready
         self.log = Path(f"{folder}.log")

@@ -272,7 +272,9 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "data": _path_setting("folder for segments and index"),
         "listen": _address_setting("where caches and commands reach the store"),
         "key_file": _path_setting("file with the key that peers must have; needed beyond loopback"),
-        "clean_rate": _rate("bytes a second that the cleaner copies, unless space runs out"),
+        "clean_rate": _rate(
+            "bytes a second that the cleaner copies: a quarter while clients work, more when space runs out"
+        ),
         "scrub_rate": _rate("bytes a second that the scrub reads"),
         "scrub_every_days": _number(
             0, 365, " days", "a scrub begins so long after the last one; 0: only when asked for"

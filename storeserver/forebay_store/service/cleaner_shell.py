@@ -25,6 +25,7 @@ from forebay_store.limits import (
     CLEAN_LOOK_SIZE,
     CLEAN_PAUSE_S,
     CLEAN_RETRY_S,
+    CLEAN_YIELD,
     PURGE_PAUSE_S,
     RESERVE_SHARE,
     RESERVE_SIZE_MAX,
@@ -71,6 +72,7 @@ class CleanerShell:
         self._look_size = CLEAN_LOOK_SIZE
         self._rested = False  # after a thorough pass nothing was written
         self._quiet_from_s = self._loop.time()
+        self._active_s = 0.0
         self._running = False
         self._passes = 0
         self._error = ""
@@ -80,9 +82,13 @@ class CleanerShell:
         """Damage was found in these: they are no victims any more."""
         self._cleaner.bar(segments)
 
+    def note_read(self) -> None:
+        """A client reads."""
+        self._active_s = self._loop.time()
+
     def note_request(self, size: int) -> None:
         """A client changes something, with so many bytes; when they are many the next look comes at once."""
-        self._quiet_from_s = self._loop.time()
+        self._quiet_from_s = self._active_s = self._loop.time()
         self._written = True
         self._rested = False
         self._fresh_size += size
@@ -206,11 +212,12 @@ class CleanerShell:
         return RESTING if asked or idle or low else BUSY
 
     def _patience(self, asked: bool) -> float:
-        """Return which share of the pause to make: none when the space grows out of hand."""
+        """Return how many times the pause to make: more while clients work, none when the space grows out of hand."""
+        yields = CLEAN_YIELD if self._loop.time() - self._active_s < CLEAN_PAUSE_S else 1.0
         space = self._cleaner.space
         if space is None or asked:
-            return 1.0
-        return patience(space)
+            return yields
+        return yields * patience(space)
 
 
 def patience(space: Space) -> float:

@@ -5,17 +5,21 @@ Everything is verified on the way: the frames that are read, and each plain bloc
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Final
 
 from forebay_core.extents import Extent
 from forebay_core.frame import FRAME_BLOCKS_MAX, FrameBuilder
 from forebay_core.units import BLOCK_SIZE
 from forebay_store.engine.background import Copied, CopyOrigin
 from forebay_store.engine.flatten import wanted
-from forebay_store.engine.ports import Index, SegmentBackend
+from forebay_store.engine.ports import Index, SegmentBackend, SegmentMissingError
 from forebay_store.engine.reading import check_frames, plan_entries
 from forebay_store.engine.volumes import find_volume
 from forebay_store.format.part import parse_part
 from forebay_wire.pieces import PlainPiece, plain_pieces
+
+MOVED_MAX: Final = 8
+"""How often blocks may move away while they are copied; then a segment is truly missing."""
 
 
 def copy_origin(index: Index, backend: SegmentBackend, command: CopyOrigin) -> Copied | None:
@@ -24,6 +28,15 @@ def copy_origin(index: Index, backend: SegmentBackend, command: CopyOrigin) -> C
     Raises:
         ForebayError: the origin can't be read.
     """
+    for _ in range(MOVED_MAX):
+        try:
+            return _copy(index, backend, command)
+        except SegmentMissingError:
+            continue  # The cleaner moved the blocks and deleted the segment behind the view: look where they are now.
+    return _copy(index, backend, command)
+
+
+def _copy(index: Index, backend: SegmentBackend, command: CopyOrigin) -> Copied | None:
     with index.view() as reader:
         row = find_volume(reader, command.volume)
         if row is None or not row.flattening:

@@ -179,6 +179,7 @@ class StoreShell:
 
     async def _read(self, peer: Peer, message: messages.Read) -> Reply:
         self._reads += 1
+        self._cleaner.note_read()
         plan = self._plan(message)
         await peer.reserve(sum(read.size for read in plan.reads))
         while True:
