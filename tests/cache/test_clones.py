@@ -154,6 +154,19 @@ def test_allocation_of_a_clone_shows_what_its_origin_has() -> None:
                     at += run.length
 
 
+def test_allocation_of_cached_blocks_of_an_origin_needs_no_store() -> None:
+    rig = CloneRig(14, clones=CLONES[2:])
+    rig.content_of(rig.volume)
+    rig.learn()
+    source = rig.engine.by_id(BASE)
+    first = next(lba for lba in range(1200) if rig.engine.map.find(source.key << 40 | lba) >= 0)
+    middle = rig.engine.by_id(MIDDLE)
+    assert rig.volume.origins.has(first) and middle.origins.has(first)
+    rig.family.away = True
+    [run] = rig.allocation(first * BLOCK_SIZE, BLOCK_SIZE)
+    assert run == (BLOCK_SIZE, False)
+
+
 def test_prefetch_brings_the_origins_blocks_in() -> None:
     rig = CloneRig(11)
     got: list[IoError] = []

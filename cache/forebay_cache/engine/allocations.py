@@ -66,6 +66,9 @@ class Allocations:
             common = extent.intersect(Extent(hole.start, hole.end - hole.start))
             if common is not None:
                 known.append(_State(common, True))
+        if volume.source is not None and volume.origins is not None:
+            for run in volume.origins.overlapping(extent):
+                known += self._known(volume.source, run)
         return sorted(known)
 
 
