@@ -19,6 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from forebay_cache.engine.attaching import StoreView
 from forebay_cache.engine.blockmap import BlockMap, make_key
 from forebay_cache.engine.cache import CacheEngine, EngineSettings
+from forebay_cache.engine.dirty import DirtyBlocks
 from forebay_cache.engine.front import Chunk, IoError
 from forebay_cache.engine.nbd_budget import Account
 from forebay_cache.engine.nbd_negotiation import ReplyStyle, Session
@@ -79,6 +80,18 @@ def test_map_replaces(benchmark: BenchmarkFixture, full_map: BlockMap) -> None:
             insert(key, 2, 3, remove(key))
 
     benchmark(replace)
+
+
+def test_closing_a_cut_of_a_million_dirty_blocks(benchmark: BenchmarkFixture) -> None:
+    lbas = np.random.default_rng(1).integers(0, 1 << 28, (8000, 125)).astype(np.uint64)
+
+    def listed() -> tuple[tuple[DirtyBlocks], dict[str, object]]:
+        dirty = DirtyBlocks()
+        for row in lbas:
+            dirty.add(row)
+        return (dirty,), {}
+
+    benchmark.pedantic(DirtyBlocks.take, setup=listed, rounds=5)
 
 
 def test_block_checksums_of_4_mib(benchmark: BenchmarkFixture) -> None:

@@ -165,6 +165,19 @@ class AgainstDict(RuleBasedStateMachine):
     def remove_range(self, lba: int, count: int, volume: int, age: int) -> None:
         self._remove_range(make_key(volume, lba), count, max(0, self.version - age))
 
+    @rule(lba=st.integers(0, LBAS), count=st.integers(1, 300), volume=st.integers(1, 2), age=st.integers(0, 300))
+    def remove_range_but_hold_some(self, lba: int, count: int, volume: int, age: int) -> None:
+        first, to = make_key(volume, lba), max(0, self.version - age)
+        above = to // 2
+        for _ in self.map.remove_range(first, count, below=self.version + 1, kept=(above, to)):
+            pass
+        for key in [key for key in self.mapped if first <= key < first + count]:
+            block = self.mapped.pop(key)
+            if above < block.version <= to:
+                self.held[block.place] = (key, block.version, block.checksum)
+            else:
+                self._free([block.place])
+
     @rule(volume=st.integers(1, 2), age=st.integers(0, 300))
     def remove_volume(self, volume: int, age: int) -> None:
         self._remove_range(make_key(volume, 0), 1 << 40, max(0, self.version - age))
@@ -209,6 +222,10 @@ class AgainstDict(RuleBasedStateMachine):
             assert not self.map.is_linked(place)
             assert (self.map.keys[place], self.map.versions[place]) == (key, version)
             assert self.map.checksums[place] == checksum
+            found = int(self.map.find_held(u64([key]), above=version - 1, to=version)[0])
+            assert self.held[found][:2] == (key, version)
+        assert sorted(self.map.held_places().tolist()) == sorted(self.held)
+        assert self.map.held_count == len(self.held)
 
 
 TestAgainstDict = AgainstDict.TestCase
@@ -338,3 +355,12 @@ def test_the_bucket_count_is_a_prime_near_the_places(place_count: int, seed: int
 def test_a_cached_block_costs_at_most_33_bytes() -> None:
     blockmap = BlockMap(1 << 20, zone_blocks=1024)
     assert blockmap.memory_bytes / blockmap.place_count <= 33
+
+
+def test_the_newest_held_version_in_a_range_is_found() -> None:
+    blockmap = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS)
+    for place, version in ((3, 5), (4, 9), (5, 7), (6, 12)):
+        blockmap.hold(make_key(1, 7), version, 0, place)
+    keys = u64([make_key(1, 7), make_key(1, 8)])
+    for above, to, expected in ((0, 4, -1), (0, 5, 3), (4, 9, 4), (5, 8, 5), (9, 11, -1), (0, 99, 6)):
+        assert blockmap.find_held(keys, above=above, to=to).tolist() == [expected, -1]
