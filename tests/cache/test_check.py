@@ -307,7 +307,7 @@ BYTES_DAMAGE: list[tuple[str, bool, Callable[[Image], object]]] = [
     ("checkpoint-chunk", True, lambda image: image.flip(image.area + image.header.layout.volume_chunks[0].offset + 9)),
     ("checkpoint-chunk", False, lambda image: image.flip(image.older_area + 5000)),
     ("checkpoint-content", True, impossible_state),
-    ("log-damaged", False, lambda image: image.flip(image.new_records()[-6][0] + 97)),
+    ("log-damaged", False, lambda image: image.flip(image.new_records()[0][0] + 97)),
     ("record-header", True, lambda image: image.flip(image.old_records(first=False)[3][0] + 97)),
     ("record-header", True, damage_seal),
     ("record-chain", True, unchain),
