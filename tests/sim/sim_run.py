@@ -87,11 +87,15 @@ PROFILES = {
         blocks=420,
         family=True,
     ),
+    "cleaning": Profile(
+        {"clean": 10, "snapshot": 5, "crash_store": 4, "power_store": 4, "drain": 5, "crash_cache": 2, "full_store": 1},
+        rounds=14,
+    ),
     "store_media": Profile({"damage_store": 3, "crash_store": 2, "crash_cache": 1, "drain": 1}, rounds=4),
 }
 TURNS = (
     *("all", "power", "limits", "fencing", "all", "full", "power", "ssd", "all", "media", "full", "store_media"),
-    *("unreadable", "all", "family", "snapshots", "snapshots"),
+    *("unreadable", "all", "family", "snapshots", "snapshots", "cleaning"),
 )
 
 
@@ -482,6 +486,12 @@ class Scenario:
         host.command(lambda: host.shell.detach(guest.name, leave_dirty=True))
         self.world.run_for(self.random.choice((1, 1000)) * MS)
         self.place(guest, host)
+
+    def clean(self) -> None:
+        """The store cleans; what comes next may strike in the middle of it."""
+        if self.store.running:
+            self.store.ask(messages.CleanStore())
+            self.world.run_for(self.random.choice((0, 1, 10, 100, 1500)) * MS)
 
     def drain(self) -> None:
         guest = self.random.choice(list(self.guests.values()))
