@@ -31,7 +31,7 @@ from forebay_cache.service.store_session import StoreSession
 from forebay_core.extents import Extent
 from forebay_core.units import sequence_of
 from forebay_store.engine import apply as store_apply
-from forebay_store.engine import changes, reading
+from forebay_store.engine import changes, moving, reading
 from forebay_store.engine.store import StoreEngine
 from forebay_store.format.part import PART_ENTRY
 from forebay_store.service.shell import StoreShell
@@ -374,6 +374,10 @@ class Directed(NamedTuple):
     workload: str = "mixed"
 
 
+def entries_moved_without_being_compared() -> None:
+    moving.is_at = lambda entry, old, move: entry.is_data and move.start <= entry.start and entry.end <= move.end
+
+
 class Planted(NamedTuple):
     """A fault, and where it shows: within how many seeds of a profile, or at crash points."""
 
@@ -419,6 +423,7 @@ PLANTED = (
     Planted(older_record_wins, "all"),
     Planted(origin_map_keeps_what_was_changed, "family"),
     Planted(origin_map_not_replayed, "family", 40),
+    Planted(entries_moved_without_being_compared, "cleaning", 40),
 )
 
 
