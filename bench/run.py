@@ -26,6 +26,7 @@ import memory_row
 import miss_rows
 import restart_rows
 import scale_rows
+import snapshot_rows
 import write_rows
 from fio import BenchError
 from forebay_core.errors import ForebayError
@@ -43,6 +44,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("destage",), destage_rows.measure),
     (("clean", "yield"), clean_rows.measure),
     (("snapshots-1000", "huge"), scale_rows.measure),
+    (("snapshot",), snapshot_rows.measure),
 )
 MICRO = "micro"
 KEYS = (*dict.fromkeys(key for keys, _ in GROUPS for key in keys), MICRO)

@@ -6,17 +6,15 @@ Both volumes were written alike, a few blocks between any two snapshots, and lie
 import argparse
 import asyncio
 import random
-import socket
-import struct
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import fio
-from fio import KIB, MIB, BenchError, Load
-from forebay_cache.format import nbd, nbd_options
+from fio import KIB, MIB, Load
 from forebay_tools.connect import cache_client, store_client
 from forebay_wire.messages import AnyMessage, CloneVolume, CreateSnapshot, SnapshotTaken, Volume
+from nbd_peer import NbdPeer
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
 from servers import Cache, Store
@@ -29,7 +27,6 @@ CACHE_SIZE = "1GiB"
 COLD_CACHE_SIZE = "72MiB"
 HUGE, HUGE_SIZE = "huge", 1 << 40
 HUGE_WRITTEN = 256 * MIB
-TIMEOUT_S = 120.0
 BLOCK_SIZE = 4096
 PEER = "no snapshots"
 
@@ -105,7 +102,7 @@ def _against(plan: Plan, cache: Cache, row: Row, *, write: bool = False) -> Row:
 def _write_between(cache: Cache, name: str, *, snapshots: bool) -> None:
     """Write a few blocks and take a snapshot, over and over; or only write."""
     rng = random.Random(name == MANY)
-    with _Client(cache.socket, name) as client:
+    with NbdPeer(cache.socket, name) as client:
         for number in range(SNAPSHOTS):
             for _ in range(WRITES_BETWEEN):
                 client.write(rng.randrange(VOLUME_SIZE // BLOCK_SIZE) * BLOCK_SIZE, rng.randbytes(BLOCK_SIZE))
@@ -130,7 +127,7 @@ def _huge(plan: Plan, store: Store, stack: ExitStack) -> list[Row]:
         _ask_store(store, CloneVolume(HUGE, f"s{number}", f"clone{number}"), Volume)
         clone.add(OURS, Sample((time.perf_counter() - began_s) * 1e3))
         fio.run(cache.uri, load._replace(offset=offset + HUGE_WRITTEN, size=offset + 2 * HUGE_WRITTEN))
-        with _Client(cache.socket, HUGE) as client:
+        with NbdPeer(cache.socket, HUGE) as client:
             began_s = time.perf_counter()
             client.trim(0, HUGE_SIZE)
             trim.add(OURS, Sample((time.perf_counter() - began_s) * 1e3))
@@ -152,58 +149,3 @@ def _ask_store(store: Store, message: AnyMessage, kind: type[AnyMessage]) -> Non
             await client.ask(message, kind)
 
     asyncio.run(ask())
-
-
-class _Client:
-    """A client of one export with extended headers: one request can trim all of 1 TiB."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(TIMEOUT_S)
-        self._socket.connect(str(path))
-        self._take(nbd_options.GREETING.size)
-        self._socket.sendall(struct.pack(">I", 3))
-        self._option(nbd_options.OPT_EXTENDED_HEADERS, b"")
-        self._option(nbd_options.OPT_GO, struct.pack(f">I{len(name)}sH", len(name), name.encode(), 0))
-        self._cookie = 0
-
-    def __enter__(self) -> "_Client":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def write(self, offset: int, payload: bytes) -> None:
-        """Write and wait for the answer."""
-        self._ask(nbd.CMD_WRITE, nbd.CMD_FLAG_PAYLOAD_LEN, offset, len(payload), payload)
-
-    def trim(self, offset: int, length: int) -> None:
-        """Trim and wait for the answer."""
-        self._ask(nbd.CMD_TRIM, 0, offset, length, b"")
-
-    def _ask(self, command: int, flags: int, offset: int, length: int, payload: bytes) -> None:
-        self._cookie += 1
-        header = nbd.EXTENDED_REQUEST.pack(nbd.EXTENDED_REQUEST_MAGIC, flags, command, self._cookie, offset, length)
-        self._socket.sendall(header + payload)
-        _, _, kind, _, _, size = nbd.EXTENDED_CHUNK.unpack(self._take(nbd.EXTENDED_CHUNK.size))
-        self._take(size)
-        if kind != nbd.REPLY_TYPE_NONE:
-            raise BenchError(f"NBD command {command} was answered with chunk {kind}")
-
-    def _option(self, option: int, payload: bytes) -> None:
-        self._socket.sendall(nbd_options.OPTION.pack(nbd_options.OPTION_MAGIC, option, len(payload)) + payload)
-        kind = 0
-        while kind != nbd_options.REP_ACK:
-            _, _, kind, size = nbd_options.OPTION_REPLY.unpack(self._take(nbd_options.OPTION_REPLY.size))
-            text = self._take(size)
-            if kind & 1 << 31:
-                raise BenchError(f"NBD option {option} was refused: {text.decode(errors='replace')}")
-
-    def _take(self, size: int) -> bytes:
-        found = b""
-        while len(found) < size:
-            piece = self._socket.recv(size - len(found))
-            if not piece:
-                raise BenchError("the daemon closed the connection")
-            found += piece
-        return found
