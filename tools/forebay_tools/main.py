@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from forebay_core.errors import EXIT_FAILED, EXIT_USAGE, ForebayError
 from forebay_tools.arguments import Commands, Parser
 from forebay_tools.commands import (
+    analyze,
     attach,
     cache_fsck,
     cache_salvage,
@@ -29,6 +30,7 @@ from forebay_tools.commands import (
     store_rebuild_index,
     store_scrub,
     store_serve,
+    trace_convert,
     volume_clone,
     volume_create,
     volume_delete,
@@ -79,6 +81,7 @@ def build_parser() -> Parser:
     cache = _group(_add_group(top, "cache", "the cache daemon"))
     volume = _group(_add_group(top, "volume", "volumes in the store"))
     snapshot = _group(_add_group(top, "snapshot", "snapshots of volumes"))
+    trace = _group(_add_group(top, "trace", "traces of block accesses"))
     config = _group(_add_group(top, "config", "the file with the settings of the daemons"))
     for module in (store_serve, store_clean, store_scrub, store_fsck, store_rebuild_index):
         module.add(store)
@@ -98,8 +101,9 @@ def build_parser() -> Parser:
         module.add(volume)
     for module in (snapshot_create, snapshot_list, snapshot_delete, snapshot_rollback):
         module.add(snapshot)
-    for module in (attach, detach, drain, limit, status):
+    for module in (attach, detach, drain, limit, status, analyze):
         module.add(top)
+    trace_convert.add(trace)
     config_check.add(config)
     return parser
 

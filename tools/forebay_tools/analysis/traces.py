@@ -1,0 +1,181 @@
+"""Opening a trace: the format is found by content, gzip and zstd are unpacked on the way.
+
+Binary formats: our own (`trace_record`), and raw blktrace, whose records the kernel writes:
+
+    offset  size  type  field        meaning
+    ------  ----  ----  -----------  ------------------------------
+         0     4  u32   magic        0x65617400 and a version below 256
+         4     4  u32   sequence
+         8     8  u64   time_ns
+        16     8  u64   sector
+        24     4  u32   bytes
+        28     4  u32   action       the lower 16 bits say what, 1 is queued; bits above 16 say which kind of request
+        32     4  u32   pid
+        36     4  u32   device
+        40     4  u32   cpu
+        44     2  u16   error
+        46     2  u16   pdu_length   bytes that follow
+"""
+
+import gzip
+import io
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Final, NamedTuple
+
+import numpy as np
+import zstandard
+
+from forebay_core.errors import ForebayError
+from forebay_core.units import LBA_BITS, LBA_MAX
+from forebay_tools.analysis.accesses import BATCH_REQUESTS, REQUEST_BLOCKS_MAX, Batch, Gathering, TraceError
+from forebay_tools.analysis.text_traces import SECTOR_SIZE, detect_text, read_text
+from forebay_tools.analysis.trace_record import COUNT_MASK, HEADER, MAGIC, RECORD, RECORD_DTYPE, WRITE_BIT
+
+HEAD_BYTES: Final = 16384
+BLKTRACE: Final = struct.Struct("<IIQQIIIIIHH")
+BLKTRACE_MAGIC: Final = 0x65617400
+_GZIP: Final = b"\x1f\x8b"
+_ZSTD: Final = b"\x28\xb5\x2f\xfd"
+_QUEUED: Final = 1
+_WRITE: Final = 1 << 17
+_NO_DATA: Final = 1 << 25 | 1 << 29  # discards and notes
+
+
+class Part(NamedTuple):
+    """A batch, the names of the volumes so far, and how many bytes of the file were read."""
+
+    batch: Batch
+    volumes: list[str]
+    done: int
+
+
+def read_trace(path: Path) -> Iterator[Part]:
+    """Yield what a trace holds.
+
+    Raises:
+        ForebayError: it can't be read, is damaged or foreign; the text names file and record.
+    """
+    name = str(path)
+    try:
+        with path.open("rb") as file:
+            stream = _unpacked(file)
+            head = _read_fully(stream, HEAD_BYTES)
+            whole = io.BufferedReader(_Joined(head, stream), 1 << 18)
+            kind, batches = _detect(name, head)
+            found = False
+            for batch, volumes in batches(name, whole):
+                found = found or batch.keys.size > 0
+                yield Part(batch, volumes, file.tell())
+            if not found:
+                raise ForebayError(f"{name}: this {kind} trace holds no request")
+    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise ForebayError(f"{name}: the compressed trace is damaged ({error})") from error
+
+
+Reader = Callable[[str, BinaryIO], Iterator[tuple[Batch, list[str]]]]
+
+
+def _detect(name: str, head: bytes) -> tuple[str, Reader]:
+    if head.startswith(MAGIC):
+        return "forebay", _read_records
+    if len(head) >= 4 and int.from_bytes(head[:4], "little") & 0xFFFFFF00 == BLKTRACE_MAGIC:
+        return "blktrace", _read_blktrace
+    try:
+        text = head.decode() if len(head) < HEAD_BYTES else head[: head.rindex(b"\n") + 1].decode()
+    except (UnicodeDecodeError, ValueError):
+        text = ""
+    kind = detect_text(text)
+    if kind is None:
+        raise ForebayError(
+            f"{name}: record 1: not a trace; known are forebay's own, blktrace, blkparse, fio iolog, and CSV as "
+            "described in docs/cache-size.md"
+        )
+    return kind, lambda file, stream: read_text(file, _lines(file, stream), kind)
+
+
+def _lines(name: str, stream: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise TraceError(name, number, "is no text") from error
+
+
+def _read_records(name: str, stream: BinaryIO) -> Iterator[tuple[Batch, list[str]]]:
+    if len(_read_fully(stream, HEADER.size)) < HEADER.size:
+        raise TraceError(name, 0, "the header is cut short")
+    number, volume_keys = 0, np.zeros(0, np.uint64)
+    while chunk := _read_fully(stream, BATCH_REQUESTS * RECORD.size):
+        if len(chunk) % RECORD.size:
+            raise TraceError(name, number + len(chunk) // RECORD.size + 1, "is cut short")
+        rows = np.frombuffer(chunk, RECORD_DTYPE)
+        keys = rows["key"].astype(np.uint64)
+        counts = (rows["count_op"] & np.uint32(COUNT_MASK)).astype(np.uint64)
+        ends = (keys & np.uint64(LBA_MAX)) + counts
+        bad = np.flatnonzero((counts == 0) | (counts > REQUEST_BLOCKS_MAX) | (ends > LBA_MAX))
+        if bad.size:
+            raise TraceError(name, number + int(bad[0]) + 1, "no disk is asked for so many blocks there")
+        number += rows.size
+        volume_keys = np.union1d(volume_keys, keys >> np.uint64(LBA_BITS))
+        writes = (rows["count_op"] & np.uint32(WRITE_BIT)) != 0
+        names = [f"volume {key}" for key in volume_keys.tolist()]
+        yield Batch(keys, counts, writes, rows["time_ms"].astype(np.uint64)), names
+
+
+def _read_blktrace(name: str, stream: BinaryIO) -> Iterator[tuple[Batch, list[str]]]:
+    gathering, number = Gathering(name), 0
+    while header := _read_fully(stream, BLKTRACE.size):
+        number += 1
+        if len(header) < BLKTRACE.size:
+            raise TraceError(name, number, "is cut short")
+        magic, _, time_ns, sector, length, action, _, device, _, _, pdu_length = BLKTRACE.unpack(header)
+        if magic & 0xFFFFFF00 != BLKTRACE_MAGIC:
+            raise TraceError(name, number, f"does not begin with blktrace's magic but with {magic:#x}")
+        if len(_read_fully(stream, pdu_length)) < pdu_length:
+            raise TraceError(name, number, "is cut short")
+        if action & 0xFFFF == _QUEUED and not action & _NO_DATA:
+            volume = f"{device >> 20},{device & 0xFFFFF}"
+            gathering.add(number, volume, sector * SECTOR_SIZE, length, bool(action & _WRITE), time_ns // 1_000_000)
+            if gathering.is_full:
+                yield gathering.take(), gathering.volumes()
+    yield gathering.take(), gathering.volumes()
+
+
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    magic = file.read(4)
+    file.seek(0)
+    if magic.startswith(_GZIP):
+        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
+    if magic == _ZSTD:
+        return zstandard.ZstdDecompressor().stream_reader(file)
+    return file
+
+
+def _read_fully(stream: BinaryIO, size: int) -> bytes:
+    parts = []
+    while size > 0 and (part := stream.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+class _Joined(io.RawIOBase):
+    """What was read already, then the rest."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        """See RawIOBase."""
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        """See RawIOBase."""
+        if self._head:
+            part, self._head = self._head[: len(buffer)], self._head[len(buffer) :]
+        else:
+            part = self._rest.read(len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
