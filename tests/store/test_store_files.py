@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,42 @@ def test_the_index_grows_beyond_its_first_size(tmp_path: Path) -> None:
         index.update(lambda writer, at=at: writer.put(Table.STAGED, at.to_bytes(4, "big"), bytes(50_000)))  # type: ignore[misc]
     with index.view() as reader:
         assert sum(1 for _ in reader.scan(Table.STAGED, b"")) == 60
+    index.close()
+
+
+def test_an_index_that_became_small_gives_its_room_back_and_goes_on(tmp_path: Path) -> None:
+    folder, scratch = tmp_path / "index", tmp_path / "index.new"
+    folder.mkdir()
+    index = LmdbIndex(folder)
+    keys = [at.to_bytes(4, "big") for at in range(2000)]
+    index.update(lambda writer: writer.put_many(Table.STAGED, [(key, bytes(1000)) for key in keys]))
+    assert not index.shrink(scratch)
+    index.update(lambda writer: [writer.delete(Table.STAGED, key) for key in keys[1:]])
+    large = (folder / "data.mdb").stat().st_size
+    assert index.shrink(scratch)
+    assert (folder / "data.mdb").stat().st_size < large // 10
+    assert not scratch.exists()
+    assert not index.shrink(scratch)
+    index.update(lambda writer: writer.put(Table.NAMES, b"a", b"1"))
+    index.close()
+    index = LmdbIndex(folder)
+    with index.view() as reader:
+        assert [key for key, _ in reader.scan(Table.STAGED, b"")] == keys[:1]
+        assert reader.get(Table.NAMES, b"a") == b"1"
+    index.close()
+
+
+def test_an_index_with_a_view_open_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forebay_store.service.lmdb_index.SHRINK_WAIT_S", 0.01)
+    folder, scratch = tmp_path / "index", tmp_path / "index.new"
+    folder.mkdir()
+    index = LmdbIndex(folder)
+    index.update(lambda writer: writer.put(Table.STAGED, b"a", bytes(1 << 20)))
+    index.update(lambda writer: writer.delete(Table.STAGED, b"a"))
+    with index.view() as reader, ThreadPoolExecutor(1) as beside:
+        assert not beside.submit(index.shrink, scratch).result(60)
+        assert reader.get(Table.STAGED, b"a") is None
+    assert index.shrink(scratch)
     index.close()
 
 

@@ -52,9 +52,11 @@ class CleanerShell:
         fresh_number: Callable[[], int],
         on_damage: Callable[[list[DamagedPlace]], None],
         purging: Callable[[], bool],
+        shrink: Callable[[], object],
     ) -> None:
         """`rate` is in bytes per second; `room` asks the disk; `append` puts records into the log and returns when the
-        index shows them; `purging` tells whether what was deleted is still being taken out of the index.
+        index shows them; `purging` tells whether what was deleted is still being taken out of the index; `shrink` gives
+        back what the index no longer needs, and is called when a thorough pass has ended.
         """
         self._room = room
         self._cleaner = Cleaner(index, backend, store=store, room=lambda: room().free)
@@ -63,6 +65,7 @@ class CleanerShell:
         self._fresh_number = fresh_number
         self._on_damage = on_damage
         self._purging = purging
+        self._shrink = shrink
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "cleaner")
         self._wake = asyncio.Event()
@@ -181,6 +184,8 @@ class CleanerShell:
         try:
             for job in jobs:
                 await self._perform(job, asked)
+            if self._pressure(asked) is RESTING:
+                await self._loop.run_in_executor(self._thread, self._shrink)
             self._error = ""
             if self._cleaner.space is not None:
                 live = sum(one.live for one in self._cleaner.space.segments)

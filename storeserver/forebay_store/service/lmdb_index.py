@@ -2,9 +2,14 @@
 
 NOMETASYNC: a power cut may take back the newest transactions, whole ones, and replay makes them again. Never NOSYNC,
 which may leave a damaged file. The map is grown only while no view is open, as LMDB demands.
+
+LMDB keeps the pages of removed rows for later ones and gives none back. So a file that has become mostly that is
+replaced by a compact copy. Crash: either file is there, under the same name, and both hold the same rows.
 """
 
 import errno
+import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +20,26 @@ from typing import Final, TypeVar, cast
 import lmdb
 
 from forebay_core.errors import CorruptionError, NoSpaceError
-from forebay_core.units import MIB
+from forebay_core.units import KIB, MIB
 from forebay_store.engine.ports import BackendError, IndexReader, IndexWriter
 from forebay_store.format.rows import Table
 from forebay_store.limits import INDEX_SIZE_START
+from forebay_store.service.folder import sync_folder
 from forebay_store.service.lmdb_file import check_length
 
 Result = TypeVar("Result")
 READERS_MAX: Final = 256
 PROBE_SIZE: Final = MIB
+DATA_NAME: Final = "data.mdb"
+
+SHRINK_SIZE_MIN: Final = 64 * KIB
+"""Bytes that a compact copy must win; it must win half of the file as well."""
+
+SHRINK_USED_MAX: Final = 256 * MIB
+"""Bytes in use beyond which a running store makes no compact copy: changes wait for it."""
+
+SHRINK_WAIT_S: Final = 1.0
+"""How long it waits for a moment without a view; if none comes it is tried another time."""
 
 
 class LmdbCursor:
@@ -131,27 +147,35 @@ class LmdbIndex:
             NoSpaceError: the disk is full.
         """
         self.place = str(folder)
+        self._folder = folder
+        self._lasting = lasting
+        self._read_only = read_only
         self._gate = threading.Condition()
+        self._writing = threading.Lock()
         self._views = 0
         check_length(folder)
-        with _translated(str(folder)):
+        self._open(size_start)
+
+    def _open(self, map_size: int) -> None:
+        with _translated(self.place):
             self._environment = lmdb.open(
-                str(folder),
-                map_size=size_start,
+                self.place,
+                map_size=map_size,
                 max_dbs=len(Table),
                 max_readers=READERS_MAX,
                 metasync=False,
-                sync=lasting,
+                sync=self._lasting,
                 writemap=False,
                 meminit=False,
                 mode=0o600,
-                create=not read_only,
-                readonly=read_only,
-                lock=not read_only,
+                create=not self._read_only,
+                readonly=self._read_only,
+                lock=not self._read_only,
             )
             try:
                 self.tables: dict[Table, lmdb._Database] = {
-                    table: self._environment.open_db(table.value.encode(), create=not read_only) for table in Table
+                    table: self._environment.open_db(table.value.encode(), create=not self._read_only)
+                    for table in Table
                 }
             except lmdb.Error:
                 self._environment.close()
@@ -189,17 +213,75 @@ class LmdbIndex:
 
     def update(self, change: Callable[[IndexWriter], Result]) -> Result:
         """Run `change` in one transaction; again in a larger map if it did not fit."""
-        while True:
+        with self._writing:
+            while True:
+                try:
+                    with _translated(self.place), self._environment.begin(write=True) as transaction:
+                        return change(LmdbView(transaction, self.tables))
+                except _MapFullError:
+                    self._grow()
+
+    def shrink(self, scratch: Path) -> bool:
+        """Replace the file by a compact copy if that gives much room back to the disk; tell whether it did.
+
+        `scratch` is a folder on the same disk that may be made and removed. Changes wait for the copy, views for a few
+        milliseconds; a thread that holds a view must not call this.
+
+        Raises:
+            NoSpaceError: there is no room for the copy.
+            BackendError: the disk failed.
+        """
+        with self._writing:
+            size, used = (self._folder / DATA_NAME).stat().st_size, self._used_size()
+            if used > SHRINK_USED_MAX or size - used < max(SHRINK_SIZE_MIN, size // 2):
+                return False
             try:
-                with _translated(self.place), self._environment.begin(write=True) as transaction:
-                    return change(LmdbView(transaction, self.tables))
-            except _MapFullError:
-                self._grow()
+                return self._replace(scratch)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise NoSpaceError(f"the disk under {self.place} is full") from error
+                raise BackendError(f"index {self.place} can't be made smaller: {error}") from error
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _used_size(self) -> int:
+        """Return the bytes of pages with rows in them."""
+        with _translated(self.place), self._environment.begin() as view:
+            trees = [self._environment.stat(), *(view.stat(table) for table in self.tables.values())]
+        pages = sum(tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] for tree in trees)
+        return int(pages * trees[0]["psize"])
+
+    def _replace(self, scratch: Path) -> bool:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(mode=0o700)
+        with _translated(self.place):
+            self._environment.copy(str(scratch), compact=True)
+        _make_durable(scratch / DATA_NAME)
+        with self._gate:
+            if not self._gate.wait_for(lambda: self._views == 0, SHRINK_WAIT_S):
+                return False
+            map_size = self._environment.info()["map_size"]
+            self._environment.close()
+            try:
+                (scratch / DATA_NAME).replace(self._folder / DATA_NAME)
+            finally:
+                self._open(map_size)
+        sync_folder(self._folder)
+        return True
 
     def _grow(self) -> None:
         with self._gate:
             self._gate.wait_for(lambda: self._views == 0)
             self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+
+
+def _make_durable(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o600)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 class _MapFullError(Exception):

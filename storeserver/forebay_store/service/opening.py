@@ -4,6 +4,7 @@ After it the index shows every segment, and no other start of this store can hav
 """
 
 import os
+import shutil
 from pathlib import Path
 
 from forebay_core.errors import CorruptionError, ForebayError
@@ -17,7 +18,7 @@ from forebay_store.format.records import StoreClaimed
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
 from forebay_store.service.damage_file import DamageFile
 from forebay_store.service.dir_backend import DirBackend
-from forebay_store.service.folder import StoreFolder, make_folder
+from forebay_store.service.folder import NEW_INDEX_NAME, StoreFolder, make_folder
 from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_store.service.rebuild import make_index
 from forebay_store.service.report_file import ReportFile
@@ -38,6 +39,10 @@ class OpenStore:
         """Return how much the disk has left."""
         disk = os.statvfs(self.folder.path)
         return DiskRoom(disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
+
+    def shrink(self) -> None:
+        """Give room back to the disk that the index no longer needs. Raises what LmdbIndex.shrink does."""
+        self.index.shrink(self.folder.path / NEW_INDEX_NAME)
 
     def close(self) -> None:
         """Close everything; the lock goes last."""
@@ -92,6 +97,7 @@ def _open_index(folder: StoreFolder, backend: DirBackend) -> LmdbIndex:
         if backend.list():
             raise ForebayError(f"the index {folder.index} is {'empty' if folder.index.is_dir() else 'missing'}; {hint}")
         make_index(backend, folder)
+    shutil.rmtree(folder.path / NEW_INDEX_NAME, ignore_errors=True)
     index = LmdbIndex(folder.index)
     try:
         with index.view() as reader:

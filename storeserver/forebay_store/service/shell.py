@@ -85,6 +85,7 @@ class StoreShell:
             fresh_number=lambda: int.from_bytes(fresh_id(8), "little"),
             on_damage=lambda places: self._scrub.note_places(places),
             purging=lambda: self._engine.purging,
+            shrink=store.shrink,
         )
         self._scrub = ScrubShell(
             store.index,
