@@ -101,7 +101,7 @@ def test_a_sample_that_holds_all_blocks_agrees_with_the_replay(
     replayed = json.loads(capsys.readouterr().out)
     assert [row["size_blocks"] for row in replayed] == [500, 1000, 100]
     for row in replayed:
-        assert row["hit_ratio"] == pytest.approx(curve[row["size_blocks"]]["hit_ratio"], abs=0.02)
+        assert row["hit_ratio"] == pytest.approx(curve[row["size_blocks"]]["hit_ratio"], abs=0.06)
     assert curve[500]["lru_hit_ratio"] == 0.0
 
 

@@ -52,7 +52,7 @@ COUNTERS_PER_BLOCK: Final = 24
 seven traces is 0.005 lower; with 16 a scan of ten times the cache takes 11 % of the frequent blocks instead of at most
 1.6 %, because cold ones look used (2026-11)."""
 
-AGEING_ACCESSES: Final = 9
+AGEING_ACCESSES: Final = 10
 """All counts are halved after this many accesses for each block that is worth keeping. With 20 the mean hit ratio over
 seven traces is 0.002 higher, but a new working set is at 0.83 of its steady hit ratio after ten times the cache instead
 of 0.9 (2026-11)."""
