@@ -137,16 +137,20 @@ class Rig:
 
     # --- commands ---------------------------------------------------------------------------------------------
 
-    def run(self, *arguments: str, code: int = 0, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
-        """Run a command; return its output, or what it said on stderr if it shall fail with `code`."""
+    def ask(self, *arguments: str, timeout_s: float = COMMAND_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+        """Run a command, whatever comes of it."""
         environment = {
             **os.environ,
             "FOREBAY_STORE": self.store_address,
             "FOREBAY_RUN_DIR": str(self.run_dir),
         }
-        done = subprocess.run(
+        return subprocess.run(
             [*FOREBAY, *arguments], capture_output=True, text=True, env=environment, timeout=timeout_s, check=False
         )
+
+    def run(self, *arguments: str, code: int = 0, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+        """Run a command; return its output, or what it said on stderr if it shall fail with `code`."""
+        done = self.ask(*arguments, timeout_s=timeout_s)
         assert done.returncode == code, f"forebay {arguments}: {done.returncode}, {done.stdout}{done.stderr}"
         return done.stdout if code == 0 else done.stderr
 
@@ -200,7 +204,9 @@ class Rig:
     def exported(self, name: str) -> bytes:
         """Return what the store has of a volume."""
         target = self.folder / "exported"
-        self.run("volume", "export", name, str(target), "--force")
+        while (done := self.ask("volume", "export", name, str(target), "--force")).returncode:
+            # A cache that is still attached may commit in the middle; what was read then is refused, as it should be.
+            assert "was changed while it was exported" in done.stderr, done.stderr
         content = target.read_bytes()
         target.unlink()
         return content

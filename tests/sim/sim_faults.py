@@ -189,9 +189,8 @@ def zone_freed_before_its_blocks_are_written_elsewhere() -> None:
     """Without the sync alone nothing is lost: before a zone is filled anew a checkpoint has synced its blocks."""
     append = Reclaim._append_wanted
 
-    def early(self, places, blocks) -> tuple[None, int]:
+    def early(self, places, blocks) -> None:
         append(self, places, blocks)
-        return None, 0
 
     Reclaim._append_wanted = early
     Reclaim._moved = lambda self, move: self._clear(move.zone)
@@ -200,10 +199,10 @@ def zone_freed_before_its_blocks_are_written_elsewhere() -> None:
 def cut_sent_before_sync() -> None:
     close = Destage._close
 
-    def early(self, volume) -> None:
+    def early(self, volume, end=None) -> None:
         when_durable = self._engine.log.when_durable
         self._engine.log.when_durable = lambda position, settled: settled(True)
-        close(self, volume)
+        close(self, volume, end)
         self._engine.log.when_durable = when_durable
 
     Destage._close = early
