@@ -8,6 +8,7 @@ from sim_world import Violation
 
 from forebay_cache.engine.check import check_device
 from forebay_cache.engine.salvage import SalvageVolume, search_device
+from forebay_core.checksums import checksum
 from forebay_core.units import BLOCK_SIZE
 
 
@@ -31,8 +32,11 @@ def _check_salvaged(host: CacheHost, volume: SalvageVolume, branch: Branch) -> N
     state = branch.state_at(volume.version)
     saved: dict[int, bytes] = {}
     for rows in (volume.clean, volume.dirty):
-        for lba, _, _, offset in rows.tolist():
-            saved[lba] = bytes(host.disk.read(offset, BLOCK_SIZE))
+        for lba, _, expected, offset in rows.tolist():
+            content = bytes(host.disk.read(offset, BLOCK_SIZE))
+            if rows is volume.clean and checksum(content) != expected:
+                continue  # of a zone that was being reused when the power went: the command leaves it out as well
+            saved[lba] = content
     for hole in (*volume.holes, *volume.clean_holes):
         saved.update(dict.fromkeys(range(hole.start, hole.end), ZEROS))
     for lba, content in saved.items():

@@ -296,6 +296,7 @@ class Scenario:
         damaged = bool(self.world.excuses)
         self.judge.shown(self.store.index, self.store.backend, all_of_it=True, damaged=damaged)
         if not damaged:
+            self.world.run(self.store.applied_all, limit_s=60)  # the store may be between a segment and its rows
             check_rebuilt(self.store.index, self.store.backend, SimIndex(), store=STORE)
         for host in self.caches:
             if host.running:
@@ -602,13 +603,13 @@ def run_seed(seed: int, profile: str = "") -> Scenario:
     return scenario
 
 
-def run_many(first: int, end: int, report: Callable[[str], object]) -> bool:
-    """Run seeds; report each as a line of JSON."""
+def run_many(first: int, end: int, report: Callable[[str], object], profile: str = "") -> bool:
+    """Run seeds, all of one profile or each its own; report each as a line of JSON."""
     failed = False
     for seed in range(first, end):
         line: dict[str, object] = {"seed": seed}
         try:
-            done = run_seed(seed)
+            done = run_seed(seed, profile)
             line |= {"digest": done.world.digest, "events": done.world.events, "shown": done.judge.shown_states}
             line["snapshots"] = done.judge.snapshots_compared
             line |= {"crashes": done.crashes, "simulated_s": done.world.now_ns // 1_000_000_000}
@@ -624,14 +625,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("seed", type=int, nargs="?")
     parser.add_argument("--profile", choices=sorted(PROFILES), default="")
-    parser.add_argument("--seeds")
+    parser.add_argument("--seeds", metavar="FIRST:END")
     parser.add_argument("--trail", action="store_true", help="print what happened last")
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     gc.disable()  # one run is small; between runs there is an explicit collection
     if options.seeds:
         first, _, end = options.seeds.partition(":")
-        return int(run_many(int(first), int(end), lambda line: (print(line, flush=True), gc.collect())))
+        return int(
+            run_many(int(first), int(end), lambda line: (print(line, flush=True), gc.collect()), options.profile)
+        )
     done = run_seed(options.seed, options.profile)
     if options.trail:
         print("\n".join(done.world.trail))

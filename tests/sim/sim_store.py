@@ -20,6 +20,7 @@ from forebay_store.engine.cleaner import delete_leaving
 from forebay_store.engine.ports import BackendError, IndexWriter, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.replay import replay
 from forebay_store.engine.space import DiskRoom
+from forebay_store.engine.volumes import read_applied
 from forebay_store.format.damage_file import ScrubState, decode_damage, encode_damage
 from forebay_store.format.reports import Reports, decode_reports, encode_reports
 from forebay_store.format.segment import parse_name
@@ -357,6 +358,12 @@ class StoreHost:
     def broken(self) -> bool:
         """Whether it needs a restart to go on."""
         return self.shell is not None and bool(self.shell._engine.error)
+
+    def applied_all(self) -> bool:
+        """Whether the index shows the newest segment; it never does so before the segment is there."""
+        names = self.backend.list()
+        with self.index.view() as reader:
+            return not names or read_applied(reader).text == names[-1]
 
     def accept(self, sock: SimSocket) -> None:
         """Serve a client on its socket."""
