@@ -62,6 +62,8 @@ def test_the_commands_of_the_design_exist() -> None:
         "drain",
         "limit",
         "status",
+        "analyze",
+        "trace convert",
         "config check",
     }
 
