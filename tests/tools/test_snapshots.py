@@ -187,3 +187,10 @@ def test_a_volume_is_made_smaller_only_with_force(tmp_path: Path, store: StorePr
     for name, content in (("v", image[: MIB // 2] + bytes(MIB // 2)), ("v@s", image)):
         assert forebay("volume", "export", name, tmp_path / "out", "--force").code == 0
         assert (tmp_path / "out").read_bytes() == content
+
+
+def test_a_volume_that_had_no_cut_yet_tells_no_time_of_one(store: StoreProcess, forebay: Forebay) -> None:
+    forebay("volume", "create", "vm1", "--size", "16MiB")
+    forebay("snapshot", "create", "vm1@new")
+    out = forebay("volume", "info", "vm1").out
+    assert "newest cut: sequence 1 of epoch 0\n" in out

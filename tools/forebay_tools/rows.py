@@ -35,6 +35,14 @@ def row_json(row: VolumeRow) -> dict[str, Json]:
     }
 
 
+def _show_newest(row: VolumeRow) -> str:
+    """Tell the newest version and when its cut came; snapshots and rollbacks of a volume without cuts have no time."""
+    if not row.version:
+        return "none"
+    text = f"sequence {sequence_of(row.version)} of epoch {epoch_of(row.version)}"
+    return f"{text}, {show_time(row.committed_ns)}" if row.committed_ns else text
+
+
 def row_fields(row: VolumeRow) -> dict[str, str]:
     """Return names and values for people."""
     data_size = row.data_blocks * BLOCK_SIZE
@@ -47,10 +55,7 @@ def row_fields(row: VolumeRow) -> dict[str, str]:
         "data": format_size(data_size),
         "stored": format_size(row.stored_size) + ratio,
         "created": show_time(row.created_ns),
-        "newest cut": f"sequence {sequence_of(row.version)} of epoch {epoch_of(row.version)}, "
-        f"{show_time(row.committed_ns)}"
-        if row.version
-        else "none",
+        "newest cut": _show_newest(row),
         "writer": f"{row.writer.hex()} in epoch {row.epoch}{control}" if row.writer else "none",
     }
 
