@@ -1,4 +1,5 @@
-"""Rounds of load, power cut, restart and judgement. `make soak` runs hundreds, CI a few; a failure says how to repeat.
+"""Rounds of load, power cut, restart and judgement, with a snapshot after each. `make soak` runs hundreds, CI a few; a
+failure says how to repeat.
 
     POWER_SEED=SEED POWER_ROUNDS=N .venv/bin/python -m pytest tests/power/test_power_cut.py
 
@@ -28,6 +29,7 @@ COMPANY_SHARE: Final = 0.6
 SECOND_CUT_SHARE: Final = 0.3
 SECOND_CUT_CHANGES: Final = 16
 ROUNDS_PER_FSCK: Final = 5
+SNAPSHOTS_KEPT: Final = 2
 
 
 class Rounds:
@@ -38,6 +40,7 @@ class Rounds:
         self._seed = seed
         self._dice = random.Random(seed)
         self._stamps = Stamps(STAMPS_BLOCKS, seed)
+        self._snapshots: dict[str, bytes] = {}
         # Small zones and a cache that is smaller than what is written: zones are reclaimed under load.
         rig.cache_size = "12MiB"
         rig.cache_flags = ["--zone-size", "256KiB", "--cut-age-s-max", "0.3"]
@@ -99,6 +102,8 @@ class Rounds:
             self._guest.shut_down()
         content = self._read()
         self._stamps.check(content)
+        self._rig.run("snapshot", "create", f"stamps@r{index}")  # on its way to the store when the power goes next
+        self._snapshots[f"r{index}"] = content
         wrong = self._fio.whole()
         assert not wrong, wrong
         self._guest.boot()
@@ -106,8 +111,17 @@ class Rounds:
         if index % ROUNDS_PER_FSCK == 0:
             self._rig.detach("stamps")
             assert self._rig.exported("stamps") == content, "the store shows something else than the cache did"
+            self._check_snapshots()
             self._rig.check_store()
             self._rig.attach("stamps")
+
+    def _check_snapshots(self) -> None:
+        """Compare each with what was read when it was taken; delete the oldest, so that the store cleans."""
+        for name, content in self._snapshots.items():
+            assert self._rig.exported(f"stamps@{name}") == content, f"snapshot {name} is not what it was"
+        for name in list(self._snapshots)[:-SNAPSHOTS_KEPT]:
+            self._rig.run("snapshot", "delete", f"stamps@{name}")
+            del self._snapshots[name]
 
     def _load_and_cut(self, power: Power) -> None:
         """Write until the power goes, or, if only the store's does, until a while later."""
