@@ -1,4 +1,4 @@
-"""Rounds of load, power cut, restart and judgement, with a snapshot after each. `make soak` runs hundreds, CI a few; a
+"""Rounds of load, power cut, restart and judgement, with a snapshot in each. `make soak` runs hundreds, CI a few; a
 failure says how to repeat.
 
     POWER_SEED=SEED POWER_ROUNDS=N .venv/bin/python -m pytest tests/power/test_power_cut.py
@@ -40,6 +40,7 @@ class Rounds:
         self._seed = seed
         self._dice = random.Random(seed)
         self._stamps = Stamps(STAMPS_BLOCKS, seed)
+        self._content = bytes(STAMPS_SIZE)
         self._snapshots: dict[str, bytes] = {}
         # Small zones and a cache that is smaller than what is written: zones are reclaimed under load.
         rig.cache_size = "12MiB"
@@ -93,6 +94,8 @@ class Rounds:
             self._fio.start(seed=index)
         if self._dice.random() < COMPANY_SHARE:
             self._guest.write()
+        self._rig.run("snapshot", "create", f"stamps@r{index}")  # answered just before the power goes
+        self._snapshots[f"r{index}"] = self._content
         self._load_and_cut(power)
         self._fio.stop()
         if power.hits_cache:
@@ -102,8 +105,7 @@ class Rounds:
             self._guest.shut_down()
         content = self._read()
         self._stamps.check(content)
-        self._rig.run("snapshot", "create", f"stamps@r{index}")  # on its way to the store when the power goes next
-        self._snapshots[f"r{index}"] = content
+        self._content = content
         wrong = self._fio.whole()
         assert not wrong, wrong
         self._guest.boot()
