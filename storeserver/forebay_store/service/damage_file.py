@@ -1,17 +1,16 @@
 """The small file that keeps what is damaged and how far the scrub is.
 
-Written anew beside its place, synced and renamed, as the file of the reports. Crash: leaves the file of before or the
-new one, and perhaps a part under the temporary name, which goes at the start.
+Read and replaced as `side_file` says; that says what a crash leaves.
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Final
 
 from forebay_core.errors import CorruptionError
 from forebay_store.format.damage_file import DAMAGE_SIZE_MAX, ScrubState, decode_damage, encode_damage
 from forebay_store.service.folder import DAMAGE_NAME, NEW_DAMAGE_NAME
+from forebay_store.service.side_file import read_side_file, replace_side_file
 
 _LOG: Final = logging.getLogger("forebay.store")
 
@@ -28,9 +27,7 @@ class DamageFile:
     def read(self) -> ScrubState:
         """Return what was kept; nothing, and a line in the log, if it is missing or damaged."""
         try:
-            self._new.unlink(missing_ok=True)
-            with self._path.open("rb") as file:
-                content = file.read(DAMAGE_SIZE_MAX + 1)
+            content = read_side_file(self._path, self._new, DAMAGE_SIZE_MAX)
             return decode_damage(content, store=self._store, place=str(self._path))
         except FileNotFoundError:
             _LOG.info("no file %s yet: nothing was scrubbed here", self._path)
@@ -41,12 +38,7 @@ class DamageFile:
     def write(self, state: ScrubState) -> None:
         """Replace the file. That it can't be is one line in the log and no more: it is no part of the truth."""
         try:
-            fd = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(encode_damage(self._store, state))
-                file.flush()
-                os.fdatasync(file.fileno())
-            self._new.rename(self._path)
+            replace_side_file(self._path, self._new, encode_damage(self._store, state))
             self._failing = False
         except OSError as error:
             if not self._failing:
