@@ -27,7 +27,7 @@ typedef struct {
     sketch_t sketch;
     chooser_t chooser;
     int is_lru;
-    int64_t accesses, missed, entries;
+    int64_t accesses, entries, volume_hits[VOLUME_SLOTS];
 } replay_t;
 
 /* --- arguments */
@@ -77,7 +77,7 @@ static void see(core_t *self, uint64_t key)
 {
     const uint64_t hash = hash_of(&self->sketch, key);
     self->accesses++;
-    if (hash * SAMPLE_FACTOR < self->sample_limit && self->sampled_count < SAMPLED_MAX)
+    if (sample_hash(key, SAMPLE_SEED) < self->sample_limit && self->sampled_count < SAMPLED_MAX)
         self->sampled[self->sampled_count++] = key;
     observe(&self->chooser, &self->sketch, &self->cache, key, hash);
     sweep(&self->cache);
@@ -444,7 +444,7 @@ static void replay_key(replay_t *self, uint64_t key)
             cache->floor = self->entries > 1 ? cache->capacity / (2 * self->entries) : 0;
         }
     }
-    self->missed += !access_key(&self->keyed, key);
+    self->volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS] += access_key(&self->keyed, key);
 }
 
 static PyObject *replay_feed(replay_t *self, PyObject *array)
@@ -462,31 +462,10 @@ static PyObject *replay_feed(replay_t *self, PyObject *array)
     Py_RETURN_NONE;
 }
 
-/* Keep the blocks whose sample hash is below the limit, and as many of them as the new capacity takes. */
-static PyObject *replay_shrink(replay_t *self, PyObject *const *arguments, Py_ssize_t given)
+static PyObject *replay_volume_hits(replay_t *self, PyObject *nothing)
 {
-    uint64_t n[2];
-    cache_t *cache = &self->keyed.cache;
-    if (numbers(arguments, given, 2, n) < 0)
-        return NULL;
-    if (n[0] < 1 || n[0] > (uint64_t)cache->capacity) {
-        PyErr_SetString(PyExc_ValueError, "a cache only gets smaller here");
-        return NULL;
-    }
-    for (uint32_t slot = 1; slot < cache->slots; slot++)
-        if (cache->states[slot] && hash_of(&self->sketch, self->keyed.keys[slot]) * SAMPLE_FACTOR >= n[1])
-            evict(cache, slot, &self->keyed);
-    cache->capacity = (int64_t)n[0];
-    if (self->is_lru) {
-        cache->window_max = cache->capacity;
-    } else {
-        cache->ring_max = cache->capacity / 100 > 0 ? cache->capacity / 100 : 1;
-        self->sketch.period = n[0] * AGEING_ACCESSES;
-        follow_plan(cache, self->chooser.plan);
-    }
-    while (cache->count > cache->capacity || cache->window_count > cache->window_max)
-        settle(cache, &self->keyed);
-    Py_RETURN_NONE;
+    (void)nothing;
+    return PyBytes_FromStringAndSize((const char *)self->volume_hits, sizeof self->volume_hits);
 }
 
 static PyObject *replay_figures(replay_t *self, PyObject *nothing)
@@ -581,7 +560,7 @@ static PyObject *sample_runs(PyObject *module, PyObject *const *arguments, Py_ss
         total += counts[run];
         for (uint64_t key = firsts[run]; key < firsts[run] + counts[run]; key++) {
             into[taken] = key;
-            taken += mix(key ^ n[1]) * SAMPLE_FACTOR < n[0];
+            taken += sample_hash(key, n[1]) < n[0];
         }
     }
     answer = Py_BuildValue("(nKK)", run, (unsigned long long)taken, (unsigned long long)total);
@@ -605,7 +584,7 @@ static PyMethodDef core_methods[] = {
 };
 
 static PyMethodDef replay_methods[] = {
-    {"feed", ONE(replay_feed)}, {"shrink", FAST(replay_shrink)}, {"figures", NONE(replay_figures)},
+    {"feed", ONE(replay_feed)}, {"volume_hits", NONE(replay_volume_hits)}, {"figures", NONE(replay_figures)},
     {"blocks", NONE(replay_blocks)}, {NULL, NULL, 0, NULL},
 };
 

@@ -43,6 +43,7 @@ static const uint64_t ROW_FACTORS[ROWS] = {
     0x9E3779B97F4A7C15u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u, 0xD6E8FEB86659FD93u};
 #define MINIATURE_FACTOR 0xA0761D6478BD642Fu
 #define SAMPLE_FACTOR 0xE7037ED1A0B428DBu
+#define SAMPLE_SEED 0x5A17u /* the same in each life, so that a sample outlives the daemon */
 
 typedef struct {
     uint8_t *counters; /* two in each byte, the even one in the low half */
@@ -87,6 +88,8 @@ static inline uint64_t mix(uint64_t x)
     x = (x ^ x >> 33) * 0xC4CEB9FE1A85EC53u;
     return x ^ x >> 33;
 }
+
+static inline uint64_t sample_hash(uint64_t key, uint64_t seed) { return mix(key ^ seed) * SAMPLE_FACTOR; }
 
 static inline uint64_t hash_of(const sketch_t *sketch, uint64_t key) { return mix(key ^ sketch->seed); }
 

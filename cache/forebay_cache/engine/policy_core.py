@@ -19,9 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.limits import (
-    AGEING_ACCESSES,
     COUNT_MAX,
-    RING_PER_CAPACITY,
     SAMPLED_MAX,
     SCORE_DECAY,
     SCORE_LEAD,
@@ -36,11 +34,9 @@ from forebay_cache.engine.policy_lists import (
     MINIATURE_FACTOR,
     OUTSIDE,
     REGION_SHIFT,
-    SAMPLE_FACTOR,
     WINDOW,
     Sketch,
     SlotCache,
-    mix,
     sample_hash,
 )
 from forebay_core.units import LBA_BITS, Buffer
@@ -347,7 +343,7 @@ class Core:
     def _see(self, key: int) -> None:
         hashed = self._sketch.hash_of(key)
         self._accesses += 1
-        if sample_hash(hashed) < self._sample_limit and len(self._sampled) < SAMPLED_MAX:
+        if sample_hash(key) < self._sample_limit and len(self._sampled) < SAMPLED_MAX:
             self._sampled.append(key)
         self._chooser.observe(self._cache, key, hashed)
         self._cache.sweep()
@@ -389,6 +385,7 @@ class Replay:
         self._sketch = Sketch(capacity, seed)
         self._keyed = _Keyed(capacity, self._sketch)
         self._accesses = 0
+        self._volume_hits = [0] * VOLUME_SLOTS
         self._chooser = _Chooser(self._sketch, capacity, max(1, ring_max), entries, price, window_max)
         self._is_lru = is_lru
         cache = self._keyed.cache
@@ -412,25 +409,12 @@ class Replay:
                     cache.floored.add(volume)
                     volumes = len(cache.floored)
                     cache.floor = cache.capacity // (2 * volumes) if volumes > 1 else 0
-            self._keyed.access(key)
+            if self._keyed.access(key):
+                self._volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS] += 1
 
-    def shrink(self, capacity: int, limit: int) -> None:
-        """Keep the blocks whose sample hash is below the limit, and as many of them as the new capacity takes."""
-        cache = self._keyed.cache
-        if not 0 < capacity <= cache.capacity:
-            raise ValueError("a cache only gets smaller here")
-        for slot in range(1, cache.slots):
-            if cache.states[slot] and sample_hash(self._sketch.hash_of(self._keyed.keys[slot])) >= limit:
-                cache.evict(slot)
-        cache.capacity = capacity
-        if self._is_lru:
-            cache.window_max = capacity
-        else:
-            cache.ring_max = max(1, capacity // RING_PER_CAPACITY)
-            self._sketch.period = capacity * AGEING_ACCESSES
-            follow_plan(cache, self._chooser.plan)
-        while cache.count > cache.capacity or cache.window_count > cache.window_max:
-            cache.settle()
+    def volume_hits(self) -> bytes:
+        """Return the hits of each volume slot, as i64."""
+        return np.array(self._volume_hits, np.int64).tobytes()
 
     def figures(self) -> Figures:
         """Return what was done so far."""
@@ -454,7 +438,7 @@ def sample_runs(firsts: U64Array, counts: U64Array, into: U64Array, limit: int, 
         done += 1
         total += count
         for key in range(first, first + count):
-            if mix(key ^ seed) * SAMPLE_FACTOR & _U64 < limit:
+            if sample_hash(key, seed) < limit:
                 into[taken] = key
                 taken += 1
     return done, taken, total

@@ -49,6 +49,7 @@ _U64: Final = (1 << 64) - 1
 _ROW_FACTORS: Final = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 MINIATURE_FACTOR: Final = 0xA0761D6478BD642F
 SAMPLE_FACTOR: Final = 0xE7037ED1A0B428DB
+SAMPLE_SEED: Final = 0x5A17  # the same in each life, so that a sample outlives the daemon
 _HALVES: Final = bytes(value >> 1 & 0x77 for value in range(256))  # of both counters in a byte
 _RANDOM_AT_START: Final = 88172645463325252
 
@@ -60,9 +61,9 @@ def mix(value: int) -> int:
     return value ^ value >> 33
 
 
-def sample_hash(hashed: int) -> int:
+def sample_hash(key: int, seed: int = SAMPLE_SEED) -> int:
     """Return what is compared with the limit of a spatial sample."""
-    return hashed * SAMPLE_FACTOR & _U64
+    return mix(key ^ seed) * SAMPLE_FACTOR & _U64
 
 
 class Sketch:

@@ -10,8 +10,9 @@ from typing import Final, NamedTuple
 
 from forebay_cache.engine.policy import PolicySettings, make_replay
 from forebay_cache.engine.policy_core import Replay
+from forebay_cache.engine.policy_lists import SAMPLE_SEED
 from forebay_tools.analysis.accesses import Batch
-from forebay_tools.analysis.survey import HASHES, SEED, Sampler
+from forebay_tools.analysis.survey import HASHES, Sampler
 
 SHARES: Final = tuple(
     share / 100 for share in (0.2, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)
@@ -44,8 +45,8 @@ class Curve:
         self._caches: list[tuple[int, Replay, Replay]] = []
         for size in sizes:
             mini = max(1, round(size * self.rate))
-            ours = make_replay(mini, settings=settings, seed=SEED, miniature_blocks=MINIATURE_BLOCKS)
-            self._caches.append((size, ours, make_replay(mini, is_lru=True, seed=SEED)))
+            ours = make_replay(mini, settings=settings, seed=SAMPLE_SEED, miniature_blocks=MINIATURE_BLOCKS)
+            self._caches.append((size, ours, make_replay(mini, is_lru=True, seed=SAMPLE_SEED)))
 
     def add(self, batch: Batch) -> None:
         """Show a batch to all."""

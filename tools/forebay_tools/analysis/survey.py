@@ -10,12 +10,11 @@ import numpy as np
 
 from forebay_cache.engine.limits import SAMPLED_MAX
 from forebay_cache.engine.policy_core import sample_runs_fast
-from forebay_cache.engine.policy_lists import SAMPLE_FACTOR
+from forebay_cache.engine.policy_lists import SAMPLE_FACTOR, SAMPLE_SEED
 from forebay_core.units import LBA_BITS
 from forebay_tools.analysis.accesses import REQUEST_BLOCKS_MAX, Batch, U64Array
 
 SURVEY_MAX: Final = 1 << 17
-SEED: Final = 0x5A17
 HASHES: Final = 1 << 64
 _ROOM: Final = REQUEST_BLOCKS_MAX + SAMPLED_MAX
 
@@ -31,7 +30,7 @@ class Sampler:
         parts, at, blocks = [], 0, 0
         while at < batch.keys.size:
             done, taken, total = sample_runs_fast(
-                batch.keys[at:], batch.counts[at:], self._into, min(limit, HASHES - 1), SEED
+                batch.keys[at:], batch.counts[at:], self._into, min(limit, HASHES - 1), SAMPLE_SEED
             )
             parts.append(self._into[:taken].copy())
             at += done
@@ -98,7 +97,7 @@ class Survey:
 
 def sample_hashes(keys: U64Array) -> U64Array:
     """Return what is compared with the limit of a sample, for each key."""
-    mixed = keys ^ np.uint64(SEED)
+    mixed = keys ^ np.uint64(SAMPLE_SEED)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         mixed = (mixed ^ mixed >> np.uint64(33)) * np.uint64(factor)
     hashes: U64Array = (mixed ^ mixed >> np.uint64(33)) * np.uint64(SAMPLE_FACTOR)
