@@ -257,21 +257,24 @@ static PyObject *core_written(core_t *self, PyObject *const *arguments, Py_ssize
     return fits ? Py_NewRef(Py_None) : NULL;
 }
 
-/* A place comes back with the state that a checkpoint tells; one without a region was used since. */
+/* A place comes back with the state that a checkpoint tells; one without a region was used since. A place whose state
+   is known already keeps it, but its block counts as used that often. */
 static void restore_place(core_t *self, uint32_t place, uint8_t state)
 {
     cache_t *cache = &self->cache;
-    if (state == 0 || cache->states[place] != 0)
+    if (state == 0)
         return;
     int bucket = state & COUNT_MASK;
     bucket = bucket > COUNT_MAX ? COUNT_MAX : bucket;
-    const int region = state >> REGION_SHIFT;
-    if (region == OUTSIDE || cache->count >= cache->capacity) {
-        set_state(cache, place, OUTSIDE, 0);
+    const int region = state >> REGION_SHIFT, is_kept = region != OUTSIDE && cache->count < cache->capacity;
+    if (is_kept)
+        raise_to(&self->sketch, hash_of(&self->sketch, cache->keys[place]), region == MAIN && bucket > 1 ? bucket : 1);
+    if (cache->states[place] != 0)
         return;
-    }
-    raise_to(&self->sketch, hash_of(&self->sketch, cache->keys[place]), region == MAIN && bucket > 1 ? bucket : 1);
-    put_in(cache, place, region == MAIN ? MAIN : WINDOW, region == MAIN ? bucket : 0);
+    if (is_kept)
+        put_in(cache, place, region == MAIN ? MAIN : WINDOW, region == MAIN ? bucket : 0);
+    else
+        set_state(cache, place, OUTSIDE, 0);
 }
 
 static PyObject *core_restore(core_t *self, PyObject *const *arguments, Py_ssize_t given)

@@ -52,6 +52,7 @@ from forebay_cache.engine.recovery import Recovered, device_tag
 from forebay_cache.engine.restoring import restore
 from forebay_cache.engine.slowing import Slowing
 from forebay_cache.engine.sources import Sources
+from forebay_cache.engine.use_counts import UseCounts
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
@@ -121,8 +122,7 @@ class CacheEngine:
             on_failure=self.fail,
             promised_zones=lambda: self.reclaim.promised_zones,
         )
-        self.reads = Reads(self)
-        self.writes = Writes(self)
+        self.reads, self.writes = Reads(self), Writes(self)
         self.fetches = Fetches(upstream, settings.fill_blocks, known=self._known, offer=self._offer, later=self._later)
         self.allocations = Allocations(self)
         self.changes = Changes(self)
@@ -135,6 +135,7 @@ class CacheEngine:
         self.sources = Sources(self)
         self.own_limit = Limit(recovered.limit_average, recovered.limit_peak)  # of all volumes together
         self.loading = Loading(self, recovered.unloaded)
+        self.use_counts = UseCounts(self, recovered.counts)
         self._timers: list[_Timer] = []
         self._soon: list[Callable[[], None]] = []
         self._now_ns = self._recount_at_ns = 0
@@ -154,7 +155,8 @@ class CacheEngine:
         self.checkpoints.want()
         self.loading.start()
         if self.loading.active:
-            self.loading.when_over(self._loaded)
+            self.loading.when_over(self._known_all)
+        self.use_counts.start(self._known_all)
 
     def tick(self, now_ns: int, wall_ns: int) -> None:
         """Let time pass: called about every 50 ms with a monotonic and the wall clock."""
@@ -458,8 +460,10 @@ class CacheEngine:
             self._protected = keys
             self.policy.protect(keys)
 
-    def _loaded(self) -> None:
-        """All clean entries are in the map: go on with what waited for that."""
+    def _known_all(self) -> None:
+        """If all clean entries are in the map and the policy knows the dirty ones: go on with what waited for that."""
+        if self.loading.active or self.use_counts.active:
+            return
         self.policy.restored()
         self.reclaim.kick()
         self.checkpoints.step()

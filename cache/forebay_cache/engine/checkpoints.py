@@ -152,7 +152,7 @@ class Checkpoints:
     def step(self) -> None:
         """Go one step further; called at every tick, and in a row while somebody wants the checkpoint."""
         engine = self._engine
-        if self._writing or engine.failed or engine.loading.active:
+        if self._writing or engine.failed or engine.loading.active or engine.use_counts.active:
             return
         if self._pass is None:
             if self._wanted or self._is_due():

@@ -22,7 +22,7 @@ CHECKPOINT_CHUNKS_PER_STEP: Final = 8
 """Chunks that one step of a checkpoint copies and writes: 800 KB."""
 
 RESTORE_PLACES: Final = 4096
-"""Places that a start looks at together for dirty blocks and use counts."""
+"""Places that a start looks at together for dirty blocks."""
 
 SEARCH_READS_MAX: Final = 8
 SEARCH_WANTS_MAX: Final = 16

@@ -143,7 +143,7 @@ class Loading:
         counting &= known.take(np.minimum(keys >> np.uint64(LBA_BITS), np.uint64(known.size - 1)).astype(np.int64))
         index = np.flatnonzero(counting)
         places = engine.map.insert_absent(keys[index], versions[index], checksums[index], index + chunk.first)
-        restored = engine.policy.states[part].copy()
+        restored = np.zeros(chunk.count, np.uint8)
         restored[places - chunk.first] = np.maximum(counts[places - chunk.first], 1)
         engine.policy.restore(chunk.first, restored)
 

@@ -307,11 +307,14 @@ class Core:
             cache.states[place] = 0
 
     def restore(self, first: int, states: npt.NDArray[np.uint8]) -> None:
-        """Take over states of a checkpoint; those without a region were used since."""
+        """Take over states of a checkpoint; those without a region were used since.
+
+        A place whose state is known already keeps it, but its block counts as used that often.
+        """
         if first + states.size > self._cache.slots:
             raise ValueError("a place is outside of the device")
         for place in (np.flatnonzero(states) + first).tolist():
-            if place > 0 and self._cache.states[place] == 0:
+            if place > 0:
                 self._restore(place, int(states[place - first]))
 
     def follow(self, plan: int) -> None:
@@ -351,12 +354,16 @@ class Core:
     def _restore(self, place: int, state: int) -> None:
         cache = self._cache
         region, bucket = state >> REGION_SHIFT, min(state & COUNT_MASK, COUNT_MAX)
-        if region == OUTSIDE or cache.count >= cache.capacity:
-            cache.set_state(place, OUTSIDE, 0)
-            return
         bucket = bucket if region == MAIN else 0
-        self._sketch.raise_to(self._sketch.hash_of(cache.keys[place]), max(bucket, 1))
-        cache.put_in(place, MAIN if region == MAIN else WINDOW, bucket)
+        is_kept = region != OUTSIDE and cache.count < cache.capacity
+        if is_kept:
+            self._sketch.raise_to(self._sketch.hash_of(cache.keys[place]), max(bucket, 1))
+        if cache.states[place] != 0:
+            return
+        if is_kept:
+            cache.put_in(place, MAIN if region == MAIN else WINDOW, bucket)
+        else:
+            cache.set_state(place, OUTSIDE, 0)
 
     def _gone(self, place: int) -> None:
         self._cache.set_state(place, OUTSIDE, 0)

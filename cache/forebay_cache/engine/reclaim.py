@@ -2,7 +2,8 @@
 rest is dropped, and once that is durable the zone is filled anew. So the SSD is written sequentially when it is full.
 
 Invariants:
-    A zone that replay from the newest checkpoint would read is no victim, nor one whose entries are not loaded yet.
+    A zone that replay from the newest checkpoint would read is no victim, nor one whose entries are not loaded yet or
+    whose use counts the policy does not know yet.
     A zone is freed only when a sync has covered all that superseded or moved its blocks; at once if nothing was moved
     and all that it ever held is upstream: should the superseding be lost, these blocks are fetched again.
     Moved blocks keep version and checksum; a block that changed while it was moved is not touched.
@@ -149,7 +150,8 @@ class Reclaim:
         return best
 
     def _is_victim(self, zone: int) -> bool:
-        return self._engine.loading.knows(zone) and self._may_empty(zone)
+        engine = self._engine
+        return engine.loading.knows(zone) and engine.use_counts.knows(zone) and self._may_empty(zone)
 
     def _may_empty(self, zone: int) -> bool:
         zones, checkpoints = self._engine.zones, self._engine.checkpoints

@@ -11,11 +11,10 @@ Invariants:
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.cuts import Cut
-from forebay_cache.engine.dirty import DirtyBlocks
+from forebay_cache.engine.dirty import DirtyBlocks, distinct
 from forebay_cache.engine.limits import RESTORE_PLACES
 from forebay_cache.engine.ports import U64Array
 from forebay_cache.engine.rates import Limit
@@ -38,8 +37,7 @@ def restore(engine: "CacheEngine", recovered: Recovered) -> None:
     engine.destage.total.set_limit(engine.limit_of(None))
     listing = _Listing(engine, recovered)
     for first in range(0, engine.map.place_count, RESTORE_PLACES):
-        listing.add(first, recovered.counts)
-    engine.policy.restored()
+        listing.add(first)
     listing.close_cuts()
     engine.count_dirty_blocks()
     engine.sources.recovered()
@@ -80,31 +78,29 @@ class _Listing:
             for key, found in recovered.volumes.items()
         }
 
-    def add(self, first: int, counts: npt.NDArray[np.uint8]) -> None:
-        """Take over what is in a run of places: tell the policy, and list what is newer than upstream."""
+    def add(self, first: int) -> None:
+        """List what is newer than upstream in a run of places."""
         engine, table = self._engine, self._engine.map
         zones = slice(first // table.zone_blocks, (first + RESTORE_PLACES - 1) // table.zone_blocks + 1)
         if not (table.live_array[zones].any() or table.held_array[zones].any()):
             return  # nothing of a large map that is mostly not loaded yet is touched
         part = slice(first, first + RESTORE_PLACES)
-        linked = table.linked_mask(first, min(RESTORE_PLACES, table.place_count - first))
-        used = np.maximum(counts[part], 1)  # what came after the checkpoint was used since
-        engine.policy.restore(first, np.where(linked, used, np.uint8(0)))
         keys, versions = table.key_array[part], table.version_array[part]
         volume_keys = (keys >> np.uint64(LBA_BITS)).astype(np.int64)
         known = volume_keys < engine.acknowledged_versions.size
         acknowledged = engine.acknowledged_versions.take(np.where(known, volume_keys, 0))
         dirty = np.flatnonzero((keys != 0) & (versions > acknowledged))
-        for key in np.unique(volume_keys[dirty]).tolist():
+        owners = volume_keys[dirty]
+        for key in distinct(owners).tolist():
             if key in engine.volumes:
-                mine = dirty[volume_keys[dirty] == key]
+                mine = dirty[owners == key]
                 self._list(key, keys[mine] & _LBA_MASK, versions[mine])
 
     def _list(self, volume_key: int, lbas: U64Array, versions: U64Array) -> None:
         cuts = self._dirty[volume_key]
         ends = np.array([end.version for end in self._recovered.volumes[volume_key].ends], np.uint64)
         index = np.searchsorted(ends, versions)
-        for i in np.unique(index).tolist():
+        for i in distinct(index).tolist():
             cuts[i].add(lbas[index == i])
 
     def close_cuts(self) -> None:
