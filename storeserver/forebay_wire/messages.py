@@ -506,20 +506,25 @@ class Attach(Message, frozen=True, array_like=True, tag=60):
     name: str
     read_only: bool = False
     take_over: bool = False
+    front: str = "nbd"  # what it is served through, besides NBD: `nbd` (nothing), `kernel`, `fuse`, `loop`
+    block_size: int = 0  # of a kernel device: 512 or 4096; 0 for all others
 
 
 class Attached(Message, frozen=True, array_like=True, tag=61):
     """Where clients reach the volume."""
 
     uri: str
+    path: str = ""  # of its device or file; empty: it has none
+    link: str = ""  # a name of `path` that stays over restarts; empty: it has none
 
 
 class Detach(Message, frozen=True, array_like=True, tag=62):
     """To a cache daemon: drain, stop serving and release; answered by Done. With `leave_dirty` nothing is drained
-    and the epoch is kept."""
+    and the epoch is kept. Its device must not be in use; that is waited for so long."""
 
     name: str
     leave_dirty: bool = False
+    timeout_ms: int = 0
 
 
 class Drain(Message, frozen=True, array_like=True, tag=63):
@@ -562,6 +567,9 @@ class VolumeStatus(Message, frozen=True, array_like=True):
     pending_snapshots: tuple[str, ...] = ()  # taken, not in the store yet; in their order
     origin: str = ""  # `volume@snapshot` that it is a clone of; empty: none
     origin_cached_bytes: int = 0  # of that snapshot and those it reads through to, shared with their other clones
+    front: str = "nbd"  # see Attach
+    path: str = ""  # see Attached
+    link: str = ""
 
 
 class CacheStatus(Message, frozen=True, array_like=True, tag=65):

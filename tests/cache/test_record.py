@@ -27,6 +27,8 @@ from forebay_cache.format.volume_note import (
     READ_ONLY,
     SNAPSHOT,
     VOLUME_NOTE,
+    Front,
+    FrontKind,
     VolumeNote,
     decode_volume_note,
     encode_volume_note,
@@ -118,6 +120,8 @@ def test_golden_bytes() -> None:
         )
         + "0000"
     )
+    kernel = encode_volume_note(NOTE._replace(front=Front(FrontKind.KERNEL, 4096, 3)))
+    assert kernel[297:304].hex() == "01001003000000" and encode_volume_note(NOTE)[297:304] == bytes(7)
     assert encode_cut_end(GROWN)[:32].hex() == "07000000020000000a0000000300000000000080000000000000000000000000"
     assert encode_cut_end(GROWN)[32:] == bytes(160)
     assert encode_volume_note(NOTE)[:56].hex() == (
@@ -255,6 +259,10 @@ def test_sealed_rubbish_is_decoded_or_refused(rubbish: bytes, at: int) -> None:
         NOTE._replace(size=0),
         NOTE._replace(average=0, peak=0),
         NOTE._replace(average=RATE_UNLIMITED, peak=RATE_UNLIMITED),
+        NOTE._replace(front=Front(FrontKind.KERNEL, 512, 1)),
+        NOTE._replace(front=Front(FrontKind.KERNEL, 4096, (1 << 32) - 1)),
+        NOTE._replace(front=Front(FrontKind.FUSE)),
+        NOTE._replace(front=Front(FrontKind.LOOP, 0, 7)),
     ],
 )
 def test_volume_rows_come_back(note: VolumeNote) -> None:
@@ -283,6 +291,11 @@ ROW = encode_volume_note(NOTE)
         ROW[:320] + bytes(16) + ROW[336:],
         ROW[:304] + bytes(8) + ROW[312:],
         ROW[:312] + bytes(8) + ROW[320:],
+        ROW[:297] + b"\4" + ROW[298:],
+        ROW[:297] + b"\1" + ROW[298:],  # a kernel device without a block size
+        ROW[:298] + b"\0\2" + ROW[300:],
+        ROW[:300] + b"\1" + ROW[301:],
+        ROW[:297] + b"\2\0\0\1" + ROW[301:],  # what is only a file has no number
     ],
 )
 def test_a_volume_row_that_contradicts_itself_is_refused(row: bytes) -> None:

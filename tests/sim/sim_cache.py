@@ -330,5 +330,8 @@ class _Fronts:
     def connection_count(self, name: str) -> int:
         return 0
 
+    def resized(self, name: str) -> None:
+        pass
+
     def uri(self, name: str) -> str:
         return f"sim:{name}"

@@ -21,6 +21,7 @@ from forebay_cache.engine.log import Settled
 from forebay_cache.engine.sources import SnapshotView
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
+from forebay_cache.format.volume_note import NBD_ONLY, Front
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, LBA_BITS, Epoch, StoreId, Version, VolumeId, format_size, format_store
@@ -99,6 +100,7 @@ class Attaching:
         read_only: bool,
         attached: Callable[[CacheVolume | None], None],
         chain: Sequence[SnapshotView] = (),
+        front: Front = NBD_ONLY,
     ) -> None:
         """Serve a volume from now on. `stale` is what changed since our version; None answers a failed device.
 
@@ -132,6 +134,7 @@ class Attaching:
         if view.size < volume.size:  # what lay behind its end now must not come back when it grows again
             stale = [*stale, Extent(view.size >> BLOCK_SHIFT, volume.size - view.size >> BLOCK_SHIFT)]
         volume.resize(view.name, view.size, read_only=read_only)
+        volume.front = front
         engine.sources.connect(volume, view.origin, source)
         found = volume
         self._arriving[found.key] = view
@@ -157,10 +160,16 @@ class Attaching:
     def detach(self, volume: CacheVolume, *, leave_dirty: bool, settled: Settled) -> None:
         """Stop serving. The fronts have closed it; without `leave_dirty` it is drained and released upstream."""
         volume.attached = False
+        volume.front = NBD_ONLY
         volume.held = leave_dirty
         volume.destaging = False
         volume.closing = True
         self._engine.sources.settled()
+        self.note(volume, settled)
+
+    def set_front(self, volume: CacheVolume, front: Front, settled: Settled) -> None:
+        """Note how a volume is attached now; `settled` hears when that is durable."""
+        volume.front = front
         self.note(volume, settled)
 
     def is_arriving(self, volume: CacheVolume) -> bool:

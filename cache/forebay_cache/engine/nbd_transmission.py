@@ -121,6 +121,10 @@ class Transmission:
         """Requests that the volume has not answered yet."""
         return len(self._open)
 
+    def resized(self) -> None:
+        """The volume became larger."""
+        self._size = self._volume.size
+
     def refuse(self) -> None:
         """Answer every further request with ESHUTDOWN."""
         self._refusing = True

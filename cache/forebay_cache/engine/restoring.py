@@ -51,6 +51,7 @@ def _restore_volume(engine: "CacheEngine", found: RecoveredVolume) -> None:
     volume.epoch = Epoch(note.epoch)
     volume.own_limit = Limit(note.average, note.peak)
     volume.shaper.set_limit(engine.limit_of(volume))
+    volume.front = note.front
     volume.attached = not note.flags & (LEFT_DIRTY | CLOSED)
     volume.snapshot = bool(note.flags & SNAPSHOT)
     volume.held = not note.flags & (CLOSED | SNAPSHOT)

@@ -27,6 +27,7 @@ from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
+from forebay_cache.format.volume_note import NBD_ONLY, Front
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent
 from forebay_core.units import LBA_BITS, StoreId, Version, VolumeId
@@ -95,7 +96,13 @@ class Sources:
             volume.source = source
             volume.origins = None if source is None else OriginMap(source.block_count)
 
-    def attach(self, chain: Sequence[SnapshotView], *, attached: Callable[[CacheVolume | None], None]) -> None:
+    def attach(
+        self,
+        chain: Sequence[SnapshotView],
+        *,
+        attached: Callable[[CacheVolume | None], None],
+        front: Front = NBD_ONLY,
+    ) -> None:
         """Serve the first snapshot of a chain read-only from now on; None answers a failed device.
 
         Raises:
@@ -108,6 +115,7 @@ class Sources:
         assert volume is not None
         volume.error = ""
         volume.attached = True
+        volume.front = front
         self.settled()
 
         def noted(ok: bool) -> None:
@@ -121,6 +129,7 @@ class Sources:
         """Stop serving a snapshot. The fronts have closed it. What is cached of it goes, unless clones read it."""
         assert volume.snapshot
         volume.attached = False
+        volume.front = NBD_ONLY
         volume.closing = True
         self.settled()
 

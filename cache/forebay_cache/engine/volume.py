@@ -26,7 +26,16 @@ from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.slowing import UNBOUNDED
 from forebay_cache.format import cut_end
 from forebay_cache.format.cut_end import CutEnd
-from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY, NO_ORIGIN, READ_ONLY, SNAPSHOT, VolumeNote
+from forebay_cache.format.volume_note import (
+    CLOSED,
+    LEFT_DIRTY,
+    NBD_ONLY,
+    NO_ORIGIN,
+    READ_ONLY,
+    SNAPSHOT,
+    Front,
+    VolumeNote,
+)
 from forebay_core.units import (
     BLOCK_SIZE,
     SEQUENCE_BITS,
@@ -67,6 +76,7 @@ class CacheVolume:
         self._read_only = False
         self.epoch = Epoch(0)
         self.attached = False
+        self.front: Front = NBD_ONLY  # how it is attached, as its row says
         self.held = False  # attached, or detached with its dirty blocks and epoch kept
         self.destaging = False  # the store granted our epoch and we may send
         self.error = ""
@@ -305,4 +315,6 @@ class CacheVolume:
         flags = (READ_ONLY if self._read_only else 0) | (SNAPSHOT if self.snapshot else 0) | detached
         origin, size = self.origin or NO_ORIGIN, self.logged_size
         limit = self.own_limit
-        return VolumeNote(self.key, flags, self.id, size, self.epoch, self._name, self.store, *limit, origin=origin)
+        return VolumeNote(
+            self.key, flags, self.id, size, self.epoch, self._name, self.store, *limit, origin=origin, front=self.front
+        )

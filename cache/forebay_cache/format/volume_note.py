@@ -14,13 +14,17 @@ VolumeNote, 352 bytes, little-endian:
          8    16  16s   volume_id   id in the store
         24     8  u64   size        bytes, whole blocks
         32     8  u64   epoch       0 for read-only volumes, else as given by the store
-        40   264  264s  name        `volume` or `volume@snapshot`, ASCII, padded with zeros
+        40   257  257s  name        `volume` or `volume@snapshot`, ASCII, padded with zeros
+       297     1  u8    front       0 NBD clients only, 1 kernel, 2 FUSE, 3 loop: what else is attached of it
+       298     2  u16   block_size  sector size of a kernel device, 512 or 4096; else 0
+       300     4  u32   number      1 + the number of its block device; 0: it has none, or none yet
        304     8  u64   average     bytes per second that destaging may take; 0: not set, RATE_UNLIMITED: no limit
        312     8  u64   peak        the same for its peak; not set if and only if `average` is not
        320    16  16s   store       UUID, not zeros, of the store that the volume lives in; nothing cached is of another
        336    16  16s   origin      id of the snapshot that reads go on to where the volume has no entry; zeros: none
 """
 
+import enum
 import struct
 from typing import Final, NamedTuple
 
@@ -28,7 +32,7 @@ from forebay_core.errors import CorruptionError
 from forebay_core.names import NAME_SIZE_MAX, is_name
 from forebay_core.units import BLOCK_SIZE, EPOCH_MAX, ID_SIZE, VOLUME_SIZE_MAX, Buffer
 
-VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ264sQQ16s16s")
+VOLUME_NOTE: Final = struct.Struct("<IHH16sQQ257sBHIQQ16s16s")
 VOLUME_KEY_MAX: Final = (1 << 24) - 1
 READ_ONLY: Final = 1
 LEFT_DIRTY: Final = 2
@@ -37,7 +41,31 @@ SNAPSHOT: Final = 8
 NO_ORIGIN: Final = bytes(ID_SIZE)
 EXPORT_NAME_SIZE_MAX: Final = 2 * NAME_SIZE_MAX + 1
 assert VOLUME_NOTE.size == 352
-assert EXPORT_NAME_SIZE_MAX <= 264
+assert EXPORT_NAME_SIZE_MAX == 257
+
+
+class FrontKind(enum.IntEnum):
+    """How a volume is attached, besides being served to NBD clients."""
+
+    NBD = 0
+    KERNEL = 1
+    FUSE = 2
+    LOOP = 3
+
+
+class Front(NamedTuple):
+    """How a volume is attached; `number` is that of its block device plus one, 0 if it has none yet."""
+
+    kind: FrontKind = FrontKind.NBD
+    block_size: int = 0
+    number: int = 0
+
+
+NBD_ONLY: Final = Front()
+SECTOR_SIZES: Final = (512, 4096)
+"""What a kernel device may have."""
+
+_KINDS: Final = frozenset(FrontKind)
 
 
 class VolumeNote(NamedTuple):
@@ -53,6 +81,7 @@ class VolumeNote(NamedTuple):
     average: int = 0
     peak: int = 0
     origin: bytes = NO_ORIGIN
+    front: Front = NBD_ONLY
 
 
 def encode_volume_note(note: VolumeNote) -> bytes:
@@ -67,6 +96,7 @@ def encode_volume_note(note: VolumeNote) -> bytes:
         note.size,
         note.epoch,
         name,
+        *note.front,
         note.average,
         note.peak,
         note.store,
@@ -82,10 +112,15 @@ def decode_volume_note(row: Buffer, *, place: str) -> VolumeNote:
     """
     if len(row) != VOLUME_NOTE.size:
         raise CorruptionError(place=place, what="volume row size", expected=VOLUME_NOTE.size, found=len(row))
-    volume_key, flags, name_size, volume_id, size, epoch, padded, average, peak, store, origin = VOLUME_NOTE.unpack(row)
+    volume_key, flags, name_size, volume_id, size, epoch, padded, *front, average, peak, store, origin = (
+        VOLUME_NOTE.unpack(row)
+    )
     name = padded[:name_size].decode("ascii", errors="replace")
-    note = VolumeNote(volume_key, flags, volume_id, size, epoch, name, store, average, peak, origin)
-    if not _is_valid(note) or name_size != len(name) or any(padded[name_size:]):
+    kind = FrontKind(front[0]) if front[0] in _KINDS else FrontKind.NBD
+    note = VolumeNote(
+        volume_key, flags, volume_id, size, epoch, name, store, average, peak, origin, Front(kind, *front[1:])
+    )
+    if kind != front[0] or not _is_valid(note) or name_size != len(name) or any(padded[name_size:]):
         raise CorruptionError(place=place, what="volume row", expected="as its table says", found=note)
     return note
 
@@ -105,8 +140,15 @@ def _is_valid(note: VolumeNote) -> bool:
         and note.size <= VOLUME_SIZE_MAX
         and note.epoch <= EPOCH_MAX
         and is_limit(note.average, note.peak)
+        and _is_front(note.front)
         and _is_export_name(note.name)
     )
+
+
+def _is_front(front: Front) -> bool:
+    sizes = SECTOR_SIZES if front.kind is FrontKind.KERNEL else (0,)
+    has_device = front.kind in (FrontKind.KERNEL, FrontKind.LOOP)
+    return front.block_size in sizes and (front.number == 0 or has_device)
 
 
 def _is_export_name(name: str) -> bool:

@@ -35,10 +35,10 @@ from forebay_wire.server import WireServer
 class Commands(Protocol):
     """What the daemon can be told. Everything may raise a ForebayError."""
 
-    async def attach(self, name: str, *, read_only: bool, take_over: bool) -> str:
+    async def attach(self, name: str, *, read_only: bool, take_over: bool, front: str, block_size: int) -> Attached:
         """Open a volume and serve it; return where."""
 
-    async def detach(self, name: str, *, leave_dirty: bool) -> None:
+    async def detach(self, name: str, *, leave_dirty: bool, timeout_ms: int) -> None:
         """Destage (unless told to leave it), stop serving, give back."""
 
     async def drain(self, name: str) -> None:
@@ -83,12 +83,18 @@ class ControlServer:
     ) -> tuple[AnyMessage, Sequence[Buffer]]:
         match message:
             case Attach():
-                uri = await self._commands.attach(
-                    message.name, read_only=message.read_only, take_over=message.take_over
+                attached = await self._commands.attach(
+                    message.name,
+                    read_only=message.read_only,
+                    take_over=message.take_over,
+                    front=message.front,
+                    block_size=message.block_size,
                 )
-                return Attached(uri), ()
+                return attached, ()
             case Detach():
-                await self._commands.detach(message.name, leave_dirty=message.leave_dirty)
+                await self._commands.detach(
+                    message.name, leave_dirty=message.leave_dirty, timeout_ms=message.timeout_ms
+                )
             case Drain():
                 await self._commands.drain(message.name)
             case SetLimit():

@@ -27,6 +27,7 @@ from forebay_cache.service.completions import outcome
 from forebay_cache.service.control import ControlServer
 from forebay_cache.service.device import FileDevice
 from forebay_cache.service.device_file import DeviceFile, open_device
+from forebay_cache.service.device_fronts import DeviceFronts
 from forebay_cache.service.exports import AttachedExports
 from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.nbd_server import NbdServer
@@ -156,6 +157,7 @@ class _Daemon:
         device.on_failure = self._engine.fail
         self._exports = AttachedExports()
         self._nbd = NbdServer(self._exports)
+        self._fronts = DeviceFronts()
         self._shell = Shell(
             engine=self._engine,
             session=self._session,
@@ -165,6 +167,7 @@ class _Daemon:
             folder=folder,
             device=device.path,
             device_size=device.size,
+            fronts=self._fronts,
         )
         self._control = ControlServer(self._shell, key=key, device=identity)
 
@@ -184,6 +187,7 @@ class _Daemon:
         _LOG.info("stopping")
         notify("STOPPING=1")
         await self._control.close(CLOSE_GRACE_S)
+        await self._fronts.close()
         await self._nbd.close(CLOSE_GRACE_S)
         return await self._settle()
 
@@ -198,10 +202,14 @@ class _Daemon:
         self._builder.close()
 
     async def _listen(self) -> str:
-        """Open the fronts and the control sockets; return the line that says where they are."""
+        """Open the fronts and the control sockets; return the line that says where they are.
+
+        Devices of volumes come back before anything else is answered but NBD, which some of them are made of.
+        """
         settings = self._settings
         places = [f"READY nbd=unix:{self._folder.nbd_socket}"]
         await self._nbd.listen_unix(self._folder.nbd_socket)
+        await self._fronts.resume(list(self._engine.attached()))
         if inherited := await self._nbd.listen_inherited(allow_remote=settings.nbd_allow_remote):
             places.append(f"nbd=inherited:{inherited}")
         if settings.nbd is not None:

@@ -114,6 +114,11 @@ class NbdConnection:
             self._guarded(self._flush)
         self.abort()
 
+    def resized(self) -> None:
+        """The volume became larger: take requests for what is new."""
+        if self._transmission is not None:
+            self._transmission.resized()
+
     def stalled(self, *, now_s: float, period_s: float) -> bool:
         """Tell whether the client alone keeps budget in use and does too little for it; ask several times per period.
 

@@ -106,6 +106,11 @@ class NbdServer:
         """Return how many clients have this export open."""
         return len(self._serving.get(name, ()))
 
+    def resized(self, name: str) -> None:
+        """An export became larger; clients that have it open may use that at once."""
+        for connection in self._serving.get(name, ()):
+            connection.resized()
+
     async def close_export(self, name: str, grace_s: float = CLOSE_GRACE_S) -> None:
         """Disconnect the clients of an export that `exports` no longer names; what is in flight is finished first.
 

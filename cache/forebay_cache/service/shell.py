@@ -19,8 +19,10 @@ from forebay_cache.engine.attaching import SALVAGE_FIRST, Standing, StoreView
 from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format.volume_note import Front
 from forebay_cache.service.completions import outcome
 from forebay_cache.service.cut_end_commands import CutEndCommands
+from forebay_cache.service.device_fronts import DeviceFronts
 from forebay_cache.service.exports import AttachedExports
 from forebay_cache.service.nbd_server import NbdServer
 from forebay_cache.service.run_folder import RunFolder
@@ -31,7 +33,16 @@ from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SIZE, Epoch, StoreId, Version, VolumeId, format_rate, sequence_of
 from forebay_wire import messages
-from forebay_wire.messages import CacheStatus, HeldReport, LimitStatus, Opened, SnapshotRow, VolumeRow, VolumeStatus
+from forebay_wire.messages import (
+    Attached,
+    CacheStatus,
+    HeldReport,
+    LimitStatus,
+    Opened,
+    SnapshotRow,
+    VolumeRow,
+    VolumeStatus,
+)
 
 STALE_EXTENTS_MAX: Final = 4096
 """Changed extents up to which they are dropped one by one; beyond it all that is cached of the volume is dropped."""
@@ -53,6 +64,7 @@ class Shell:
         folder: RunFolder,
         device: str,
         device_size: int,
+        fronts: DeviceFronts | None = None,
         draw: Callable[[int], bytes] = secrets.token_bytes,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -64,6 +76,7 @@ class Shell:
         self._folder = folder
         self._device = device
         self._device_size = device_size
+        self._fronts = fronts or DeviceFronts()
         self._changing: set[str] = set()
         self._snapshots = SnapshotExports(engine, session)
         self._cut_ends = CutEndCommands(engine, session, draw=draw, wall_ns=wall_ns)
@@ -119,35 +132,35 @@ class Shell:
 
     # --- commands ---------------------------------------------------------------------------------------------
 
-    async def attach(self, name: str, *, read_only: bool, take_over: bool) -> str:
-        """Open a volume and serve it; return the URI.
+    async def attach(
+        self, name: str, *, read_only: bool, take_over: bool, front: str = "nbd", block_size: int = 0
+    ) -> Attached:
+        """Open a volume and serve it; return where.
 
         Raises:
             ForebayError: the store or the engine says no.
         """
         with self._alone(name):
+            wanted = self._fronts.wanted(front, block_size)
             volume = self._find(name)
             if volume is not None and not (volume.error and take_over):
-                if volume.error:
-                    raise RefusedError(messages.FAILED, f"volume {name} has stopped: {volume.error}")
-                if volume.read_only != read_only and not volume.snapshot:
-                    raise RefusedError(messages.BAD_REQUEST, f"volume {name} is attached otherwise; detach it first")
-                refusal = self._session.refusal(volume.id)
-                if refusal is not None and refusal.code == messages.WRONG_STORE:
-                    raise refusal
-                return self._folder.uri(name)
+                self._check_same(volume, wanted, read_only=read_only)
+                return self._place(volume)
             if volume is not None and not volume.snapshot:
+                wanted = wanted._replace(number=volume.front.number if volume.front.kind is wanted.kind else 0)
+                self._fronts.suspend(volume)
                 await self._leave(volume)
             if is_snapshot_name(name):
-                volume = await self._snapshots.attach(name)
+                volume = await self._snapshots.attach(name, front=wanted)
                 await self._cut_ends.learn(volume)
             else:
-                volume = await self._open(name, read_only=read_only, take_over=take_over)
+                volume = await self._open(name, read_only=read_only, take_over=take_over, front=wanted)
             self._exports.add(volume)
+            await self._attach_front(volume)
             _LOG.info("attached volume %s, epoch %d", name, volume.epoch)
-            return self._folder.uri(name)
+            return self._place(volume)
 
-    async def detach(self, name: str, *, leave_dirty: bool) -> None:
+    async def detach(self, name: str, *, leave_dirty: bool, timeout_ms: int = 0) -> None:
         """Destage (unless `leave_dirty`), stop serving, give the volume back.
 
         Raises:
@@ -155,16 +168,10 @@ class Shell:
         """
         with self._alone(name):
             volume = self._attached(name)
+            await self._fronts.detach(volume, timeout_ms / 1000)
             if not (leave_dirty or volume.snapshot):
                 await self._drain(volume)
-            self._exports.remove(name)
-            await self._nbd.close_export(name)
-            if volume.snapshot:
-                await self._snapshots.detach(volume)
-            elif leave_dirty:
-                await self._leave(volume)
-            else:
-                await self._release(volume)
+            await self._give_back(volume, leave_dirty=leave_dirty)
             _LOG.info("detached volume %s", name)
 
     async def drain(self, name: str) -> None:
@@ -207,7 +214,10 @@ class Shell:
         Raises:
             ForebayError: the volume is not attached, has failed, or would become smaller.
         """
-        row = await self._cut_ends.resize(self._attached(name), size)
+        volume = self._attached(name)
+        row = await self._cut_ends.resize(volume, size)
+        self._nbd.resized(name)
+        self._fronts.resized(volume)
         _LOG.info("volume %s has %d bytes now", name, row.size)
         return row
 
@@ -238,7 +248,36 @@ class Shell:
 
     # --- steps ------------------------------------------------------------------------------------------------
 
-    async def _open(self, name: str, *, read_only: bool, take_over: bool) -> CacheVolume:
+    def _check_same(self, volume: CacheVolume, wanted: Front, *, read_only: bool) -> None:
+        """Refuse to attach a volume that is attached, unless it is attached just so."""
+        if volume.error:
+            raise RefusedError(messages.FAILED, f"volume {volume.name} has stopped: {volume.error}")
+        is_front = (volume.front.kind, volume.front.block_size) == (wanted.kind, wanted.block_size)
+        if not is_front or (volume.read_only != read_only and not volume.snapshot):
+            raise RefusedError(messages.BAD_REQUEST, f"volume {volume.name} is attached otherwise; detach it first")
+        refusal = self._session.refusal(volume.id)
+        if refusal is not None and refusal.code == messages.WRONG_STORE:
+            raise refusal
+
+    async def _attach_front(self, volume: CacheVolume) -> None:
+        """Make the device of a volume that was just opened; if that fails the volume is given back."""
+        try:
+            await self._fronts.attach(volume)
+        except ForebayError:
+            await self._give_back(volume, leave_dirty=volume.has_changes)
+            raise
+
+    async def _give_back(self, volume: CacheVolume, *, leave_dirty: bool) -> None:
+        self._exports.remove(volume.name)
+        await self._nbd.close_export(volume.name)
+        if volume.snapshot:
+            await self._snapshots.detach(volume)
+        elif leave_dirty:
+            await self._leave(volume)
+        else:
+            await self._release(volume)
+
+    async def _open(self, name: str, *, read_only: bool, take_over: bool, front: Front) -> CacheVolume:
         """Take the volume at the store and bring it into the engine; if that fails it is given back."""
         attaching = self._engine.attaching
         attaching.refuse_stranger(name, await self._session.connected_store())  # before that asks for anything
@@ -254,7 +293,12 @@ class Shell:
                 stale = await self._stale(view, since) if attaching.compare(view) is Standing.STALE else []
                 await outcome(
                     lambda done: attaching.attach(
-                        view, stale, read_only=read_only, attached=lambda volume: done(volume is not None), chain=chain
+                        view,
+                        stale,
+                        read_only=read_only,
+                        attached=lambda volume: done(volume is not None),
+                        chain=chain,
+                        front=front,
                     )
                 )
         except ForebayError:
@@ -347,8 +391,12 @@ class Shell:
     def _listed(self) -> list[CacheVolume]:
         return sorted(self._engine.attached(), key=lambda volume: volume.name)
 
+    def _place(self, volume: CacheVolume) -> Attached:
+        return Attached(self._folder.uri(volume.name), *self._fronts.place(volume))
+
     def _volume_status(self, volume: CacheVolume, cached: dict[int, int]) -> VolumeStatus:
         """Tell how a volume is; `cached` are the cached blocks by volume key."""
+        place = self._fronts.place(volume)
         below = sum(cached.get(source.key, 0) for source in volume.sources())
         return VolumeStatus(
             name=volume.name,
@@ -369,6 +417,9 @@ class Shell:
             pending_snapshots=tuple(volume.pending_snapshots),
             origin=volume.source.name if volume.source is not None else "",
             origin_cached_bytes=below * BLOCK_SIZE,
+            front=volume.front.kind.name.lower(),
+            path=place.path,
+            link=place.link,
         )
 
 

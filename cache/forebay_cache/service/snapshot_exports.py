@@ -14,6 +14,7 @@ from typing import Final
 from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.sources import SnapshotView
 from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format.volume_note import Front
 from forebay_cache.service.completions import outcome
 from forebay_cache.service.store_session import StoreSession
 from forebay_core.errors import RefusedError
@@ -47,7 +48,7 @@ class SnapshotExports:
             if volume.snapshot and self._is_read(volume):
                 self._session.keep_snapshot(volume.id, volume.store, volume.name)
 
-    async def attach(self, name: str) -> CacheVolume:
+    async def attach(self, name: str, *, front: Front) -> CacheVolume:
         """Serve a snapshot by its export name.
 
         Raises:
@@ -62,7 +63,9 @@ class SnapshotExports:
         chain = [first, *await self.chain(first.origin, store)]
         with self.reading(chain):
             await outcome(
-                lambda done: self._engine.sources.attach(chain, attached=lambda volume: done(volume is not None))
+                lambda done: self._engine.sources.attach(
+                    chain, attached=lambda volume: done(volume is not None), front=front
+                )
             )
         volume = self._engine.by_id(first.id)
         if volume is None or not volume.attached:

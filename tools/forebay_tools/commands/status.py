@@ -30,7 +30,7 @@ from forebay_wire.messages import (
     VolumeStatus,
 )
 
-HEAD = ("ATTACHED", "SIZE", "CACHED", "DIRTY", "HITS", "CLIENTS", "URI")
+HEAD = ("ATTACHED", "SIZE", "CACHED", "DIRTY", "HITS", "CLIENTS", "WHERE")
 
 
 def add(commands: Commands) -> None:
@@ -129,6 +129,9 @@ def _volume_json(volume: VolumeStatus) -> dict[str, Json]:
         "name": volume.name,
         "size": volume.size,
         "uri": volume.uri,
+        "front": volume.front,
+        "path": volume.path or None,
+        "link": volume.link or None,
         "read_only": volume.read_only,
         "epoch": volume.epoch,
         "sequence": volume.sequence,
@@ -213,7 +216,7 @@ def _volume_cells(volume: VolumeStatus) -> tuple[str, ...]:
         format_size(volume.dirty_bytes),
         _hits(volume.hit_blocks, volume.miss_blocks),
         str(volume.connections),
-        volume.uri,
+        volume.link or volume.path or volume.uri,
     )
 
 

@@ -1,0 +1,131 @@
+"""The fronts that give a volume a device or a file of its own, besides the NBD socket that serves them all.
+
+Invariants:
+    A front is asked only for volumes whose row names it.
+    At most one step of a volume is under way: the shell sees to it.
+Crash: the rows say which front each volume has; `resume` brings all of them back.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final, NamedTuple, Protocol
+
+from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format.volume_note import Front, FrontKind
+from forebay_core.errors import ForebayError, RefusedError
+from forebay_wire import messages
+
+NAMES: Final = {kind.name.lower(): kind for kind in FrontKind}
+_LOG = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where a device or file is; `link` is a name of it that outlives restarts, if it has one."""
+
+    path: str = ""
+    link: str = ""
+
+
+class DeviceFront(Protocol):
+    """One kind of front. Everything may raise a ForebayError."""
+
+    @property
+    def kind(self) -> FrontKind:
+        """Which one it is."""
+
+    def check(self) -> None:
+        """Look whether this host can do it, before anything is opened."""
+
+    async def attach(self, volume: CacheVolume) -> None:
+        """Make the device or file of a volume that is served; nothing is left of it if this fails."""
+
+    async def resume(self, volume: CacheVolume) -> None:
+        """The same for a volume that was attached when the daemon ended: what is still there is used again."""
+
+    async def detach(self, volume: CacheVolume, timeout_s: float) -> None:
+        """Take it away once nobody uses it; if somebody still does after `timeout_s`, refuse and say who."""
+
+    def suspend(self, volume: CacheVolume) -> None:
+        """The volume stops being served for a while; `resume` follows."""
+
+    def resized(self, volume: CacheVolume) -> None:
+        """The volume became larger."""
+
+    def place(self, volume: CacheVolume) -> Place:
+        """Tell where it is."""
+
+    async def close(self) -> None:
+        """The daemon ends: let everything wait for the next one."""
+
+
+class DeviceFronts:
+    """The fronts of this daemon, by kind."""
+
+    def __init__(self, fronts: Sequence[DeviceFront] = ()) -> None:
+        self._fronts = {front.kind: front for front in fronts}
+
+    def wanted(self, name: str, block_size: int) -> Front:
+        """Return what a command asked for by name.
+
+        Raises:
+            ForebayError: there is no such front, or the host can't do it.
+        """
+        kind = NAMES.get(name)
+        if kind is None or (kind is not FrontKind.NBD and kind not in self._fronts):
+            raise RefusedError(messages.BAD_REQUEST, f"front {name[:20]!r}: this daemon has {', '.join(self._names())}")
+        if kind is not FrontKind.NBD:
+            self._fronts[kind].check()
+        return Front(kind, block_size)
+
+    async def attach(self, volume: CacheVolume) -> None:
+        """See DeviceFront."""
+        if (front := self._of(volume)) is not None:
+            await front.attach(volume)
+
+    async def detach(self, volume: CacheVolume, timeout_s: float) -> None:
+        """See DeviceFront."""
+        if (front := self._of(volume)) is not None:
+            await front.detach(volume, timeout_s)
+
+    async def resume(self, volumes: Sequence[CacheVolume]) -> None:
+        """Bring back the devices of volumes, all at once; one that does not come back is told, and keeps no other."""
+        await asyncio.gather(*(self._resume(volume) for volume in volumes))
+
+    def suspend(self, volume: CacheVolume) -> None:
+        """See DeviceFront."""
+        if (front := self._of(volume)) is not None:
+            front.suspend(volume)
+
+    def resized(self, volume: CacheVolume) -> None:
+        """See DeviceFront."""
+        if (front := self._of(volume)) is not None:
+            front.resized(volume)
+
+    def place(self, volume: CacheVolume) -> Place:
+        """See DeviceFront."""
+        front = self._of(volume)
+        return front.place(volume) if front is not None else Place()
+
+    async def close(self) -> None:
+        """See DeviceFront."""
+        for front in self._fronts.values():
+            await front.close()
+
+    async def _resume(self, volume: CacheVolume) -> None:
+        front = self._of(volume)
+        if front is None:
+            if volume.front.kind is not FrontKind.NBD:
+                volume.warning = f"this daemon has no front {volume.front.kind.name.lower()}; detach the volume"
+            return
+        try:
+            await front.resume(volume)
+        except ForebayError as error:
+            volume.warning = f"its device did not come back: {error}"
+            _LOG.error("volume %s: %s", volume.name, volume.warning)
+
+    def _of(self, volume: CacheVolume) -> DeviceFront | None:
+        return self._fronts.get(volume.front.kind)
+
+    def _names(self) -> list[str]:
+        return [name for name, kind in NAMES.items() if kind is FrontKind.NBD or kind in self._fronts]
