@@ -74,6 +74,9 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     destage_total_peak: int | None = None
     zone_size: int = 4 * MIB
     fill_blocks: int = 4
+    write_price: float = 0.025
+    window_max: float = 0.8
+    volume_floor: float = 0.5
     compression_level: int = 1
     log_level: str = "info"
 
@@ -300,6 +303,15 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "destage_total_peak": _rate("the same for all volumes together"),
         "zone_size": _size(256 * KIB, 16 * MIB, "size of a zone, chosen when the device is made"),
         "fill_blocks": _whole(FILL_BLOCKS, "1, 2, 4, 8 or 16", "blocks to fetch around a missing one"),
+        "write_price": _number(
+            0, 1, " hits", "hits that a block written to the SSD must bring: more saves the SSD, less serves reads"
+        ),
+        "window_max": _number(
+            0, 0.8, "", "largest share for new blocks; the policy chooses 0, 0.03, 0.1, 0.2, 0.4 or 0.8 up to it"
+        ),
+        "volume_floor": _number(
+            0, 1, "", "each volume in use keeps so much of an equal share of the cache if it can fill it"
+        ),
         "compression_level": _whole(range(1, 20), "a whole number from 1 to 19", "zstd level of destaged frames"),
         "log_level": _log_level("least urgent messages to log"),
     },

@@ -572,6 +572,23 @@ class VolumeStatus(Message, frozen=True, array_like=True):
     link: str = ""
 
 
+class PolicyStatus(Message, frozen=True, array_like=True):
+    """What the cache policy follows just now, and what it did since the daemon's start; in blocks."""
+
+    worthy_blocks_max: int = 0  # that it finds worth keeping when their place on the SSD is reclaimed
+    worthy_blocks: int = 0
+    window_blocks_max: int = 0  # of these, that new blocks get without being frequent
+    window_blocks: int = 0
+    margin_from: int = 0  # uses of a victim from which on another block needs two more than it, not one
+    accesses: int = 0
+    fetched_blocks: int = 0  # from the store
+    admitted_blocks: int = 0  # of them, written to the SSD
+    refused_blocks: int = 0
+    entered_blocks: int = 0  # that were not cached and were written to the SSD, fetched or by guests
+    moved_blocks: int = 0  # written once more because their place was reclaimed
+    memory_bytes: int = 0  # that grow with the cache
+
+
 class CacheStatus(Message, frozen=True, array_like=True, tag=65):
     """The daemon and its attached volumes; counters since its start."""
 
@@ -592,6 +609,7 @@ class CacheStatus(Message, frozen=True, array_like=True, tag=65):
     volumes: tuple[VolumeStatus, ...]
     error: str = ""
     limit: LimitStatus = LimitStatus()  # of all volumes together
+    policy: PolicyStatus = PolicyStatus()
 
 
 class SetLimit(Message, frozen=True, array_like=True, tag=66):

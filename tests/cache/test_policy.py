@@ -347,3 +347,12 @@ def test_the_window_never_grows_beyond_its_setting() -> None:
 def test_a_place_costs_at_most_17_bytes() -> None:
     policy = FrequencyPolicy(np.zeros(1 << 16, np.uint64))
     assert policy.memory_bytes <= 17 << 16
+
+
+def test_a_volume_in_use_keeps_as_much_of_an_equal_share_as_is_set() -> None:
+    policy = FrequencyPolicy(np.zeros(2001, np.uint64), worthy_share=0.5, core=Core)
+    for share, floor in ((0.5, 125), (1.0, 250), (0.0, 0)):
+        policy.protect([1, 2, 3, 4], floor_share=share)
+        assert policy._core._cache.floor == floor
+    policy.protect([1], floor_share=1.0)
+    assert policy._core._cache.floor == 0

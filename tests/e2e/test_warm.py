@@ -39,6 +39,9 @@ def test_the_cache_is_warm_after_kill_and_restart(rig: Rig) -> None:
         assert client.read(0, len(content)) == content
     status = rig.status()
     assert (status.hit_blocks, status.miss_blocks) == (len(content) // BLOCK_SIZE, 0)
+    policy = status.policy
+    assert policy.worthy_blocks >= len(content) // BLOCK_SIZE == policy.accesses
+    assert 0 < policy.window_blocks <= policy.window_blocks_max < policy.worthy_blocks_max
 
 
 def test_the_cache_is_warm_after_a_clean_restart(rig: Rig) -> None:

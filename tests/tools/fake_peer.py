@@ -3,9 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeAlias
+
+import pytest
 
 from forebay_core.errors import RefusedError
 from forebay_core.units import Buffer
@@ -66,3 +68,15 @@ def fake_peer(answer: Answer, *, run_dir: Path | None = None) -> Iterator[FakePe
         loop.call_soon_threadsafe(ended.set)
         thread.join(START_TIMEOUT_S)
         loop.close()
+
+
+Serve: TypeAlias = Callable[..., FakePeer]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """Start peers that end with the test; the environment names none of them."""
+    for name in ("FOREBAY_STORE", "FOREBAY_RUN_DIR", "FOREBAY_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    with ExitStack() as stack:
+        yield lambda answer, **where: stack.enter_context(fake_peer(answer, **where))

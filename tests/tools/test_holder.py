@@ -1,11 +1,9 @@
 """Who is asked to change an attached volume: the daemon here, the store, or the daemon that the store names."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from fake_peer import Answer, FakePeer, fake_peer
+from fake_peer import Answer, FakePeer, Serve
 from store_rig import Forebay
 
 from forebay_core.units import GIB
@@ -30,7 +28,6 @@ from forebay_wire.messages import (
 
 DEVICE = bytes(range(16))
 IN_USE = Failed(VOLUME_IN_USE, f"volume v is in use on device {DEVICE.hex()}")
-Serve = Callable[..., FakePeer]
 
 
 def row(*, writer: bytes = b"", control: str = "", size: int = GIB) -> VolumeRow:
@@ -77,15 +74,6 @@ def store(*, held: bool, control: str = "") -> Answer:
         return None
 
     return answer
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Start peers that end with the test; the environment names none of them."""
-    for name in ("FOREBAY_STORE", "FOREBAY_RUN_DIR", "FOREBAY_KEY_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    with ExitStack() as stack:
-        yield lambda answer, **where: stack.enter_context(fake_peer(answer, **where))
 
 
 def kinds(peer: FakePeer) -> list[type[AnyMessage]]:

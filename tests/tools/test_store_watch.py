@@ -1,13 +1,10 @@
 """Listings and long work of a store, as commands show them: snapshots, families, cleaning, scrubbing, flattening."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import pytest
-from fake_peer import Answer, FakePeer, fake_peer
+from fake_peer import Answer, Serve
 from store_rig import Forebay
 from test_holder import DEVICE, attached, status
 
@@ -40,17 +37,7 @@ from forebay_wire.messages import (
     VolumeRow,
 )
 
-Serve = Callable[..., FakePeer]
 NOBODY = Held(HeldReport(b"", 0, 0, 0, 0), HeldReport(b"", 0, 0, 0, 0), 0)
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """Start peers that end with the test; the environment names none of them."""
-    for name in ("FOREBAY_STORE", "FOREBAY_RUN_DIR", "FOREBAY_KEY_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    with ExitStack() as stack:
-        yield lambda answer, **where: stack.enter_context(fake_peer(answer, **where))
 
 
 def snapshots(count: int) -> list[SnapshotRow]:

@@ -75,6 +75,7 @@ class EngineSettings(NamedTuple):
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one
     checkpoint_chunk_places: int = CHUNK_PLACES
     policy: PolicySettings = PolicySettings()
+    volume_floor: float = 0.5  # what each volume in use may keep, as part of an equal share
 
 
 class _Timer(NamedTuple):
@@ -458,7 +459,7 @@ class CacheEngine:
         keys = [volume.key for volume in self.volumes.values() if volume.attached and not volume.temporary]
         if keys != self._protected:
             self._protected = keys
-            self.policy.protect(keys)
+            self.policy.protect(keys, floor_share=self.settings.volume_floor)
 
     def _known_all(self) -> None:
         """If all clean entries are in the map and the policy knows the dirty ones: go on with what waited for that."""

@@ -84,6 +84,7 @@ class Fetches:
         self._later = later
         self._units: dict[int, list[Unit]] = {}
         self.under_way = 0
+        self.fetched_blocks = 0  # that were no holes
 
     def want(self, volume: "CacheVolume", extent: Extent, arrived: Arrived) -> int:
         """Fetch the blocks of an extent that is in neither cache nor hole map.
@@ -168,6 +169,7 @@ class Fetches:
 
     def _settle(self, volume: "CacheVolume", unit: Unit, pieces: Sequence[FetchedPiece]) -> None:
         self._remove(unit)
+        self.fetched_blocks += sum(piece.extent.count for piece in pieces if piece.plain is not None)
         for extent in unit.untouched():
             for piece in clip(pieces, extent):
                 self._offer(volume, piece)

@@ -74,6 +74,8 @@ class FrequencyPolicy:
             settings.window_max,
         )
         self.hit: Final[Callable[[int], None]] = self._core.hit
+        self.admitted_blocks = 0
+        self.refused_blocks = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -95,6 +97,8 @@ class FrequencyPolicy:
     def admits(self, key: int) -> bool:
         """Tell whether a block that was fetched is worth a write."""
         admitted: bool = self._core.admits(key)
+        self.admitted_blocks += admitted
+        self.refused_blocks += not admitted
         return admitted
 
     def frequency(self, key: int) -> int:
@@ -141,9 +145,9 @@ class FrequencyPolicy:
             plan -= 1  # more than `window_max` allows
         self._core.follow(plan)
 
-    def protect(self, volume_keys: list[int]) -> None:
-        """While one of these volumes holds less than half of an equal share, its blocks are the last to be dropped."""
-        floor = self.capacity // (2 * len(volume_keys)) if len(volume_keys) > 1 else 0
+    def protect(self, volume_keys: list[int], *, floor_share: float) -> None:
+        """While one of these volumes holds less than that part of an equal share, its blocks are the last to go."""
+        floor = int(self.capacity * floor_share / len(volume_keys)) if len(volume_keys) > 1 else 0
         self._core.set_floor(floor, np.array(volume_keys, np.int64))
 
     def take_sample(self, limit: int) -> bytes:

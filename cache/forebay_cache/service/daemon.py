@@ -20,6 +20,7 @@ import time
 from typing import Any, Final
 
 from forebay_cache.engine.cache import CacheEngine, EngineSettings
+from forebay_cache.engine.policy import PolicySettings
 from forebay_cache.engine.rates import NO_LIMIT, Limit, changed_limit
 from forebay_cache.engine.recovery import Recovered
 from forebay_cache.service.builder import ProcessBuilder
@@ -149,6 +150,8 @@ class _Daemon:
                 total_limit=changed_limit(
                     NO_LIMIT, average=settings.destage_total_average or 0, peak=settings.destage_total_peak or 0
                 ),
+                policy=PolicySettings(settings.write_price, settings.window_max),
+                volume_floor=settings.volume_floor,
             ),
             life=secrets.randbits(64),
             report=_LOG.error,

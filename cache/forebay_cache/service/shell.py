@@ -25,6 +25,7 @@ from forebay_cache.service.cut_end_commands import CutEndCommands
 from forebay_cache.service.device_fronts import DeviceFronts
 from forebay_cache.service.exports import AttachedExports
 from forebay_cache.service.nbd_server import NbdServer
+from forebay_cache.service.policy_status import policy_status
 from forebay_cache.service.run_folder import RunFolder
 from forebay_cache.service.snapshot_exports import SnapshotExports, is_snapshot_name
 from forebay_cache.service.store_session import FINAL_CODES, StoreSession
@@ -244,6 +245,7 @@ class Shell:
             volumes=tuple(self._volume_status(v, cached) for v in self._listed()),
             error=engine.failed or self._session.error or self._upstream.waiting_for_space,
             limit=_limit_status(engine.destage.total, own=engine.own_limit != NOT_SET),
+            policy=policy_status(engine),
         )
 
     # --- steps ------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 import argparse
 import asyncio
 import os
+from collections.abc import Coroutine
+from typing import TypeVar
 
-from forebay_core.errors import WrongUsageError
-from forebay_core.units import format_rate, format_size
+from forebay_core.errors import ForebayError, WrongUsageError
+from forebay_core.units import BLOCK_SIZE, format_rate, format_size
 from forebay_tools.arguments import (
     RUN_DIR_VARIABLE,
     STORE_VARIABLE,
@@ -25,12 +27,15 @@ from forebay_wire.messages import (
     GetCacheStatus,
     GetStoreStatus,
     LimitStatus,
+    PolicyStatus,
     ScrubStatus,
     StoreStatus,
     VolumeStatus,
 )
 
-HEAD = ("ATTACHED", "SIZE", "CACHED", "DIRTY", "HITS", "CLIENTS", "WHERE")
+HEAD = ("ATTACHED", "SIZE", "CACHED", "DIRTY", "HITS", "OF ALL HITS", "CLIENTS", "WHERE")
+
+Status = TypeVar("Status", CacheStatus, StoreStatus)
 
 
 def add(commands: Commands) -> None:
@@ -42,7 +47,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask whom the flags or the environment name, and print."""
+    """Ask whom the flags or the environment name, and print what they say; fail if one of them is away."""
     return asyncio.run(_run(arguments))
 
 
@@ -53,21 +58,42 @@ async def _run(arguments: argparse.Namespace) -> int:
         raise WrongUsageError(
             f"whose status? use --run-dir DIR or --store HOST:PORT, or set {RUN_DIR_VARIABLE} or {STORE_VARIABLE}"
         )
-    cache = await _cache_status(arguments) if ask_cache else None
-    store = await _store_status(arguments) if ask_store else None
-    if arguments.json:
+    away: list[ForebayError] = []
+    cache = await _unless_away(_cache_status(arguments), away) if ask_cache else None
+    store = await _unless_away(_store_status(arguments), away) if ask_store else None
+    if cache is not None or store is not None:
+        _say(cache, store, as_json=arguments.json)
+    if away:
+        raise ForebayError("; ".join(map(str, away)))
+    return 0
+
+
+async def _unless_away(asking: Coroutine[None, None, Status], away: list[ForebayError]) -> Status | None:
+    """Return the answer, or None and note why there is none."""
+    try:
+        return await asking
+    except WrongUsageError:
+        raise
+    except ForebayError as error:
+        away.append(error)
+        return None
+
+
+def _say(cache: CacheStatus | None, store: StoreStatus | None, *, as_json: bool) -> None:
+    if as_json:
         say_json(
             {
                 "cache": cache_json(cache) if cache is not None else None,
                 "store": store_json(store) if store is not None else None,
             }
         )
-        return 0
+        return
     if cache is not None:
         _say_cache(cache)
+    if cache is not None and store is not None:
+        say("")
     if store is not None:
         say_fields(_store_fields(store))
-    return 0
 
 
 async def _cache_status(arguments: argparse.Namespace) -> CacheStatus:
@@ -102,8 +128,29 @@ def cache_json(status: CacheStatus) -> dict[str, Json]:
         "store": status.store,
         "store_connected": status.store_connected,
         "limit": limit_json(status.limit),
+        "policy": _policy_json(status.policy, status.capacity_bytes),
         "error": status.error or None,
-        "volumes": [_volume_json(volume) for volume in status.volumes],
+        "volumes": [_volume_json(volume, status.hit_blocks) for volume in status.volumes],
+    }
+
+
+def _policy_json(policy: PolicyStatus, capacity_bytes: int) -> dict[str, Json]:
+    return {
+        "worthy_blocks_max": policy.worthy_blocks_max,
+        "worthy_blocks": policy.worthy_blocks,
+        "window_blocks_max": policy.window_blocks_max,
+        "window_blocks": policy.window_blocks,
+        "window_share": _ratio(policy.window_blocks_max, policy.worthy_blocks_max),
+        "margin_from": policy.margin_from,
+        "accesses": policy.accesses,
+        "fetched_blocks": policy.fetched_blocks,
+        "admitted_blocks": policy.admitted_blocks,
+        "refused_blocks": policy.refused_blocks,
+        "entered_blocks": policy.entered_blocks,
+        "ssd_writes_per_access": _ratio(policy.entered_blocks, policy.accesses),
+        "moved_blocks": policy.moved_blocks,
+        "memory_bytes": policy.memory_bytes,
+        "memory_bytes_per_block": _ratio(policy.memory_bytes, capacity_bytes // BLOCK_SIZE),
     }
 
 
@@ -124,7 +171,7 @@ def store_json(status: StoreStatus) -> dict[str, Json]:
     }
 
 
-def _volume_json(volume: VolumeStatus) -> dict[str, Json]:
+def _volume_json(volume: VolumeStatus, hits_of_all: int) -> dict[str, Json]:
     return {
         "name": volume.name,
         "size": volume.size,
@@ -141,6 +188,7 @@ def _volume_json(volume: VolumeStatus) -> dict[str, Json]:
         "hit_blocks": volume.hit_blocks,
         "miss_blocks": volume.miss_blocks,
         "hit_ratio": _ratio(volume.hit_blocks, volume.hit_blocks + volume.miss_blocks),
+        "hit_share": _ratio(volume.hit_blocks, hits_of_all),
         "connections": volume.connections,
         "pending_snapshots": list(volume.pending_snapshots),
         "origin": volume.origin or None,
@@ -156,6 +204,8 @@ def _say_cache(status: CacheStatus) -> None:
         "cached": f"{format_size(status.cached_bytes)} of {format_size(status.capacity_bytes)}, "
         f"{format_size(status.dirty_bytes)} of it dirty, {status.free_zones} zones free",
         "hits": _hits(status.hit_blocks, status.miss_blocks),
+        "policy": _policy(status.policy, status.capacity_bytes),
+        "admission": _admission(status.policy),
         "destaged": f"{format_size(status.destaged_plain_bytes)} as {format_size(status.destaged_stored_bytes)}",
         "store": f"{status.store}, {'connected' if status.store_connected else 'out of reach'}",
     }
@@ -166,7 +216,7 @@ def _say_cache(status: CacheStatus) -> None:
     say_fields(fields)
     if status.volumes:
         say("")
-        say_table(HEAD, [_volume_cells(volume) for volume in status.volumes])
+        say_table(HEAD, [_volume_cells(volume, status.hit_blocks) for volume in status.volumes])
     for volume in status.volumes:
         if volume.limit.average:
             say(f"{volume.name}: destaged with {_limit(volume.limit)}")
@@ -208,13 +258,14 @@ def _scrub(status: ScrubStatus) -> str:
     return f"last finished {show_time(status.finished_ns)}{damaged}" if status.finished_ns else f"never{damaged}"
 
 
-def _volume_cells(volume: VolumeStatus) -> tuple[str, ...]:
+def _volume_cells(volume: VolumeStatus, hits_of_all: int) -> tuple[str, ...]:
     return (
         volume.name + (" (read-only)" if volume.read_only else ""),
         format_size(volume.size),
         format_size(volume.cached_bytes),
         format_size(volume.dirty_bytes),
         _hits(volume.hit_blocks, volume.miss_blocks),
+        _hits(volume.hit_blocks, hits_of_all - volume.hit_blocks),
         str(volume.connections),
         volume.link or volume.path or volume.uri,
     )
@@ -223,6 +274,25 @@ def _volume_cells(volume: VolumeStatus) -> tuple[str, ...]:
 def _hits(hit_blocks: int, miss_blocks: int) -> str:
     ratio = _ratio(hit_blocks, hit_blocks + miss_blocks)
     return f"{ratio:.1%}" if ratio is not None else "-"
+
+
+def _policy(policy: PolicyStatus, capacity_bytes: int) -> str:
+    share = _ratio(policy.window_blocks_max, policy.worthy_blocks_max) or 0
+    bytes_per_block = policy.memory_bytes / max(1, capacity_bytes // BLOCK_SIZE)
+    return (
+        f"{policy.worthy_blocks} of {policy.worthy_blocks_max} blocks worth keeping; window {share:.0%}, "
+        f"{policy.window_blocks} of {policy.window_blocks_max} blocks; margin from {policy.margin_from} uses on; "
+        f"{bytes_per_block:.1f} bytes of memory per block"
+    )
+
+
+def _admission(policy: PolicyStatus) -> str:
+    written = _ratio(policy.entered_blocks, policy.accesses)
+    return (
+        f"{policy.fetched_blocks} blocks fetched, {policy.admitted_blocks} of them kept, {policy.refused_blocks} not; "
+        f"{'-' if written is None else f'{written:.3f}'} blocks written to the SSD per access, "
+        f"{policy.moved_blocks} moved"
+    )
 
 
 def _limit(limit: LimitStatus) -> str:
