@@ -625,6 +625,34 @@ class SetLimit(Message, frozen=True, array_like=True, tag=66):
     reset: bool = False
 
 
+class GetSample(Message, frozen=True, array_like=True, tag=67):
+    """To a cache daemon: ask for the sample of accesses that it always takes; answered by Sample."""
+
+
+class SampledVolume(Message, frozen=True, array_like=True):
+    """Whose keys these are; of a snapshot that clones read through to the name is `volume@snapshot`."""
+
+    key: int
+    name: str
+    attached: bool
+
+
+class Sample(Message, frozen=True, array_like=True, tag=68):
+    """The accesses to a spatially hashed share of all blocks, lately, and the cache as it is.
+
+    The payload is keys in the order of the accesses: u64, little-endian, the volume's key in the upper 24 bits and the
+    block in the lower 40. Those whose sample hash is not below `limit` are to be left out.
+    """
+
+    limit: int
+    accesses: int  # to all blocks, sampled or not
+    span_ns: int  # in which they came
+    capacity_bytes: int  # of data blocks, as in CacheStatus
+    write_price_ppm: int  # the policy's settings
+    window_max_ppm: int
+    volumes: tuple[SampledVolume, ...]
+
+
 AnyMessage = (
     Failed
     | Done
@@ -675,4 +703,6 @@ AnyMessage = (
     | GetCacheStatus
     | CacheStatus
     | SetLimit
+    | GetSample
+    | Sample
 )

@@ -269,6 +269,7 @@ class Attaching:
         """Forget a volume with all that is cached of it."""
         self.forget_blocks(volume)
         self._last_key = max(self._last_key, volume.key)
+        self._engine.sample.forget(volume.key)
         del self._engine.volumes[volume.key]
 
     def forget_blocks(self, volume: CacheVolume) -> None:

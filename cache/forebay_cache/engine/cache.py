@@ -50,6 +50,7 @@ from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.recovery import Recovered, device_tag
 from forebay_cache.engine.restoring import restore
+from forebay_cache.engine.sample import AccessSample
 from forebay_cache.engine.slowing import Slowing
 from forebay_cache.engine.sources import Sources
 from forebay_cache.engine.use_counts import UseCounts
@@ -99,8 +100,7 @@ class CacheEngine:
         alarm: Callable[[int], None] = lambda _due_ns: None,
     ) -> None:
         self.superblock = recovered.superblock
-        self.map = recovered.map
-        self.zones = recovered.zones
+        self.map, self.zones = recovered.map, recovered.zones
         self.zones_offset = recovered.zones.zones_offset
         self.device = device
         self.upstream = upstream
@@ -109,6 +109,7 @@ class CacheEngine:
         self.report, self.alarm = report, alarm
         self.failed = ""
         self.policy = FrequencyPolicy(recovered.map.key_array, settings=settings.policy, seed=life)
+        self.sample = AccessSample()
         self.volumes: dict[int, CacheVolume] = {}
         self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
         self.noted_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)  # what the log says of them
@@ -161,6 +162,7 @@ class CacheEngine:
 
     def tick(self, now_ns: int, wall_ns: int) -> None:
         """Let time pass: called about every 50 ms with a monotonic and the wall clock."""
+        self.observe(now_ns - self._now_ns if self._now_ns else 0)
         self._now_ns = now_ns
         due = [timer for timer in self._timers if timer.due_ns <= now_ns]
         self._timers = [timer for timer in self._timers if timer.due_ns > now_ns]
@@ -203,6 +205,11 @@ class CacheEngine:
     def after(self, delay_ns: int, act: Callable[[], None]) -> None:
         """Act at the first tick after so many nanoseconds."""
         self._timers.append(_Timer(self._now_ns + delay_ns, act))
+
+    def observe(self, span_ns: int = 0) -> None:
+        """Take over what the policy sampled since the last time, which was so long ago."""
+        keys = self.policy.take_sample(self.sample.limit)
+        self.sample.add(keys, accesses=self.policy.figures()["accesses"], span_ns=span_ns)
 
     def stop(self, settled: Settled) -> None:
         """Make everything acknowledged durable and leave a fresh checkpoint; fronts are closed already."""

@@ -150,10 +150,9 @@ class FrequencyPolicy:
         floor = int(self.capacity * floor_share / len(volume_keys)) if len(volume_keys) > 1 else 0
         self._core.set_floor(floor, np.array(volume_keys, np.int64))
 
-    def take_sample(self, limit: int) -> bytes:
-        """Return the keys, as u64, used since the last call whose hash was below the limit given then."""
-        sampled: bytes = self._core.take_sample(limit)
-        return sampled
+    def take_sample(self, limit: int) -> U64Array:
+        """Return the keys used since the last call whose hash was below the limit given then."""
+        return np.frombuffer(self._core.take_sample(limit), np.uint64)
 
     def figures(self) -> Figures:
         """Return what was done so far."""

@@ -39,7 +39,7 @@ from forebay_cache.engine.policy_lists import (
     SlotCache,
     sample_hash,
 )
-from forebay_core.units import LBA_BITS, Buffer
+from forebay_core.units import LBA_BITS
 
 try:
     from forebay_cache import _policy
@@ -458,8 +458,3 @@ def _runs(firsts: U64Array, counts: U64Array) -> Iterator[tuple[int, int]]:
 CoreFast: type[Core] = Core if _policy is None else _policy.Core
 ReplayFast: type[Replay] = Replay if _policy is None else _policy.Replay
 sample_runs_fast = sample_runs if _policy is None else _policy.sample_runs
-
-
-def unpack_keys(sampled: Buffer) -> U64Array:
-    """Return the keys of `take_sample` as an array."""
-    return np.frombuffer(sampled, np.uint64)

@@ -7,6 +7,7 @@ is refused then.
 from collections.abc import Sequence
 from typing import Protocol
 
+from forebay_cache.engine.limits import SAMPLE_SIZE_MAX
 from forebay_core.errors import RefusedError
 from forebay_core.units import Buffer
 from forebay_wire import messages
@@ -21,7 +22,9 @@ from forebay_wire.messages import (
     Done,
     Drain,
     GetCacheStatus,
+    GetSample,
     ResizeVolume,
+    Sample,
     SetLimit,
     SnapshotRow,
     SnapshotTaken,
@@ -56,6 +59,9 @@ class Commands(Protocol):
     async def status(self) -> CacheStatus:
         """Tell how everything is."""
 
+    def sample(self) -> tuple[Sample, Sequence[Buffer]]:
+        """Tell which blocks were used lately, of those that are sampled."""
+
 
 class ControlServer:
     """The servers over the local socket and TCP; the local one needs no key, its folder's mode guards it."""
@@ -79,7 +85,7 @@ class ControlServer:
         await self._remote.close(grace_s)
 
     async def _answer(
-        self, _peer: Peer, message: AnyMessage, _payload: memoryview
+        self, peer: Peer, message: AnyMessage, _payload: memoryview
     ) -> tuple[AnyMessage, Sequence[Buffer]]:
         match message:
             case Attach():
@@ -111,6 +117,9 @@ class ControlServer:
                 return Volume(await self._commands.resize(message.name, message.size)), ()
             case GetCacheStatus():
                 return await self._commands.status(), ()
+            case GetSample():
+                await peer.reserve(SAMPLE_SIZE_MAX)
+                return self._commands.sample()
             case _:
                 raise RefusedError(
                     messages.BAD_REQUEST,

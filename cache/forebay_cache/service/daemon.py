@@ -35,6 +35,7 @@ from forebay_cache.service.nbd_server import NbdServer
 from forebay_cache.service.notify import notify
 from forebay_cache.service.opening import recover_device
 from forebay_cache.service.run_folder import RunFolder
+from forebay_cache.service.sample_file import SampleFile
 from forebay_cache.service.shell import Shell
 from forebay_cache.service.spinning import SpinningSelector
 from forebay_cache.service.store_session import StoreSession
@@ -158,6 +159,7 @@ class _Daemon:
             alarm=self._alarm,
         )
         device.on_failure = self._engine.fail
+        self._sample = SampleFile(self._engine, folder.path, identity)
         self._exports = AttachedExports()
         self._nbd = NbdServer(self._exports)
         self._fronts = DeviceFronts()
@@ -178,7 +180,9 @@ class _Daemon:
         """Serve until a signal; return the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stopping)
+        self._sample.load()
         self._engine.start()
+        self._sample.start()
         self._tick()
         self._shell.resume()
         ready = await self._listen()
@@ -192,12 +196,14 @@ class _Daemon:
         await self._control.close(CLOSE_GRACE_S)
         await self._fronts.close()
         await self._nbd.close(CLOSE_GRACE_S)
+        await self._sample.close(save=True)
         return await self._settle()
 
     async def close(self) -> None:
         """Free everything; whether it was served cleanly or not."""
         await self._control.close(0)
         await self._nbd.close(0)
+        await self._sample.close(save=False)
         for timer in (self._ticking, self._pacing):
             if timer is not None:
                 timer.cancel()

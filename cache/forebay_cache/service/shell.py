@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -20,6 +20,7 @@ from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.volume_note import Front
+from forebay_cache.service.answers import answer_sample
 from forebay_cache.service.completions import outcome
 from forebay_cache.service.cut_end_commands import CutEndCommands
 from forebay_cache.service.device_fronts import DeviceFronts
@@ -32,7 +33,7 @@ from forebay_cache.service.store_session import FINAL_CODES, StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SIZE, Epoch, StoreId, Version, VolumeId, format_rate, sequence_of
+from forebay_core.units import BLOCK_SIZE, Buffer, Epoch, StoreId, Version, VolumeId, format_rate, sequence_of
 from forebay_wire import messages
 from forebay_wire.messages import (
     Attached,
@@ -40,6 +41,7 @@ from forebay_wire.messages import (
     HeldReport,
     LimitStatus,
     Opened,
+    Sample,
     SnapshotRow,
     VolumeRow,
     VolumeStatus,
@@ -247,6 +249,10 @@ class Shell:
             limit=_limit_status(engine.destage.total, own=engine.own_limit != NOT_SET),
             policy=policy_status(engine),
         )
+
+    def sample(self) -> tuple[Sample, Sequence[Buffer]]:
+        """Tell which blocks were used lately, of those that are sampled."""
+        return answer_sample(self._engine)
 
     # --- steps ------------------------------------------------------------------------------------------------
 
