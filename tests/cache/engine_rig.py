@@ -416,6 +416,10 @@ def check_books(engine: CacheEngine) -> None:
         for hole in volume.holes:
             for lba in range(hole.start, min(hole.end, hole.start + 3000)):
                 assert table.find(volume.key << 40 | lba) < 0, lba
+    for key in engine.admission.ring.blocks:
+        owner, place = engine.volumes[key >> 40], table.find(key)
+        assert owner.holes.find(key & ((1 << 40) - 1)) is None, "a held block is a hole by now"
+        assert place < 0 or table.versions[place] <= owner.acknowledged, "a held block was changed"
 
 
 __all__ = ["Rig", "block_checksums", "check_books", "joined", "store_content"]

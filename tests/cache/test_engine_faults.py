@@ -13,7 +13,7 @@ from test_engine_damage import check_damaged, worked_in
 from test_engine_model import run_backlog, run_kills, run_power_cuts, run_requests
 from test_engine_snapshots import run_kills_with_snapshots, run_power_cuts_with_snapshots, run_snapshots
 
-from forebay_cache.engine import cache, fetches, log, reads, recovery
+from forebay_cache.engine import admission, fetches, log, reads, recovery, ring
 from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.cut_ends import CutEnds
@@ -129,8 +129,12 @@ def stale_fetch_kept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fetches.Unit, "touch", lambda self, extent: None)
 
 
+def held_block_outlives_a_change(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ring.Ring, "forget", lambda self, key, count: None)
+
+
 def known_blocks_fetched_over(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cache.CacheEngine, "_known", lambda self, volume, extent: [])
+    patch.setattr(admission.Admission, "known", lambda self, volume, extent: [])
 
 
 def trim_not_replayed(patch: pytest.MonkeyPatch) -> None:
@@ -197,6 +201,7 @@ def test_the_store_never_runs_ahead_of_the_device() -> None:
         (pinned_version_lost_at_recovery, run_kills_with_snapshots),
         (hole_of_a_closed_cut_lost_at_recovery, run_kills_with_snapshots),
         (stale_fetch_kept, run_requests),
+        (held_block_outlives_a_change, run_requests),
         (known_blocks_fetched_over, run_requests),
         (trim_not_replayed, run_kills),
         (older_record_wins, run_kills),

@@ -144,13 +144,15 @@ def run_requests(seed: int) -> None:
     rig = Rig(seed, size=12 << 20, blocks=2500)
     rig.store.lose_acknowledgements = 0.2
     guest = Guest(rig, seed)
-    for _ in range(900):
+    for turn in range(900):
         if guest.rng.random() < 0.02:
             rig.store.away = not rig.store.away
         while guest.in_flight < 12 and guest.rng.random() < 0.8:
             guest.issue()
         for _ in range(guest.rng.randrange(12)):
             rig.step()
+        if turn % 10 == 0:
+            check_books(rig.engine)
     guest.settle()
     check_books(rig.engine)
     assert_same(rig.content(), guest.model)

@@ -10,7 +10,9 @@ from forebay_cache.engine.limits import (
     RECORDS_IN_FLIGHT_MAX,
     SNAPSHOTS_PENDING_MAX,
 )
+from forebay_cache.engine.policy import ring_blocks
 from forebay_cache.engine.recovery import ReadDevice, Recovered, recover
+from forebay_cache.engine.ring import USED
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import record
 from forebay_cache.format.superblock import choose
@@ -45,6 +47,17 @@ def check_books(engine: CacheEngine) -> None:
             claim(bool((places < 0).all()), f"{volume.name}: a block is hole and data")
         newest = max(volume.acknowledged, *(cut.last_version for cut in volume.cuts), 0)
         claim(newest <= volume.applied <= volume.version, f"{volume.name}: its versions are out of order")
+
+
+def check_ring(engine: CacheEngine) -> None:
+    """Nothing newer is known of what is held in memory."""
+    ring, table = engine.admission.ring, engine.map
+    for key in ring.blocks:
+        volume, place = engine.volumes.get(key >> LBA_BITS), table.find(key)
+        if volume is not None:
+            claim(volume.holes.find(key & LBA_MAX) is None, f"{volume.name}: a held block is a hole by now")
+            claim(place < 0 or table.versions[place] <= volume.acknowledged, f"{volume.name}: a held block was changed")
+    claim(ring.count(USED) <= ring_blocks(engine.policy.capacity), "more blocks are held than the ring has room for")
 
 
 def check_zones(engine: CacheEngine) -> None:
@@ -83,6 +96,7 @@ def check_engine(engine: CacheEngine, writes_max: int) -> None:
         check_books(engine)
         check_zones(engine)
         check_limits(engine, writes_max)
+        check_ring(engine)
 
 
 def check_recovers(read: ReadDevice) -> None:

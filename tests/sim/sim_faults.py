@@ -15,7 +15,7 @@ import sim_store
 from sim_points import ACTING, Crash, run_points
 from sim_run import run_seed
 
-from forebay_cache.engine import cache, fetches, log_end, recovery
+from forebay_cache.engine import admission, cache, fetches, log_end, recovery, ring
 from forebay_cache.engine.apply import Apply
 from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.checkpoints import Checkpoints
@@ -314,12 +314,16 @@ def fill_inserted_over_newer_write() -> None:
         self._engine.policy.inserted(place)
 
     Apply._fill = fill
-    cache.CacheEngine._known = lambda self, volume, extent: []
+    admission.Admission.known = lambda self, volume, extent: []
     fetches.Unit.touch = lambda self, extent: None
 
 
 def stale_fetch_kept() -> None:
     fetches.Unit.touch = lambda self, extent: None
+
+
+def held_block_outlives_a_change() -> None:
+    ring.Ring.forget = lambda self, key, count: None
 
 
 def commit_acknowledged_before_durable() -> None:
@@ -418,6 +422,7 @@ PLANTED = (
     Planted(older_version_of_a_snapshot_lost_at_recovery, "snapshots", 40),
     Planted(fill_inserted_over_newer_write, "all", 40),
     Planted(stale_fetch_kept, "all", 60),
+    Planted(held_block_outlives_a_change, "all", 40),
     Planted(commit_acknowledged_before_durable, "power", 40),
     Planted(older_record_wins, "all"),
     Planted(origin_map_keeps_what_was_changed, "family"),

@@ -85,6 +85,7 @@ class Apply:
         if volume_key in engine.volumes and engine.map.find(key) < 0:
             engine.map.insert(key, version, checksum, place)
             engine.policy.inserted(place)
+        engine.admission.applied(key)
 
     def _move(self, copy: Copy) -> None:
         _, volume_key, lba, version, checksum, place, source = copy

@@ -199,7 +199,7 @@ class Attaching:
             log.kick()
 
         for extent in stale:
-            self._engine.fetches.touch(volume, extent)
+            self._engine.admission.changed(volume, extent)
         append(lambda ok: append(settled) if ok else settled(False))
 
     def _admit(
@@ -278,6 +278,7 @@ class Attaching:
         for places in engine.map.remove_range(key, 1 << LBA_BITS, below=(1 << 64) - 1):
             engine.policy.removed(places, volume_key=volume.key)
         engine.loading.forget(key, 1 << LBA_BITS)
+        engine.admission.ring.forget(key, 1 << LBA_BITS)
 
 
 def wrong_store(name: str, home: StoreId, found: bytes) -> str:

@@ -10,11 +10,13 @@ Crash: `recovery.recover` makes what this class starts from.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.admission import Admission
 from forebay_cache.engine.allocations import Allocations
 from forebay_cache.engine.apply import Apply
 from forebay_cache.engine.attaching import Attaching
@@ -27,7 +29,6 @@ from forebay_cache.engine.limits import (
     HOLES_KEPT_MAX,
     HOLES_PER_TICK_MAX,
     OPEN_CUT_BLOCKS_MAX,
-    QUEUED_BLOCKS_FILL_MAX,
     RECOUNT_NS,
     RETIRED_ZONES_RATIO,
     ZONES_RESERVED,
@@ -35,7 +36,7 @@ from forebay_cache.engine.limits import (
 from forebay_cache.engine.loading import Loading
 from forebay_cache.engine.log import Log, Settled
 from forebay_cache.engine.policy import FrequencyPolicy, PolicySettings
-from forebay_cache.engine.ports import Builder, Device, FetchedPiece, Upstream, UpstreamRefusal
+from forebay_cache.engine.ports import Builder, Device, Upstream, UpstreamRefusal
 from forebay_cache.engine.rates import (
     NEVER,
     NO_LIMIT,
@@ -59,7 +60,6 @@ from forebay_cache.engine.writes import Writes
 from forebay_cache.format import record
 from forebay_cache.format.checkpoint import CHUNK_PLACES, hole_count_max
 from forebay_core.errors import ForebayError
-from forebay_core.extents import Extent
 from forebay_core.units import LBA_BITS, RATE_MAX, RATE_MIN, Version, VolumeId, format_size
 from forebay_wire import messages
 
@@ -125,9 +125,9 @@ class CacheEngine:
             promised_zones=lambda: self.reclaim.promised_zones,
         )
         self.reads, self.writes = Reads(self), Writes(self)
-        self.fetches = Fetches(upstream, settings.fill_blocks, known=self._known, offer=self._offer, later=self._later)
-        self.allocations = Allocations(self)
-        self.changes = Changes(self)
+        self.admission = Admission(self)
+        self.fetches = Fetches(upstream, settings.fill_blocks, self.admission, later=partial(self.after, 0))
+        self.allocations, self.changes = Allocations(self), Changes(self)
         self.destage = Destage(self)
         self.slowing = Slowing(self)
         self.cut_ends = CutEnds(self)
@@ -213,6 +213,7 @@ class CacheEngine:
 
     def stop(self, settled: Settled) -> None:
         """Make everything acknowledged durable and leave a fresh checkpoint; fronts are closed already."""
+        self.admission.decide_all()
         self.log.kick()
         self.checkpoints.want(settled)
 
@@ -227,6 +228,7 @@ class CacheEngine:
             self.destage.fail()
             self.loading.fail()
             self._take_turns()
+            self.admission.ring.clear()
             self.checkpoints.fail()
 
     # --- volumes ----------------------------------------------------------------------------------------------
@@ -406,50 +408,6 @@ class CacheEngine:
         )
 
     # --- inside -----------------------------------------------------------------------------------------------
-
-    def _known(self, volume: CacheVolume, extent: Extent) -> list[Extent]:
-        """Return the blocks for which the store has nothing to tell: cached, holes, or about to change."""
-        find = self.map.find
-        first = volume.key << LBA_BITS
-        known = [Extent(lba, 1) for lba in range(extent.start, extent.end) if find(first | lba) >= 0]
-        known += [Extent(hole.start, hole.end - hole.start) for hole in volume.holes.overlapping(extent)]
-        return known + self.writes.changing(volume.key, extent)
-
-    def _offer(self, volume: CacheVolume, piece: FetchedPiece) -> None:
-        """Keep what was fetched, if there is room for it."""
-        if self.failed or volume.key not in self.volumes or (volume.temporary and not volume.attached):
-            return
-        if piece.origin:
-            self.sources.learn(volume, piece.extent)
-            return
-        find = self.map.find
-        first = volume.key << LBA_BITS
-        absent = [lba for lba in range(piece.extent.start, piece.extent.end) if find(first | lba) < 0]
-        if piece.plain is None:
-            # While loading, an absent block may yet turn out to be cached, as zeros that the store knows as a hole.
-            if len(volume.holes) < HOLES_KEPT_MAX // 2 and not self.loading.active:
-                for lba in absent:
-                    volume.holes.add_where_absent(Extent(lba, 1), piece.version)
-            return
-        if self.free_zones <= ZONES_RESERVED + 1 or self.log.queued_blocks > QUEUED_BLOCKS_FILL_MAX:
-            return
-        view = memoryview(piece.plain)
-        for lba in absent:
-            i = lba - piece.extent.start
-            if not (volume.temporary or self.policy.admits(first | lba)):
-                continue
-            if volume.temporary:
-                self.sources.keep(volume, lba)
-            self.log.seal_if_full()
-            batch = self.log.data_batch()
-            self.log.add_copy(batch, record.FILL, volume.key, lba, piece.version, piece.checksums[i])
-            batch.buffers.append(view[i << 12 : (i + 1) << 12])
-        self.log.seal_if_full()
-        self.log.kick()
-
-    def _later(self, act: Callable[[], None]) -> None:
-        """Act at the next tick."""
-        self.after(0, act)
 
     def _recount_dirty_blocks(self) -> None:
         """Count; when the buffer seems nearly full, leave out what was trimmed since it became dirty, once a second."""

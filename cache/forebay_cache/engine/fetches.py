@@ -1,6 +1,7 @@
 """Fetches under way: blocks that reads miss are asked for once, in aligned units, and offered to the cache.
 
 Invariants:
+    What a read asks for is marked as asked for in its unit; `is_kept` marks what was to be brought into the cache.
     A block that was written or trimmed since its unit's fetch began, or that the cache knew better when it began, is
     in `touched`: what the fetch brings for it is given to those who waited before, never inserted, and no later read
     joins the unit for it.
@@ -12,6 +13,7 @@ Invariants:
 Crash: nothing is kept; a fetch that was under way never happened.
 """
 
+import enum
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,22 +24,48 @@ from forebay_wire import messages
 from forebay_wire.limits import READ_BLOCKS_MAX
 
 if TYPE_CHECKING:
+    from forebay_cache.engine.admission import Admission
     from forebay_cache.engine.volume import CacheVolume
 
 Arrived = Callable[[Sequence[FetchedPiece] | UpstreamRefusal], None]
 
 
+class Purpose(enum.Enum):
+    """What blocks are fetched for."""
+
+    READ = "read"
+    KEEP = "keep"  # to have them in the cache
+    AHEAD = "ahead"  # because they may be read next
+
+
 class Unit:
     """One aligned run of blocks being fetched."""
 
-    __slots__ = ("extent", "key", "touched", "volume", "waiting")
+    __slots__ = ("_asked", "_kept", "ahead", "extent", "key", "touched", "volume", "waiting")
 
-    def __init__(self, volume: "CacheVolume", key: int, extent: Extent) -> None:
+    def __init__(self, volume: "CacheVolume", key: int, extent: Extent, *, ahead: bool) -> None:
         self.volume = volume
         self.key = key
         self.extent = extent
-        self.touched = 0  # a bit for each block
+        self.ahead = ahead  # begun for nobody but whoever comes next
+        self.touched = self._asked = self._kept = 0  # a bit for each block
         self.waiting: list[tuple[Extent, Arrived]] = []
+
+    def ask(self, extent: Extent, arrived: Arrived, purpose: Purpose) -> None:
+        """Tell somebody when these blocks are here."""
+        self.waiting.append((extent, arrived))
+        if purpose is not Purpose.AHEAD:
+            self._asked |= self._bits(extent)
+        if purpose is Purpose.KEEP:
+            self._kept |= self._bits(extent)
+
+    def is_asked(self, lba: int) -> bool:
+        """Whether somebody wants this block."""
+        return bool(self._asked >> lba - self.extent.start & 1)
+
+    def is_kept(self, lba: int) -> bool:
+        """Whether this block was to be brought into the cache."""
+        return bool(self._kept >> lba - self.extent.start & 1)
 
     def touch(self, extent: Extent) -> None:
         """These blocks changed."""
@@ -65,28 +93,27 @@ class Unit:
 
 
 class Fetches:
-    """All units under way. `offer` gets each untouched piece that arrives, `later` calls after a while."""
+    """All units under way. `admission` knows what need not be fetched, and gets each untouched piece that arrives;
+    `later` calls after a while."""
 
     def __init__(
         self,
         upstream: Upstream,
         unit_blocks: int,
+        admission: "Admission",
         *,
-        known: Callable[["CacheVolume", Extent], Sequence[Extent]],
-        offer: Callable[["CacheVolume", FetchedPiece], None],
         later: Callable[[Callable[[], None]], None],
     ) -> None:
         assert READ_BLOCKS_MAX % unit_blocks == 0
         self._upstream = upstream
         self._unit_blocks = unit_blocks
-        self._known = known
-        self._offer = offer
+        self._admission = admission
         self._later = later
         self._units: dict[int, list[Unit]] = {}
         self.under_way = 0
         self.fetched_blocks = 0  # that were no holes
 
-    def want(self, volume: "CacheVolume", extent: Extent, arrived: Arrived) -> int:
+    def want(self, volume: "CacheVolume", extent: Extent, arrived: Arrived, *, purpose: Purpose = Purpose.READ) -> int:
         """Fetch the blocks of an extent that is in neither cache nor hole map.
 
         `arrived` runs once for each unit that the extent touches, later, with pieces clipped to the extent, or with
@@ -99,20 +126,28 @@ class Fetches:
             assert wanted is not None
             under_way = self._units.setdefault(key, [])
             if not under_way or under_way[-1].touches(wanted):
-                under_way.append(self._begin(volume, key, whole))
+                under_way.append(Unit(volume, key, whole, ahead=purpose is Purpose.AHEAD))
                 fresh.append(under_way[-1])
-            unit = under_way[-1]
-            unit.waiting.append((wanted, arrived))
+            under_way[-1].ask(wanted, arrived, purpose)
             count += 1
+        self._touch_known(volume, fresh)
         for at in range(0, len(fresh), READ_BLOCKS_MAX // self._unit_blocks):
             self._fetch(volume, fresh[at : at + READ_BLOCKS_MAX // self._unit_blocks])
         return count
 
-    def _begin(self, volume: "CacheVolume", key: int, whole: Extent) -> Unit:
-        unit = Unit(volume, key, whole)
-        for extent in self._known(volume, whole):
-            unit.touch(extent)
-        return unit
+    def _touch_known(self, volume: "CacheVolume", fresh: Sequence[Unit]) -> None:
+        """Look once for all fresh units what of them the cache knows better."""
+        if not fresh:
+            return
+        size = self._unit_blocks
+        units = {unit.extent.start: unit for unit in fresh}
+        whole = Extent(fresh[0].extent.start, fresh[-1].extent.end - fresh[0].extent.start)
+        for extent in self._admission.known(volume, whole):
+            common = extent.intersect(whole)
+            assert common is not None
+            for start in range(common.start - common.start % size, common.end, size):
+                if start in units:
+                    units[start].touch(common)
 
     def touch(self, volume: "CacheVolume", extent: Extent) -> None:
         """Blocks were written or trimmed: what is under way for them is stale for everybody who comes later."""
@@ -170,9 +205,9 @@ class Fetches:
     def _settle(self, volume: "CacheVolume", unit: Unit, pieces: Sequence[FetchedPiece]) -> None:
         self._remove(unit)
         self.fetched_blocks += sum(piece.extent.count for piece in pieces if piece.plain is not None)
-        for extent in unit.untouched():
+        for extent in [unit.extent] if not unit.touched else unit.untouched():
             for piece in clip(pieces, extent):
-                self._offer(volume, piece)
+                self._admission.offer(unit, piece)
         for wanted, arrived in unit.waiting:
             arrived(clip(pieces, wanted))
 

@@ -93,6 +93,9 @@ RING_BLOCKS_MAX: Final = 4096
 """Fetched blocks that wait in memory before they are written, or not: a hundredth of the cache, at most 16 MiB. Most
 second uses come within it: it saves half of all writes at the same hit ratio (2026-11, four disk traces)."""
 
+AHEAD_BLOCKS_MAX: Final = 8192
+"""Blocks read ahead of all streams that wait in memory to be asked for: 32 MiB."""
+
 SAMPLED_MAX: Final = 8192
 """Keys that the policy gathers for the analysis between two ticks; more are left out."""
 

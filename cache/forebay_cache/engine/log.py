@@ -132,6 +132,13 @@ class Batch:
         self.written = False
         self.after = LogPoint(0, 0, 0, 0)
 
+    @property
+    def can_wait(self) -> bool:
+        """Whether all that it holds is a few blocks that were fetched."""
+        if self.replies or self.settled or self.changes or self.data_count >= RUN_BLOCKS_MIN:
+            return False
+        return all(isinstance(item, Copy) and item.kind == record.FILL for item in self.data)
+
 
 class Log:
     """Appends to the zones of one device.
@@ -307,12 +314,15 @@ class Log:
             else:
                 self._append_event(event)
 
-    def kick(self) -> None:
+    def kick(self, *, patient: bool = False) -> None:
         """Submit what is gathered unless the device has enough to do; then it goes when that is done.
 
         A small record does not go behind another: it would be written no sooner, but without what comes meanwhile.
+        One that only holds a few fills nobody waits for: when `patient`, it stays open for more of them.
         """
         self._append_held()
+        if patient and self._batch is not None and self._batch.can_wait:
+            return
         if self._batch is None or self._sealed or len(self._in_flight) >= RECORDS_IN_FLIGHT_MAX:
             return
         if not self._in_flight or self._batch.data_count >= RUN_BLOCKS_MIN:

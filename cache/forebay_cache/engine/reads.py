@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.fetches import Purpose
 from forebay_cache.engine.front import Chunk, IoError, ReadReply, Reply
 from forebay_cache.engine.limits import PREFETCH_STEPS_PER_TURN
 from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
+from forebay_cache.engine.ring import Held
 from forebay_core.checksums import block_checksums, checksum
 from forebay_core.extents import Extent
-from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, Buffer
+from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX, Buffer
 from forebay_wire import messages
 from forebay_wire.limits import READ_BLOCKS_MAX
 
@@ -352,9 +354,37 @@ class Reads:
             request.parts[end] = (part.end - end, None)
 
     def _fetch(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
-        request.volume.miss_blocks += part.count
+        """Read blocks that are not on the device: those that are held in memory from there, the rest from the store."""
+        key = volume.key << LBA_BITS | part.start
         if not (volume.temporary or request.prefetch):
-            self._engine.policy.missed(volume.key << LBA_BITS | part.start, part.count)
+            self._engine.policy.missed(key, part.count)
+        at = part.start
+        for first, run in self._engine.admission.ring.runs(key, part.count):
+            held = Extent(first & LBA_MAX, len(run))
+            if held.start > at:
+                self._ask(volume, request, Extent(at, held.start - at))
+            self._give(volume, request, held, run)
+            at = held.end
+        if at < part.end:
+            self._ask(volume, request, Extent(at, part.end - at))
+
+    def _give(self, volume: "CacheVolume", request: _Read, part: Extent, run: list[Held]) -> None:
+        """Answer with held blocks, if they are sound."""
+        plain = run[0].plain if part.count == 1 else b"".join([held.plain for held in run])
+        key = volume.key << LBA_BITS | part.start
+        if block_checksums(plain) == [held.checksum for held in run]:
+            request.volume.hit_blocks += part.count
+            request.parts[part.start] = (part.count, plain)
+            self._engine.admission.take(key, run)
+            return
+        self.corrupt_blocks += 1
+        self._engine.report(f"volume {volume.name}: blocks {part.start} to {part.end - 1} went bad in memory")
+        self._engine.admission.ring.forget(key, part.count)
+        self._ask(volume, request, part)
+
+    def _ask(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
+        """Read blocks from the store."""
+        request.volume.miss_blocks += part.count
 
         def arrived(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
             if isinstance(answer, UpstreamRefusal):
@@ -367,7 +397,8 @@ class Reads:
                         request.parts[piece.extent.start] = (piece.extent.count, piece.plain)
             request.arrived()
 
-        request.waiting += self._engine.fetches.want(volume, part, arrived)
+        purpose = Purpose.KEEP if request.prefetch else Purpose.READ
+        request.waiting += self._engine.fetches.want(volume, part, arrived, purpose=purpose)
 
     def _refused(self, volume: "CacheVolume", request: _Read, refusal: UpstreamRefusal) -> None:
         """The store's no fails the request; but one that only an origin is gone is no end: its clones have all."""

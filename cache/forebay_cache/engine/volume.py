@@ -175,7 +175,7 @@ class CacheVolume:
 
     def kick(self) -> None:
         """See FrontVolume."""
-        self._engine.log.kick()
+        self._engine.log.kick(patient=True)
 
     def connected(self) -> None:
         """See FrontVolume."""

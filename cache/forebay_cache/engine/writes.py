@@ -111,7 +111,7 @@ class Writes:
                 queue.extendleft(reversed(self._waiting.pop(key)))
             if queue:
                 self._waiting[key] = queue
-        self._engine.log.kick()
+        self._engine.log.kick(patient=True)
 
     def is_waiting(self, volume_key: int) -> bool:
         """Tell whether requests of a volume wait for room."""
@@ -143,7 +143,7 @@ class Writes:
         self._events.popleft()
 
     def changing(self, volume_key: int, extent: Extent) -> list[Extent]:
-        """Return what of the extent is appended but not applied."""
+        """Return what of the extent guests change that is appended but not applied."""
         found = [
             common
             for key, event in self._events
@@ -155,7 +155,7 @@ class Writes:
                 rows = np.frombuffer(batch.packed, record.ENTRY_DTYPE)[: batch.data_count]
                 keys = rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"]
                 # A key below the first one wraps around to a huge distance.
-                near = rows["lba"][keys - np.uint64(first) < np.uint64(extent.count)]
+                near = rows["lba"][(keys - np.uint64(first) < np.uint64(extent.count)) & (rows["kind"] != record.FILL)]
                 found += [Extent(lba, 1) for lba in near.tolist()]
         return found
 
@@ -206,7 +206,8 @@ class Writes:
         else:
             log.add_writes(batch, volume.key, lba, version, block_checksums(view))
         batch.buffers.append(view)
-        if self._reading or self._engine.fetches.under_way:
+        engine = self._engine
+        if self._reading or engine.fetches.under_way or engine.admission.ring.blocks:
             self._touch(volume, Extent(lba, count))
         volume.appended_blocks += count
 
@@ -219,7 +220,7 @@ class Writes:
 
     def _touch(self, volume: "CacheVolume", extent: Extent) -> None:
         """Tell those who read blocks of an extent that they change."""
-        self._engine.fetches.touch(volume, extent)
+        self._engine.admission.changed(volume, extent)
         for merge in self._reading:
             if merge.volume is volume and extent.start <= merge.lba < extent.end:
                 merge.changed = True
