@@ -11,7 +11,8 @@ from store_daemon import DEVICE, StoreDaemon, Writer, create, frame, plain, run
 
 from forebay_core.errors import AuthenticationError, ForebayError, RefusedError, StoreUnreachableError
 from forebay_core.extents import Extent, pack
-from forebay_core.units import BLOCK_SIZE, make_version, sequence_of
+from forebay_core.units import BLOCK_SIZE, MIB, make_version, sequence_of
+from forebay_store.limits import RESERVE_SHARE
 from forebay_store.service.fsck import fsck
 from forebay_store.service.rebuild import rebuild_index
 from forebay_wire import messages
@@ -415,6 +416,32 @@ def test_on_a_full_disk_trims_and_cleaning_free_space(small_disk: Path) -> None:
             assert status.segment_bytes < 1.3 * status.live_bytes, status
             await writer.write(16, "new", 16)
             assert (await read_plain(client, row.id, 0, 17))[0] == plain("kept")
+
+    with StoreDaemon(small_disk) as daemon:
+        run(look(daemon))
+    assert fsck(small_disk) == []
+
+
+def test_many_clients_at_once_do_not_take_what_freeing_space_needs(small_disk: Path) -> None:
+    async def fill(daemon: StoreDaemon, number: int) -> None:
+        async with daemon.client() as client:
+            writer = await Writer.open(client, f"vm{number}", device=bytes([number + 1]) * 16)
+            frames = [frame(at * 16, (number, at), 16) for at in range(32)]
+            with pytest.raises(RefusedError) as caught:
+                while True:
+                    await asyncio.gather(*(writer.stage(index, frames) for index in range(4)))
+            assert caught.value.code == messages.NO_SPACE
+            await writer.release()
+
+    async def look(daemon: StoreDaemon) -> None:
+        async with daemon.client() as client:
+            for number in range(8):
+                await create(client, f"vm{number}", 512)
+            await asyncio.gather(*(fill(daemon, number) for number in range(8)))
+            status, _ = await client.ask(messages.GetStoreStatus(), messages.StoreStatus)
+            assert status.free_bytes > RESERVE_SHARE * 24 * MIB / 2
+            for number in range(8):
+                await client.ask(messages.DeleteVolume(f"vm{number}"), messages.Done)
 
     with StoreDaemon(small_disk) as daemon:
         run(look(daemon))

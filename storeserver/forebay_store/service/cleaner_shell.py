@@ -8,9 +8,9 @@ Crash: see `forebay_store.engine.cleaner`.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Final, assert_never
 
 from forebay_core.errors import ForebayError, NoSpaceError
@@ -73,6 +73,7 @@ class CleanerShell:
         self._written = True  # something, since the last look; at the start nobody knows
         self._fresh_size = 0  # bytes since the last look
         self._look_size = CLEAN_LOOK_SIZE
+        self._arriving_size = 0  # bytes that were let in and are not answered yet
         self._rested = False  # after a thorough pass nothing was written
         self._quiet_from_s = self._loop.time()
         self._active_s = 0.0
@@ -98,15 +99,23 @@ class CleanerShell:
         if self._fresh_size >= self._look_size:
             self._wake.set()
 
-    def expect_room(self, size: int) -> None:
-        """Check that data may still be taken: the last bytes of a disk are for trims, deletions and cleaning.
+    @contextmanager
+    def room_for(self, size: int) -> Iterator[None]:
+        """Span the taking of data, none for a trim: the last bytes of a disk are for those, deletions and cleaning.
+
+        Data that was let in and is not on the disk yet counts, or many clients at once would take those bytes.
 
         Raises:
-            NoSpaceError: it may not.
+            NoSpaceError: there is no room for it.
         """
-        if self._room().free - size < self._reserve():
+        if size and self._room().free - self._arriving_size - size < self._reserve():
             self._wake.set()
             raise NoSpaceError("the disk under the store is full but for what freeing space needs; free some")
+        self._arriving_size += size
+        try:
+            yield
+        finally:
+            self._arriving_size -= size
 
     def _reserve(self) -> int:
         space = self._cleaner.space

@@ -131,9 +131,8 @@ class StoreShell:
             case messages.GetDamage():
                 return self._scrub.damage(message), ()
             case messages.StagePart():
-                if payload.nbytes:
-                    self._cleaner.expect_room(payload.nbytes)
-                return await self._change(message, await self._parse(message, payload), (payload,)), ()
+                with self._cleaner.room_for(payload.nbytes):
+                    return await self._change(message, await self._parse(message, payload), (payload,)), ()
             case messages.OpenVolume():
                 opened = await self._change(message, None, ())
                 if isinstance(opened, messages.Opened):
