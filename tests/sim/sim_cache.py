@@ -204,7 +204,7 @@ class CacheHost:
     # --- commands ---------------------------------------------------------------------------------------------
 
     def command(self, work: Callable[[], Awaitable[T]], *, limit_s: float = 120) -> T | ForebayError | None:
-        """Run a control command to its end; None if the daemon died meanwhile."""
+        """Run a control command to its end; None if the daemon died meanwhile, or the store will never answer."""
         got: list[T | ForebayError] = []
 
         async def run() -> None:
@@ -216,7 +216,7 @@ class CacheHost:
         loop = self.loop
         assert loop is not None
         loop.enter(lambda: loop.create_task(run()))
-        self.world.run(lambda: bool(got) or not loop.alive, limit_s=limit_s)
+        self.world.run(lambda: bool(got) or not loop.alive or self.world.store_refuses, limit_s=limit_s)
         return got[0] if got else None
 
     def attach(self, name: str, *, take_over: bool = False) -> CacheVolume | ForebayError | None:

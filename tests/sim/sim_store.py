@@ -317,6 +317,7 @@ class StoreHost:
             if not self.world.excuses:
                 raise
             self.refused = str(error)
+            self.world.store_refuses = True
             self.world.note(f"store refuses to start: {error}")
             return
         self.index.on_update = self.shown

@@ -41,6 +41,7 @@ class World:
         self.on_point: Callable[[str], Sequence[SimLoop]] | None = None
         self.trail: deque[str] = deque(maxlen=TRAIL_MAX)
         self.excuses: list[str] = []  # media faults so far: an error to a guest is no violation then
+        self.store_refuses = False  # because of one: what waits for the store waits for ever
         self._doomed: list[SimLoop] = []
         self._queue: list[tuple[int, int, Callable[..., object], tuple[object, ...]]] = []
         self._serial = 0

@@ -4,7 +4,7 @@
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from sim_index import DictIndex
@@ -155,9 +155,15 @@ class StoreTwin:
             return error
         return None
 
-    def clean(self, pressure: Pressure = RESTING, between: Callable[[], None] = lambda: None) -> Cleaner:
-        """Let the cleaner make one pass; `between` is called before each of its jobs."""
+    def clean(
+        self,
+        pressure: Pressure = RESTING,
+        between: Callable[[], None] = lambda: None,
+        damaged: Iterable[SegmentName] = (),
+    ) -> Cleaner:
+        """Let the cleaner make one pass; `between` is called before each of its jobs, `damaged` is known to be."""
         cleaner = Cleaner(self.index, self.backend, store=STORE)
+        cleaner.bar(damaged)
         for job in cleaner.clean(pressure=lambda _: pressure, checkpoint=lambda: self.random.getrandbits(64)):
             between()
             match job:

@@ -81,6 +81,14 @@ def test_what_is_not_there_is_named(backend: SegmentBackend) -> None:
         backend.read(NAME)
 
 
+def test_what_bears_the_name_of_a_segment_and_is_none_hangs_nobody(tmp_path: Path) -> None:
+    backend = DirBackend(tmp_path)
+    backend.create(NAME, [b"12345"])
+    os.mkfifo(tmp_path / OTHER)
+    assert backend.list() == [NAME]
+    backend.close()
+
+
 def test_many_small_buffers_are_gathered(tmp_path: Path) -> None:
     backend = DirBackend(tmp_path)
     backend.create(NAME, [bytes([at % 256]) * (at % 7) for at in range(3000)])
@@ -384,7 +392,7 @@ def test_an_index_of_another_store_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path / name, now_ns=1).close()
     shutil.rmtree(tmp_path / "a" / "index")
     shutil.copytree(tmp_path / "b" / "index", tmp_path / "a" / "index")
-    with pytest.raises(CorruptionError, match="store UUID"):
+    with pytest.raises(ForebayError, match="not of this store; run: forebay store rebuild-index"):
         open_store(tmp_path / "a", now_ns=1)
 
 

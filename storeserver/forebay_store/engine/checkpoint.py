@@ -3,6 +3,7 @@
 Invariants:
     a checkpoint holds every row that its view showed but the mark of the store; its chunks lie behind the segment
     that the view showed, so no segment that it makes dispensable holds a part of it.
+    a damaged index is never put into one.
     what is loaded is compared by checksums, chunk by chunk and as a whole: a damaged one is an error, never a guess.
 Crash: chunks without the record that completes them are nothing; the next checkpoint has another number.
 """
@@ -13,6 +14,7 @@ from typing import Final, NamedTuple
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.units import Buffer
+from forebay_store.engine.books import Books
 from forebay_store.engine.ports import Index, IndexReader, IndexWriter, SegmentBackend
 from forebay_store.engine.volumes import read_applied
 from forebay_store.format.index_chunk import IndexRow, pack_chunk, unpack_chunk
@@ -47,16 +49,23 @@ class FoundCheckpoint(NamedTuple):
 def checkpoint_records(
     reader: IndexReader, checkpoint: int, *, chunk_size: int = CHUNK_SIZE
 ) -> Iterator[tuple[Record, bytes]]:
-    """Yield the records of a checkpoint of what a view shows, and their payloads; the last one completes it."""
+    """Yield the records of a checkpoint of what a view shows, and their payloads; the last one completes it.
+
+    Raises:
+        CorruptionError: the index is damaged; the segments give it anew as long as no checkpoint says otherwise.
+    """
+    books = Books()
     sums: list[int] = []
     row_count = stored_size = 0
     for rows in _portions(_all_rows(reader), chunk_size):
+        books.add(rows)
         payload, plain_size = pack_chunk(rows)
         found = checksum(payload)
         yield IndexChunk(checkpoint, len(sums), len(rows), plain_size, found), payload
         sums.append(found)
         row_count += len(rows)
         stored_size += len(payload)
+    books.close()
     shows = read_applied(reader)
     yield CheckpointComplete(checkpoint, len(sums), shows, row_count, _sum_of(sums), stored_size), b""
 

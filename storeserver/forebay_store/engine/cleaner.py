@@ -131,7 +131,7 @@ class Cleaner:
         copied_size = sum(size for size, _ in self._copies.values())
         usual = max(1.0, copied_size / max(1, sum(live for _, live in self._copies.values())))
         segments = [one._replace(cost=self._cost(one, usual)) for one in found.segments]
-        self.space = found._replace(segments=segments)
+        self.space = found._replace(segments=segments, damaged=frozenset(self.barred))
 
     def _note_copies(self, found: Space) -> None:
         """Note the copies that this start of the store made: what is in them is older than what lies before them."""

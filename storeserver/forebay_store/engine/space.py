@@ -8,6 +8,7 @@ large against it; copying costs what lives, so victims are chosen by cost and be
 Invariants:
     a segment is deleted only if nothing refers to it and a complete, durable checkpoint shows its last change.
     a segment that is damaged or holds parts of unfinished cuts is no victim.
+    damage behind the checkpoint, or in it, is followed by a new one: else nobody could make the index anew.
 """
 
 from collections.abc import Sequence, Set
@@ -52,6 +53,7 @@ class Space(NamedTuple):
     applied: SegmentName
     checkpoint_size: int  # bytes of the next checkpoint, about
     barred: Set[SegmentName]  # no victims: damaged, or with parts of unfinished cuts
+    damaged: Set[SegmentName] = frozenset()
 
 
 class DiskRoom(NamedTuple):
@@ -107,6 +109,8 @@ def next_step(space: Space, pressure: Pressure) -> Step:
     free = [one for one in dead if one.name <= space.covered][:DELETED_NAMES_MAX]
     if free:
         return DeleteSegments([one.name for one in free], sum(one.size for one in free))
+    if any(one.name in space.damaged and one.name > space.covered for one in space.segments):
+        return TakeCheckpoint()
     dead_size = sum(one.disk_size for one in dead)
     if dead_size > space.checkpoint_size / pressure.checkpoint_share + CHECKPOINT_SPARE:
         return TakeCheckpoint()

@@ -83,8 +83,9 @@ class CleanerShell:
         self._task = self._loop.create_task(self._run())
 
     def bar(self, segments: Iterable[SegmentName]) -> None:
-        """Damage was found in these: they are no victims any more."""
+        """Damage was found in these: they are no victims any more, and the index may need a new checkpoint."""
         self._cleaner.bar(segments)
+        self._written = True
 
     def note_read(self) -> None:
         """A client reads."""

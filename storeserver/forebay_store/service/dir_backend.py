@@ -95,8 +95,11 @@ class DirBackend:
         return self._read(name, 0, self.stat(name), 0)
 
     def list(self) -> list[str]:
-        """Return the names, sorted."""
-        return sorted(name for name in os.listdir(self._folder) if parse_name(name) is not None)
+        """Return the names, sorted; what bears one and is no file (a pipe would hang its reader) is no segment."""
+        with os.scandir(self._folder) as entries:
+            return sorted(
+                one.name for one in entries if parse_name(one.name) is not None and (one.is_file() or one.is_symlink())
+            )
 
     def delete(self, names: Sequence[str]) -> None:
         """Remove segments; the removal is durable on return."""

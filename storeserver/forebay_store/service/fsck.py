@@ -153,8 +153,8 @@ def _check_names(folder: StoreFolder, findings: Findings) -> None:
     for path in sorted(folder.segments.iterdir()):
         if is_temporary(path.name):
             findings.add("leftover-file", str(path), "left by a crash; it was never acknowledged")
-        elif parse_name(path.name) is None:
-            findings.add("unknown-file", str(path), "no segment's name")
+        elif parse_name(path.name) is None or not path.is_file():
+            findings.add("unknown-file", str(path), "no segment's name, or no file")
     if folder.index.is_dir():
         for path in sorted(folder.index.iterdir()):
             if path.name not in INDEX_NAMES:

@@ -5,11 +5,13 @@ After it the index shows every segment, and no other start of this store can hav
 
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from forebay_core.errors import CorruptionError, ForebayError
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.cleaner import delete_leaving
+from forebay_store.engine.ports import SegmentMissingError
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
 from forebay_store.engine.space import DiskRoom
 from forebay_store.engine.volumes import read_store
@@ -70,13 +72,24 @@ def open_store(path: Path, *, now_ns: int) -> OpenStore:
         raise
     store = OpenStore(folder, backend, index)
     try:
-        replay(backend, index, store=folder.store)
+        _bring_up(folder, backend, index)
         delete_leaving(backend, index)
         store.newest = claim(backend, index, store=folder.store, now_ns=now_ns)
     except BaseException:
         store.close()
         raise
     return store
+
+
+def _bring_up(folder: StoreFolder, backend: DirBackend, index: LmdbIndex) -> None:
+    """Replay what the index does not show, and say what to do where that can't be."""
+    try:
+        replay(backend, index, store=folder.store)
+    except SegmentMissingError as error:
+        text = "put back what is missing; if the index is a copy from another time, or it is lost for good, run"
+        raise ForebayError(f"{error}; {text}: forebay store rebuild-index --data {folder.path}") from error
+    except CorruptionError as error:
+        raise ForebayError(f"{error}; what else is wrong tells: forebay store fsck --data {folder.path}") from error
 
 
 def claim(backend: DirBackend, index: LmdbIndex, *, store: bytes, now_ns: int) -> SegmentName:
@@ -103,9 +116,8 @@ def _open_index(folder: StoreFolder, backend: DirBackend) -> LmdbIndex:
         with index.view() as reader:
             found = read_store(reader)
         if found != folder.store:
-            raise CorruptionError(
-                place=f"index {folder.index}", what="store UUID", expected=folder.store.hex(), found=found or b""
-            )
+            owner = "nobody" if found is None else f"store {uuid.UUID(bytes=found)}"
+            raise ForebayError(f"the index {folder.index} is that of {owner}, not of this store; {hint}")
     except BaseException:
         index.close()
         raise

@@ -53,8 +53,10 @@ def rebuild_index(data: Path) -> Summary:
 def make_index(backend: DirBackend, folder: StoreFolder) -> Summary:
     """Make an index from the segments, or from none, beside its place; it goes there when it is whole and durable."""
     summary = _build(backend, folder)
-    if folder.index.exists():
+    if folder.index.is_dir():
         shutil.rmtree(folder.index)
+    else:
+        folder.index.unlink(missing_ok=True)
     (folder.path / NEW_INDEX_NAME).rename(folder.index)
     sync_folder(folder.path)
     return summary

@@ -1,0 +1,105 @@
+"""A damaged index is never put into a checkpoint, and damage to the log is followed by one: one of the two is whole."""
+
+import pytest
+from clean_load import EAGER, CleanLoad
+from store_twins import STORE
+
+from forebay_core.errors import CorruptionError
+from forebay_store.engine.books import Books
+from forebay_store.engine.checkpoint import checkpoint_records
+from forebay_store.engine.cleaner import Cleaner
+from forebay_store.engine.replay import segment_names
+from forebay_store.format.entries import decode_entry, decode_history
+from forebay_store.format.rows import Table
+from forebay_store.format.segment import SegmentName
+
+
+def loaded(seed: int) -> CleanLoad:
+    load = CleanLoad(seed)
+    for _ in range(25):
+        load.change()
+    load.twin.settle()
+    return load
+
+
+def check(load: CleanLoad) -> None:
+    with load.twin.index.view() as reader:
+        for _ in checkpoint_records(reader, 1, chunk_size=500):
+            pass
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_a_store_does_keeps_its_books_right(seed: int) -> None:
+    load = loaded(seed)
+    check(load)
+    load.twin.clean(EAGER)
+    check(load)
+
+
+@pytest.mark.parametrize("table", [Table.HEAD, Table.HISTORY])
+def test_no_row_with_data_can_vanish_or_change_unseen(table: Table) -> None:
+    load = loaded(3)
+    rows = load.twin.index.rows()[table]
+    decode = decode_entry if table is Table.HEAD else lambda key, value: decode_history(key, value)[0]
+    data = [(key, value) for key, value in rows.items() if decode(key, value).is_data]
+    assert len(data) > 5
+    for key, value in data[:40]:
+        load.twin.index.update(lambda writer, key=key: writer.delete(table, key))  # type: ignore[misc]
+        with pytest.raises(CorruptionError, match="live bytes"):
+            check(load)
+        for bit in (0, 70, 100, 120, 140, 191):
+            flipped = (int.from_bytes(value, "little") ^ 1 << bit).to_bytes(len(value), "little")
+            load.twin.index.update(lambda writer, key=key, to=flipped: writer.put(table, key, to))  # type: ignore[misc]
+            with pytest.raises(CorruptionError, match=f"index {table.value} {key.hex()}"):
+                check(load)
+        load.twin.index.update(lambda writer, key=key, to=value[:-1]: writer.put(table, key, to))  # type: ignore[misc]
+        with pytest.raises(CorruptionError, match="size"):
+            check(load)
+        load.twin.index.update(lambda writer, key=key, to=value: writer.put(table, key, to))  # type: ignore[misc]
+    check(load)
+
+
+def test_the_cleaner_deletes_nothing_once_rows_of_the_index_are_gone() -> None:
+    load = loaded(3)
+    before = load.twin.rebuilt().rows()
+    key = next(key for key, value in load.twin.index.rows()[Table.HEAD].items() if decode_entry(key, value).is_data)
+    load.twin.index.update(lambda writer: writer.delete(Table.HEAD, key))
+    with pytest.raises(CorruptionError, match="rebuild-index"):
+        load.twin.clean(EAGER, damaged=segment_names(load.twin.backend))
+    assert load.twin.rebuilt().rows() == before
+
+
+def test_a_damaged_segment_behind_the_checkpoint_is_followed_by_one_that_makes_it_dispensable() -> None:
+    load = loaded(5)
+    victim = newest_with_data(load)
+    load.twin.backend.segments[victim.text] = bytes(64)
+    with pytest.raises(CorruptionError):
+        load.twin.rebuilt()
+    load.twin.clean(damaged=[victim])
+    assert load.twin.rebuilt().rows() == load.twin.index.rows()
+
+
+def test_a_damaged_checkpoint_is_followed_by_another() -> None:
+    load = loaded(6)
+    load.twin.clean(damaged=[newest_with_data(load)])
+    cleaner = Cleaner(load.twin.index, load.twin.backend, store=STORE)
+    cleaner._look(set())
+    assert cleaner.space is not None
+    parts = [name for name in segment_names(load.twin.backend) if name > cleaner.space.covered]
+    for name in parts:
+        load.twin.backend.segments[name.text] = bytes(64)
+    with pytest.raises(CorruptionError):
+        load.twin.rebuilt()
+    load.twin.clean(damaged=parts)
+    assert load.twin.rebuilt().rows() == load.twin.index.rows()
+
+
+def test_an_index_with_nothing_in_it_is_whole() -> None:
+    books = Books()
+    books.add([])
+    books.close()
+
+
+def newest_with_data(load: CleanLoad) -> SegmentName:
+    live = load.rows()
+    return max(name for name in segment_names(load.twin.backend) if live[name.text][1])
