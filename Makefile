@@ -3,10 +3,15 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: install run test lint bench soak packages venv venv-dev
+SYSTEM_FOREBAY ?= $(CURDIR)/$(BIN)/forebay
+
+.PHONY: install install-system run test lint bench soak packages venv venv-dev
 
 install: packages venv
 	@echo "forebay is at $(CURDIR)/$(BIN)/forebay"
+
+install-system: install
+	@bash tools/system/install "$(SYSTEM_FOREBAY)"
 
 run: packages venv
 	@$(BIN)/python -m forebay_tools.demo

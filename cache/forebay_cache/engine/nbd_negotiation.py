@@ -360,12 +360,12 @@ class Negotiation:
         return Event.EXPORT_CHOSEN
 
     def _flags(self, volume: FrontVolume) -> int:
-        flags = _ALWAYS
-        if volume.read_only:
-            flags |= FLAG_READ_ONLY
-        if self._style is not ReplyStyle.SIMPLE:
-            flags |= FLAG_SEND_DF
-        return flags
+        return transmission_flags(volume) | (FLAG_SEND_DF if self._style is not ReplyStyle.SIMPLE else 0)
+
+
+def transmission_flags(volume: FrontVolume) -> int:
+    """Return the flags that a client with simple replies is told of a volume."""
+    return _ALWAYS | (FLAG_READ_ONLY if volume.read_only else 0)
 
 
 def _contexts_of(volume: FrontVolume) -> list[str]:

@@ -23,6 +23,8 @@ from forebay_cache.engine.cache import CacheEngine, EngineSettings
 from forebay_cache.engine.policy import PolicySettings
 from forebay_cache.engine.rates import NO_LIMIT, Limit, changed_limit
 from forebay_cache.engine.recovery import Recovered
+from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format.volume_note import Front
 from forebay_cache.service.builder import ProcessBuilder
 from forebay_cache.service.completions import outcome
 from forebay_cache.service.control import ControlServer
@@ -31,8 +33,10 @@ from forebay_cache.service.device_file import DeviceFile, open_device
 from forebay_cache.service.device_fronts import DeviceFronts
 from forebay_cache.service.exports import AttachedExports
 from forebay_cache.service.failure_mark import FailureMark
+from forebay_cache.service.kernel_front import KernelFront
+from forebay_cache.service.memory_guard import guard_allocations
+from forebay_cache.service.nbd_netlink import NbdNetlink
 from forebay_cache.service.nbd_server import NbdServer
-from forebay_cache.service.notify import notify
 from forebay_cache.service.opening import recover_device
 from forebay_cache.service.run_folder import RunFolder
 from forebay_cache.service.sample_file import SampleFile
@@ -41,7 +45,8 @@ from forebay_cache.service.spinning import SpinningSelector
 from forebay_cache.service.store_session import StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.config import CacheSettings
-from forebay_core.errors import EXIT_FAILED, WrongUsageError
+from forebay_core.errors import EXIT_FAILED, ForebayError, WrongUsageError
+from forebay_core.notify import Watchdog, notify
 from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_core.units import BLOCK_SHIFT, DeviceId
 from forebay_wire.address import parse_address
@@ -76,6 +81,7 @@ def run(settings: CacheSettings) -> int:
     key = read_key(settings.key_file)
     check_reach(settings, key)  # before anything is made
     raise_file_limit(FILES_MAX)
+    guard_allocations()  # before there are threads, which inherit it
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     folder = RunFolder(settings.run_dir)
     try:
@@ -123,6 +129,7 @@ class _Daemon:
         self._folder = folder
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
+        self._watchdog = Watchdog(self._loop)
         self._ticking: asyncio.TimerHandle | None = None
         self._pacing: asyncio.TimerHandle | None = None
         identity = DeviceId(recovered.superblock.device)
@@ -162,7 +169,7 @@ class _Daemon:
         self._sample = SampleFile(self._engine, folder.path, identity)
         self._exports = AttachedExports()
         self._nbd = NbdServer(self._exports)
-        self._fronts = DeviceFronts()
+        self._fronts = DeviceFronts([KernelFront(NbdNetlink(), self._nbd, cache=identity, note=self._note_front)])
         self._shell = Shell(
             engine=self._engine,
             session=self._session,
@@ -190,6 +197,7 @@ class _Daemon:
         _LOG.info("%s", ready)
         tell_parent(ready)
         notify("READY=1")
+        self._watchdog.start()
         await self._stop.wait()
         _LOG.info("stopping")
         notify("STOPPING=1")
@@ -201,6 +209,7 @@ class _Daemon:
 
     async def close(self) -> None:
         """Free everything; whether it was served cleanly or not."""
+        self._watchdog.stop()
         await self._control.close(0)
         await self._nbd.close(0)
         await self._sample.close(save=False)
@@ -218,7 +227,7 @@ class _Daemon:
         settings = self._settings
         places = [f"READY nbd=unix:{self._folder.nbd_socket}"]
         await self._nbd.listen_unix(self._folder.nbd_socket)
-        await self._fronts.resume(list(self._engine.attached()))
+        await self._fronts.resume(self._engine.attached())
         if inherited := await self._nbd.listen_inherited(allow_remote=settings.nbd_allow_remote):
             places.append(f"nbd=inherited:{inherited}")
         if settings.nbd is not None:
@@ -244,6 +253,10 @@ class _Daemon:
     def _tick(self) -> None:
         self._engine.tick(time.monotonic_ns(), time.time_ns())
         self._ticking = self._loop.call_later(TICK_S, self._tick)
+
+    async def _note_front(self, volume: CacheVolume, front: Front) -> None:
+        if not await outcome(lambda done: self._engine.attaching.set_front(volume, front, done)):
+            raise ForebayError(f"the cache device failed: {self._engine.failed}")
 
     def _alarm(self, due_ns: int) -> None:
         """Let the engine pace at this time of the monotonic clock."""

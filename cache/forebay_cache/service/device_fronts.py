@@ -92,6 +92,17 @@ class DeviceFronts:
         """Bring back the devices of volumes, all at once; one that does not come back is told, and keeps no other."""
         await asyncio.gather(*(self._resume(volume) for volume in volumes))
 
+    async def bring_back(self, volume: CacheVolume) -> None:
+        """Make the device of an attached volume again that did not come back at the start, or was taken away.
+
+        Raises:
+            ForebayError: it does not come back now.
+        """
+        front = self._of(volume)
+        if front is not None and not front.place(volume).path:
+            await front.resume(volume)
+            volume.warning = ""
+
     def suspend(self, volume: CacheVolume) -> None:
         """See DeviceFront."""
         if (front := self._of(volume)) is not None:

@@ -63,15 +63,16 @@ class Shared:
 class NbdConnection:
     """One client's connection, from the greeting to the last answer of the volume."""
 
-    def __init__(self, client: socket.socket, shared: Shared) -> None:
+    def __init__(self, client: socket.socket, shared: Shared, session: Session | None = None) -> None:
+        """`session`: what was agreed without a handshake."""
         self._socket = client
         self._fd = client.fileno()
         self._shared = shared
         self._loop = asyncio.get_running_loop()
         self._account = Account(self._granted)
         self._outbox = Outbox(client)
-        self._negotiation: Negotiation | None = Negotiation(shared.exports)
-        self._session: Session | None = None
+        self._negotiation: Negotiation | None = Negotiation(shared.exports) if session is None else None
+        self._session = session
         self._transmission: Transmission | None = None
         self._buffer: ReceiveBuffer | None = None
         self._start = 0
@@ -95,8 +96,8 @@ class NbdConnection:
         return self._session
 
     def start(self) -> None:
-        """Send the greeting and begin to listen."""
-        self._guarded(self._negotiate)
+        """Send the greeting, if there is one, and begin to listen."""
+        self._guarded(self._negotiate if self._negotiation is not None else self._begin)
 
     def stop(self) -> None:
         """Answer what has arrived and still arrives with ESHUTDOWN, and close when nothing is in flight."""
@@ -270,6 +271,10 @@ class NbdConnection:
         self._transmission = Transmission(session, self._account, wake=self._woken, reuse=self._reuse)
         session.volume.connected()
         self._shared.owner.connection_opened(self)
+
+    def _begin(self) -> None:
+        self._open(self._session)
+        self._listen_as_needed()
 
     def _serve(self) -> None:
         transmission = self._transmission

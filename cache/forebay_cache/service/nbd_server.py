@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from forebay_cache.engine.front import Exports
+from forebay_cache.engine.front import Exports, FrontVolume
 from forebay_cache.engine.nbd_budget import Budget
 from forebay_cache.engine.nbd_limits import (
     ACCEPTS_PER_TURN,
@@ -26,6 +27,7 @@ from forebay_cache.engine.nbd_limits import (
     NEGOTIATING_MAX,
     STALL_TIMEOUT_S,
 )
+from forebay_cache.engine.nbd_negotiation import ReplyStyle, Session
 from forebay_cache.service.nbd_buffers import BufferPool
 from forebay_cache.service.nbd_connection import NbdConnection, Shared
 from forebay_cache.service.nbd_listeners import (
@@ -68,6 +70,7 @@ class NbdServer:
         self._connections: set[NbdConnection] = set()
         self._negotiating: dict[NbdConnection, asyncio.TimerHandle] = {}
         self._serving: dict[str, set[NbdConnection]] = {}
+        self._adopted: dict[NbdConnection, Callable[[], None]] = {}  # the kernel's, and who hears of their end
         self._stall_timer: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -111,6 +114,22 @@ class NbdServer:
         for connection in self._serving.get(name, ()):
             connection.resized()
 
+    def adopt(
+        self, ours: socket.socket, theirs: socket.socket, volume: FrontVolume, lost: Callable[[], None]
+    ) -> Callable[[], None]:
+        """Serve the kernel over one end of a socket pair, without a handshake; return what closes it.
+
+        Such a client is never dropped for being slow. `lost` is called once the connection is closed, by whomever.
+        """
+        for end in (ours, theirs):
+            _tune(end)
+        theirs.setblocking(True)
+        connection = NbdConnection(ours, self._shared, Session(volume, ReplyStyle.SIMPLE, ()))
+        self._connections.add(connection)
+        self._adopted[connection] = lost
+        connection.start()
+        return connection.abort
+
     async def close_export(self, name: str, grace_s: float = CLOSE_GRACE_S) -> None:
         """Disconnect the clients of an export that `exports` no longer names; what is in flight is finished first.
 
@@ -133,7 +152,8 @@ class NbdServer:
     def connection_opened(self, connection: NbdConnection) -> None:
         """See Owner."""
         assert connection.session is not None
-        self._negotiating.pop(connection).cancel()
+        if (timer := self._negotiating.pop(connection, None)) is not None:
+            timer.cancel()
         self._serving.setdefault(connection.session.volume.name, set()).add(connection)
         if self._stall_timer is None:
             self._watch_stalls()
@@ -148,6 +168,9 @@ class NbdServer:
             self._serving[name].discard(connection)
             if not self._serving[name]:
                 del self._serving[name]
+
+        if (lost := self._adopted.pop(connection, None)) is not None:
+            lost()
 
     def connection_drained(self, connection: NbdConnection) -> None:
         """See Owner."""
@@ -203,7 +226,8 @@ class NbdServer:
         # All are judged each time, or one that fell silent long before would begin a new period when others come.
         stalled = [c for c in self._connections if not c.closed and c.stalled(now_s=now_s, period_s=period_s)]
         for connection in stalled if waited_for else ():
-            connection.abort()
+            if connection not in self._adopted:
+                connection.abort()
         self._stall_timer = None
         if self._serving:
             self._stall_timer = self._loop.call_later(period_s / 4, self._watch_stalls)

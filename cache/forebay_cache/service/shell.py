@@ -148,6 +148,7 @@ class Shell:
             volume = self._find(name)
             if volume is not None and not (volume.error and take_over):
                 self._check_same(volume, wanted, read_only=read_only)
+                await self._fronts.bring_back(volume)
                 return self._place(volume)
             if volume is not None and not volume.snapshot:
                 wanted = wanted._replace(number=volume.front.number if volume.front.kind is wanted.kind else 0)

@@ -41,7 +41,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from forebay_cache.service.notify import notify
+from forebay_core.notify import notify
 from forebay_core.units import GIB, MIB, format_size
 
 REQUEST: Final = struct.Struct("<QQIII4x")

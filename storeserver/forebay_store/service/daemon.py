@@ -9,6 +9,7 @@ from typing import Final
 
 from forebay_core.config import StoreSettings
 from forebay_core.memory import keep_freed_memory
+from forebay_core.notify import Watchdog, notify
 from forebay_core.starting import raise_file_limit, tell_parent
 from forebay_core.units import format_store
 from forebay_store.limits import FILES_RESERVED, OPEN_FILES_MAX
@@ -58,6 +59,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    watchdog = Watchdog(loop)
     shell = StoreShell(store, settings=settings)
     try:
         server = WireServer(shell.answer, key=key, node=store.folder.store, limits=limits)
@@ -65,10 +67,14 @@ async def _serve(
             ready = f"store listening on {await server.listen_tcp(address)}"
             _LOG.info("%s, UUID %s", ready, format_store(store.folder.store))
             tell_parent(ready)
+            notify("READY=1")
+            watchdog.start()
             await stop.wait()
             _LOG.info("store stopping")
+            notify("STOPPING=1")
         finally:
             await server.close()
     finally:
         await shell.stop()
+        watchdog.stop()
         store.index.sync()

@@ -7,6 +7,8 @@ from forebay_tools.arguments import Commands, add_command, add_run_dir, add_stor
 from forebay_tools.holder import ask_daemon
 from forebay_wire.messages import Detach, Done
 
+TIMEOUT_S_MAX = 86400
+
 
 def add(commands: Commands) -> None:
     """Declare the command."""
@@ -16,6 +18,13 @@ def add(commands: Commands) -> None:
     add_volume_or_snapshot(parser)
     parser.add_argument(
         "--leave-dirty", action="store_true", help="destage nothing: dirty blocks stay here and so does the epoch"
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=0.0,
+        help="wait so long for those who use its block device; else they are named at once",
     )
     add_run_dir(parser)
     add_store(parser)
@@ -27,5 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
-    await ask_daemon(arguments, arguments.name, Detach(arguments.name, arguments.leave_dirty), Done)
+    request = Detach(arguments.name, arguments.leave_dirty, int(arguments.timeout * 1000))
+    await ask_daemon(arguments, arguments.name, request, Done)
     return 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= TIMEOUT_S_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {TIMEOUT_S_MAX}")
+    return seconds

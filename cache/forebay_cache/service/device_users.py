@@ -1,0 +1,110 @@
+"""Who uses a block device: mounts and swap, devices made of it, and processes that have it open. All of it blocks.
+
+What another user of the host does in between is not excluded; what can be, an exclusive opener, the caller excludes.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+SHOWN_MAX: Final = 5
+_SYS_BLOCK: Final = Path("/sys/block")
+
+
+def users_of(device: str) -> list[str]:
+    """Return who uses `/dev/NAME` or a partition of it, as words for people; at most SHOWN_MAX and how many more."""
+    name = Path(device).name
+    numbers = _numbers(name)
+    users = sorted({*_holders(name), *_mounts(numbers), *_openers(numbers), *_swaps(name)})
+    more = len(users) - SHOWN_MAX
+    return [*users[:SHOWN_MAX], f"{more} more"] if more > 0 else users
+
+
+def _numbers(name: str) -> set[int]:
+    """Return the device numbers of a disk and of its partitions."""
+    numbers = set()
+    for path in (_SYS_BLOCK / name, *_partitions(name)):
+        try:
+            major, minor = (path / "dev").read_text().split(":")
+        except (OSError, ValueError):
+            continue
+        numbers.add(os.makedev(int(major), int(minor)))
+    return numbers
+
+
+def _partitions(name: str) -> list[Path]:
+    return [path for path in (_SYS_BLOCK / name).glob(f"{name}*") if (path / "partition").exists()]
+
+
+def _holders(name: str) -> Iterator[str]:
+    for path in (_SYS_BLOCK / name, *_partitions(name)):
+        for holder in _list(path / "holders"):
+            yield f"part of {holder}"
+    for loop in _SYS_BLOCK.glob("loop*"):
+        try:
+            backing = (loop / "loop" / "backing_file").read_text().strip()
+        except OSError:
+            continue
+        if backing == f"/dev/{name}" or backing in {f"/dev/{path.name}" for path in _partitions(name)}:
+            yield f"part of {loop.name}"
+
+
+def _mounts(numbers: set[int]) -> Iterator[str]:
+    """Yield where it is mounted, in whatever mount namespace."""
+    seen = set()
+    for pid in _pids():
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace in seen:
+                continue
+            seen.add(namespace)
+            lines = Path(f"/proc/{pid}/mountinfo").read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split(" ")
+            major, _, minor = fields[2].partition(":")
+            if os.makedev(int(major), int(minor)) in numbers:
+                yield f"mounted at {fields[4]}"
+
+
+def _openers(numbers: set[int]) -> Iterator[str]:
+    for pid in _pids():
+        if any(_is_open(f"/proc/{pid}/fd/{fd}", numbers) for fd in _list(Path(f"/proc/{pid}/fd"))):
+            try:
+                command = Path(f"/proc/{pid}/comm").read_text().strip()
+            except OSError:
+                continue
+            yield f"open in {command} (process {pid})"
+
+
+def _is_open(link: str, numbers: set[int]) -> bool:
+    try:
+        status = os.stat(link)
+    except OSError:
+        return False
+    return stat.S_ISBLK(status.st_mode) and status.st_rdev in numbers
+
+
+def _swaps(name: str) -> Iterator[str]:
+    names = {f"/dev/{name}", *(f"/dev/{path.name}" for path in _partitions(name))}
+    try:
+        lines = Path("/proc/swaps").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines[1:]:
+        if line.split()[0] in names:
+            yield "used as swap"
+
+
+def _pids() -> list[str]:
+    return [name for name in _list(Path("/proc")) if name.isdigit()]
+
+
+def _list(path: Path) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
