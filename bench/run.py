@@ -24,6 +24,7 @@ import hit_rows
 import import_row
 import memory_row
 import miss_rows
+import policy_rows
 import restart_rows
 import scale_rows
 import snapshot_rows
@@ -45,6 +46,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("clean", "yield"), clean_rows.measure),
     (("snapshots-1000", "huge"), scale_rows.measure),
     (("snapshot",), snapshot_rows.measure),
+    (("policy",), policy_rows.measure),
 )
 MICRO = "micro"
 KEYS = (*dict.fromkeys(key for keys, _ in GROUPS for key in keys), MICRO)
