@@ -108,7 +108,7 @@ def _cpu(plan: Plan, key: str, core: type, goal: Goal = Goal()) -> Row:  # noqa:
     if native and core is Core:
         print("bench: policy: the native twin was not built, so policy-cpu is that of pure Python", file=sys.stderr)
     note = (
-        f"Zipf(0.9) reads of {CPU_BLOCKS} blocks, {CPU_BLOCKS // 4} places; what is missed waits in a ring, is offered, "
+        f"Zipf(0.9) reads of {CPU_BLOCKS} blocks, {CPU_BLOCKS // 4} places; what is missed waits in a ring, is offered "
         "and takes the next place that holds nothing worthy; with the loop that drives it"
     )
     row = Row(key, f"CPU of the policy per access, {'native' if native else 'pure Python'}", "us", goal, note)
