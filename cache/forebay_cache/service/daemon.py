@@ -33,6 +33,8 @@ from forebay_cache.service.device_file import DeviceFile, open_device
 from forebay_cache.service.device_fronts import DeviceFronts
 from forebay_cache.service.exports import AttachedExports
 from forebay_cache.service.failure_mark import FailureMark
+from forebay_cache.service.fuse_device import FuseDevice
+from forebay_cache.service.fuse_keeper import FuseKeeper
 from forebay_cache.service.kernel_front import KernelFront
 from forebay_cache.service.memory_guard import guard_allocations
 from forebay_cache.service.nbd_netlink import NbdNetlink
@@ -149,18 +151,7 @@ class _Daemon:
             device=device,
             upstream=self._upstream,
             builder=self._builder,
-            settings=EngineSettings(
-                cut_blocks_max=settings.cut_size_max >> BLOCK_SHIFT,
-                cut_age_ns_max=int(settings.cut_age_s_max * 1e9),
-                dirty_share_max=settings.dirty_share_max,
-                fill_blocks=settings.fill_blocks,
-                limit=_limit(settings.destage_average, settings.destage_peak),
-                total_limit=changed_limit(
-                    NO_LIMIT, average=settings.destage_total_average or 0, peak=settings.destage_total_peak or 0
-                ),
-                policy=PolicySettings(settings.write_price, settings.window_max),
-                volume_floor=settings.volume_floor,
-            ),
+            settings=_engine_settings(settings),
             life=secrets.randbits(64),
             report=_LOG.error,
             alarm=self._alarm,
@@ -169,7 +160,7 @@ class _Daemon:
         self._sample = SampleFile(self._engine, folder.path, identity)
         self._exports = AttachedExports()
         self._nbd = NbdServer(self._exports)
-        self._fronts = DeviceFronts([KernelFront(NbdNetlink(), self._nbd, cache=identity, note=self._note_front)])
+        self._fronts = self._make_fronts(identity)
         self._shell = Shell(
             engine=self._engine,
             session=self._session,
@@ -182,6 +173,10 @@ class _Daemon:
             fronts=self._fronts,
         )
         self._control = ControlServer(self._shell, key=key, device=identity)
+
+    def _make_fronts(self, identity: DeviceId) -> DeviceFronts:
+        kernel = KernelFront(NbdNetlink(), self._nbd, cache=identity, note=self._note_front)
+        return DeviceFronts([kernel, FuseDevice(FuseKeeper(self._folder.path))])
 
     async def serve(self) -> int:
         """Serve until a signal; return the exit code."""
@@ -274,6 +269,21 @@ class _Daemon:
 def _host() -> str:
     """Return the name under which others may reach a daemon that listens on every address of this host."""
     return socket.gethostname()
+
+
+def _engine_settings(settings: CacheSettings) -> EngineSettings:
+    return EngineSettings(
+        cut_blocks_max=settings.cut_size_max >> BLOCK_SHIFT,
+        cut_age_ns_max=int(settings.cut_age_s_max * 1e9),
+        dirty_share_max=settings.dirty_share_max,
+        fill_blocks=settings.fill_blocks,
+        limit=_limit(settings.destage_average, settings.destage_peak),
+        total_limit=changed_limit(
+            NO_LIMIT, average=settings.destage_total_average or 0, peak=settings.destage_total_peak or 0
+        ),
+        policy=PolicySettings(settings.write_price, settings.window_max),
+        volume_floor=settings.volume_floor,
+    )
 
 
 def _limit(average: int | None, peak: int | None) -> Limit:

@@ -6,6 +6,7 @@ images that were made for virtual machines count in those.
 
 import argparse
 import asyncio
+from typing import Final
 
 from forebay_core.errors import WrongUsageError
 from forebay_tools.arguments import Commands, add_command, add_run_dir, add_volume_or_snapshot
@@ -13,7 +14,10 @@ from forebay_tools.connect import cache_client
 from forebay_tools.printing import say_json
 from forebay_wire.messages import Attach, Attached
 
-FRONT_HELP = "how the volume is reached: NBD only, or a block device of the kernel, which stays over restarts"
+FRONTS: Final = ("nbd", "kernel", "fuse")
+FRONT_HELP: Final = (
+    "how the volume is reached: NBD only, or by a file (fuse) or a block device too, which outlive the daemon"
+)
 
 
 def add(commands: Commands) -> None:
@@ -26,7 +30,7 @@ def add(commands: Commands) -> None:
     )
     add_volume_or_snapshot(parser)
     parser.add_argument("--read-only", action="store_true", help="refuse writes; nobody else can write meanwhile")
-    parser.add_argument("--front", choices=["nbd", "kernel"], default="nbd", help=FRONT_HELP)
+    parser.add_argument("--front", choices=FRONTS, default="nbd", help=FRONT_HELP)
     parser.add_argument("--block-size", choices=["512", "4096"], help="sector size of a kernel device (512)")
     parser.add_argument(
         "--take-over", action="store_true", help="take the volume from a writer that is gone; fences that writer"
@@ -35,7 +39,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask the daemon and print {"uri": ...}, or {"path": ...} of a device."""
+    """Ask the daemon and print {"uri": ...}, or {"path": ...} of a file or device."""
     return asyncio.run(_run(arguments))
 
 
