@@ -192,9 +192,8 @@ class Cleaner:
         yield Pause(copied.size)
 
     def _copy_now(self, names: list[SegmentName]) -> Copied:
-        with self._index.view() as reader:
-            size_max = min(COPY_SIZE, int(self._room() * COPY_ROOM_SHARE))
-            return copy_live(reader, self._backend, names, store=self._store, builder=self._builder, size_max=size_max)
+        size_max = min(COPY_SIZE, int(self._room() * COPY_ROOM_SHARE))
+        return copy_live(self._index, self._backend, names, store=self._store, builder=self._builder, size_max=size_max)
 
 
 def delete_leaving(backend: SegmentBackend, index: Index) -> None:

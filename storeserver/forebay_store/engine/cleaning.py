@@ -1,7 +1,7 @@
 """Copying what lives in old segments: which blocks those are, checked on the way, in new frames.
 
-Pure but for the ports: it reads segments and one view of the index, and returns records for the log. What changes
-after the view was taken is told apart when the record is applied (`forebay_store.engine.moving`).
+Pure but for the ports: it reads segments and views of the index, and returns records for the log. What changes
+after a view was taken is told apart when the record is applied (`forebay_store.engine.moving`).
 
 Invariants:
     a block is copied only if its frame's checksums and its own are right; damage is reported and stays where it is.
@@ -17,17 +17,14 @@ from forebay_core.errors import CorruptionError
 from forebay_core.extents import Extent
 from forebay_core.frame import FRAME_BLOCKS_MAX, FrameBuilder, FrameHeader, check_stored, decode_header, open_frame
 from forebay_core.units import BLOCK_SIZE
-from forebay_store.engine.head import overlapping
+from forebay_store.engine.finding import Found, live_entries
 from forebay_store.engine.live import find_segment
-from forebay_store.engine.moving import has_history
-from forebay_store.engine.ports import IndexReader, SegmentBackend
+from forebay_store.engine.ports import Index, SegmentBackend
 from forebay_store.engine.reading import holds
 from forebay_store.engine.replay import LoadedSegment, load_segment
-from forebay_store.engine.volumes import find_volume
-from forebay_store.format.entries import HISTORY_KEY, HeadEntry, decode_history, history_key
+from forebay_store.format.entries import HeadEntry
 from forebay_store.format.layout import PlacedRecord, payload_of
 from forebay_store.format.records import FRAME_RECORDS
-from forebay_store.format.rows import Table
 from forebay_store.format.segment import SegmentName
 from forebay_store.format.space_records import OLDS_MAX, CleanedPart, Move, pack_moves, pack_names
 from forebay_store.limits import COPY_BLOCKS_MAX, COPY_SIZE, MOVES_MAX
@@ -80,7 +77,7 @@ class _Copy:
 
 
 def copy_live(
-    reader: IndexReader,
+    index: Index,
     backend: SegmentBackend,
     victims: Sequence[SegmentName],
     *,
@@ -88,7 +85,9 @@ def copy_live(
     builder: FrameBuilder,
     size_max: int = COPY_SIZE,
 ) -> Copied:
-    """Copy what lives in these segments, up to about `size_max` bytes."""
+    """Copy what lives in these segments, up to about `size_max` bytes. A view is open only while entries are sought:
+    as long as one is, LMDB reuses nothing.
+    """
     copy = _Copy(size_max=size_max)
     for name in victims[:OLDS_MAX]:
         if copy.full:
@@ -98,22 +97,18 @@ def copy_live(
         except CorruptionError as error:
             copy.damaged.append(DamagedPlace(name, 0, 0, str(error)))
             continue
-        row = find_segment(reader, name)
+        with index.view() as reader:
+            row = find_segment(reader, name)
+            found = {} if row is None else live_entries(reader, segment, row.live)
         copy.written[name] = 0 if row is None else row.written
         for placed in segment.decoded.placed:
             if isinstance(placed.record, FRAME_RECORDS) and not copy.full:
-                _copy_payload(reader, copy, segment, placed, placed.record.volume)
+                _copy_payload(copy, segment, placed, placed.record.volume, found)
     parts = [part for volume, pieces in sorted(copy.pieces.items()) for part in _parts(copy, volume, pieces, builder)]
     return Copied(parts, copy.damaged, sum(len(payload) for _, payload in parts))
 
 
-def _copy_payload(
-    reader: IndexReader, copy: _Copy, segment: LoadedSegment, placed: PlacedRecord, volume: bytes
-) -> None:
-    row = find_volume(reader, volume)
-    if row is None:
-        return  # What is left of it is on its way out.
-    with_history = has_history(reader, row.number)
+def _copy_payload(copy: _Copy, segment: LoadedSegment, placed: PlacedRecord, volume: bytes, found: Found) -> None:
     payload = payload_of(segment.buffer, placed)
     offset = 0
     while offset < payload.nbytes and not copy.full:
@@ -124,9 +119,7 @@ def _copy_payload(
         except CorruptionError as error:
             copy.damaged.append(DamagedPlace(segment.name, frame_offset, payload.nbytes - offset, str(error)))
             return  # Where the next frame begins is no longer known.
-        entries = list(
-            live_entries(reader, row.number, segment.name, frame_offset, header.extents, with_history=with_history)
-        )
+        entries = found.get(frame_offset)
         if entries:
             frame = payload[offset : offset + header.size]
             try:
@@ -138,32 +131,6 @@ def _copy_payload(
                 copy.block_count += header.block_count
                 copy.stored_size += header.size
         offset += header.size
-
-
-def live_entries(
-    reader: IndexReader,
-    number: int,
-    segment: SegmentName,
-    frame_offset: int,
-    extents: Sequence[Extent],
-    *,
-    with_history: bool,
-) -> Iterator[HeadEntry]:
-    """Yield the entries of head and history that show blocks of one frame."""
-    for extent in extents:
-        for entry in overlapping(reader, number, extent.start, extent.end):
-            if entry.segment == segment and entry.frame_offset == frame_offset and entry.is_data:
-                yield entry
-        if not with_history:
-            continue
-        end = history_key(number, 0, extent.end, 0)
-        for key, value in reader.scan(Table.HISTORY, history_key(number, 0, extent.start, 0)):
-            if key >= end:
-                break
-            assert len(key) == HISTORY_KEY.size
-            entry, _ = decode_history(key, value)
-            if entry.segment == segment and entry.frame_offset == frame_offset and entry.is_data:
-                yield entry
 
 
 def _pieces(

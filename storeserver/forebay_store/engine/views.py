@@ -140,7 +140,7 @@ def _entries(reader: IndexReader, view: View, start: int, end: int) -> Iterator[
     if view.snapshot is None:
         return head
     number, version = view.row.number, view.snapshot.version
-    levels = [_history(reader, number, level, version, start, end) for level in range(len(LEVEL_BITS))]
+    levels = [history_at(reader, number, level, version, start, end) for level in range(len(LEVEL_BITS))]
     return merge(head, *levels, key=_start)
 
 
@@ -148,7 +148,7 @@ def _start(entry: HeadEntry) -> int:
     return entry.start
 
 
-def _history(reader: IndexReader, number: int, level: int, version: int, start: int, end: int) -> Iterator[HeadEntry]:
+def history_at(reader: IndexReader, number: int, level: int, version: int, start: int, end: int) -> Iterator[HeadEntry]:
     """Yield narrowed entries of one level, for each start the one that was current at a version, if any.
 
     Those that begin at a block have disjoint lives: the first that ends at or after the version is it, or none is.

@@ -62,6 +62,7 @@ LENGTH_SHIFT: Final = 42
 CHECK_SHIFT: Final = 46
 CHECK_MASK: Final = (1 << 18) - 1
 _EXTENT_MASK: Final = (1 << CHECK_SHIFT) - 1
+_SEGMENT_AND_KIND_MASK: Final = (1 << FRAME_BLOCKS_SHIFT) - 1
 _LOW_20: Final = INCARNATION_MAX
 _LOW_32: Final = SEGMENT_NUMBER_MAX
 assert INCARNATION_MAX < 1 << 20
@@ -170,6 +171,14 @@ def decode_history(key: bytes, value: bytes) -> tuple[HeadEntry, int]:
     """
     _, start, last = HISTORY_KEY.unpack(key)
     return _decode_value("history", key, start, value), last
+
+
+def is_data_in(value: bytes, segment: SegmentName) -> bool:
+    """Tell whether a value of `head` or `history` is data in a segment, without decoding it."""
+    place = int.from_bytes(value[8:16], "little")
+    return place & _SEGMENT_AND_KIND_MASK == (
+        segment.incarnation | segment.number << SEGMENT_NUMBER_SHIFT | DATA << KIND_SHIFT
+    )
 
 
 def _encode_value(key: bytes, entry: HeadEntry) -> bytes:
