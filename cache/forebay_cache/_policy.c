@@ -27,7 +27,7 @@ typedef struct {
     sketch_t sketch;
     chooser_t chooser;
     int is_lru;
-    int64_t accesses, entries, volume_hits[VOLUME_SLOTS];
+    int64_t accesses, entries, volume_hits[VOLUME_SLOTS], group_misses[MISS_GROUPS];
 } replay_t;
 
 /* --- arguments */
@@ -437,8 +437,8 @@ static void replay_key(replay_t *self, uint64_t key)
 {
     cache_t *cache = &self->keyed.cache;
     self->accesses++;
+    const uint64_t hash = hash_of(&self->sketch, key);
     if (!self->is_lru) {
-        const uint64_t hash = hash_of(&self->sketch, key);
         observe(&self->chooser, &self->sketch, cache, key, hash);
         const uint64_t volume = (key >> LBA_BITS) % VOLUME_SLOTS;
         if (!cache->floored[volume]) {
@@ -447,7 +447,10 @@ static void replay_key(replay_t *self, uint64_t key)
             cache->floor = self->entries > 1 ? cache->capacity / (2 * self->entries) : 0;
         }
     }
-    self->volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS] += access_key(&self->keyed, key);
+    if (access_key(&self->keyed, key))
+        self->volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS]++;
+    else
+        self->group_misses[hash % MISS_GROUPS]++;
 }
 
 static PyObject *replay_feed(replay_t *self, PyObject *array)
@@ -469,6 +472,12 @@ static PyObject *replay_volume_hits(replay_t *self, PyObject *nothing)
 {
     (void)nothing;
     return PyBytes_FromStringAndSize((const char *)self->volume_hits, sizeof self->volume_hits);
+}
+
+static PyObject *replay_group_misses(replay_t *self, PyObject *nothing)
+{
+    (void)nothing;
+    return PyBytes_FromStringAndSize((const char *)self->group_misses, sizeof self->group_misses);
 }
 
 static PyObject *replay_figures(replay_t *self, PyObject *nothing)
@@ -587,7 +596,8 @@ static PyMethodDef core_methods[] = {
 };
 
 static PyMethodDef replay_methods[] = {
-    {"feed", ONE(replay_feed)}, {"volume_hits", NONE(replay_volume_hits)}, {"figures", NONE(replay_figures)},
+    {"feed", ONE(replay_feed)}, {"volume_hits", NONE(replay_volume_hits)},
+    {"group_misses", NONE(replay_group_misses)}, {"figures", NONE(replay_figures)},
     {"blocks", NONE(replay_blocks)}, {NULL, NULL, 0, NULL},
 };
 

@@ -28,6 +28,7 @@
 #define LBA_BITS 40
 #define PLANS 7
 #define PLAN_AT_START 5
+#define MISS_GROUPS 64
 #define SCORES_PER_CAPACITY 10
 #define SCORE_DECAY 0.9
 #define SCORE_LEAD 0.002

@@ -94,6 +94,7 @@ def test_both_twins_replay_alike(
     assert twins[0].figures() == twins[1].figures()
     assert twins[0].blocks() == twins[1].blocks()
     assert twins[0].volume_hits() == twins[1].volume_hits()
+    assert twins[0].group_misses() == twins[1].group_misses()
     assert sum(np.frombuffer(twins[0].volume_hits(), np.int64).tolist()) == twins[0].figures()["hits"]
 
 

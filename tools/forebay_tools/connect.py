@@ -1,20 +1,23 @@
 """Connections of commands: to the store over TCP, to a cache daemon through its run directory or over TCP."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, TypeVar
 
-from forebay_core.errors import StoreUnreachableError
+from forebay_core.errors import ForebayError, StoreUnreachableError
 from forebay_core.units import ID_SIZE
 from forebay_tools.arguments import key_file, run_dir, store_address
 from forebay_wire.address import UnixPath, parse_address
 from forebay_wire.auth import read_key_file
 from forebay_wire.client import WireClient
+from forebay_wire.messages import AnyMessage
 
 CONTROL_SOCKET: Final = "control.sock"
 CONNECT_TIMEOUT_S: Final = 10.0
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -73,6 +76,21 @@ async def cache_client(arguments: argparse.Namespace) -> AsyncIterator[WireClien
         yield client
     finally:
         await client.close()
+
+
+async def ask_cache(arguments: argparse.Namespace, message: AnyMessage, expect: type[T]) -> tuple[T, memoryview]:
+    """Ask the cache daemon of the run directory something that older ones do not know.
+
+    Raises:
+        ForebayError: as `cache_client`, what the daemon answers, or that it is too old.
+    """
+    with contextlib.suppress(StoreUnreachableError):
+        async with cache_client(arguments) as client:
+            return await client.ask(message, expect)
+    async with cache_client(arguments):  # if it is there it closed the connection, as it does when it can't read one
+        raise ForebayError(
+            f"the cache daemon of {run_dir(arguments)} is older than this command and can't answer; restart it"
+        )
 
 
 async def _connect(arguments: argparse.Namespace, address: str) -> WireClient:

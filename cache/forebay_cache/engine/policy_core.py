@@ -68,6 +68,7 @@ PLANS: Final = (
     Plan(0.8, 3),
 )
 PLAN_AT_START: Final = 5
+MISS_GROUPS: Final = 64
 
 
 class Figures(TypedDict):
@@ -393,6 +394,7 @@ class Replay:
         self._keyed = _Keyed(capacity, self._sketch)
         self._accesses = 0
         self._volume_hits = [0] * VOLUME_SLOTS
+        self._group_misses = [0] * MISS_GROUPS
         self._chooser = _Chooser(self._sketch, capacity, max(1, ring_max), entries, price, window_max)
         self._is_lru = is_lru
         cache = self._keyed.cache
@@ -409,8 +411,9 @@ class Replay:
         cache = self._keyed.cache
         for key in keys.tolist():
             self._accesses += 1
+            hashed = self._sketch.hash_of(key)
             if not self._is_lru:
-                self._chooser.observe(cache, key, self._sketch.hash_of(key))
+                self._chooser.observe(cache, key, hashed)
                 volume = (key >> LBA_BITS) % VOLUME_SLOTS
                 if volume not in cache.floored:
                     cache.floored.add(volume)
@@ -418,10 +421,16 @@ class Replay:
                     cache.floor = cache.capacity // (2 * volumes) if volumes > 1 else 0
             if self._keyed.access(key):
                 self._volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS] += 1
+            else:
+                self._group_misses[hashed % MISS_GROUPS] += 1
 
     def volume_hits(self) -> bytes:
         """Return the hits of each volume slot, as i64."""
         return np.array(self._volume_hits, np.int64).tobytes()
+
+    def group_misses(self) -> bytes:
+        """Return the misses of each of MISS_GROUPS random groups of blocks, as i64: how much they differ by chance."""
+        return np.array(self._group_misses, np.int64).tobytes()
 
     def figures(self) -> Figures:
         """Return what was done so far."""

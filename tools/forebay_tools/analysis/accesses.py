@@ -71,6 +71,6 @@ class Gathering:
             np.array(times, np.uint64),
         )
 
-    def volumes(self) -> list[str]:
-        """Return the names of the volumes, that of key 1 first."""
-        return list(self._volumes)
+    def volumes(self) -> dict[int, str]:
+        """Return the names of the volumes by key; formats that know one volume only do not name it."""
+        return {key: name for name, key in self._volumes.items() if name}

@@ -8,7 +8,8 @@ import numpy as np
 from forebay_cache.engine.policy import PolicySettings, make_replay
 from forebay_core.units import BLOCK_SIZE, parse_size
 from forebay_tools.analysis.accesses import Batch
-from forebay_tools.analysis.survey import HASHES, Sampler
+from forebay_tools.analysis.hashing import HASHES
+from forebay_tools.analysis.survey import Sampler
 
 MERGED_MIN = 1 << 20
 

@@ -118,7 +118,7 @@ def _finds(parse: Parse, lines: list[str]) -> bool:
         return False
 
 
-def read_text(file: str, lines: Iterator[str], kind: str) -> Iterator[tuple[Batch, list[str]]]:
+def read_text(file: str, lines: Iterator[str], kind: str) -> Iterator[tuple[Batch, dict[int, str]]]:
     """Yield batches, with the names of the volumes so far.
 
     Raises:

@@ -25,13 +25,23 @@ from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from forebay_core.errors import ForebayError
-from forebay_core.units import LBA_BITS, LBA_MAX
+from forebay_core.units import LBA_MAX
 from forebay_tools.analysis.accesses import BATCH_REQUESTS, REQUEST_BLOCKS_MAX, Batch, Gathering, TraceError
 from forebay_tools.analysis.text_traces import SECTOR_SIZE, detect_text, read_text
-from forebay_tools.analysis.trace_record import COUNT_MASK, HEADER, MAGIC, RECORD, RECORD_DTYPE, WRITE_BIT
+from forebay_tools.analysis.trace_record import (
+    COUNT_MASK,
+    HEADER,
+    MAGIC,
+    RECORD,
+    RECORD_DTYPE,
+    WRITE_BIT,
+    decode_name,
+    name_rows,
+)
 
 HEAD_BYTES: Final = 16384
 BLKTRACE: Final = struct.Struct("<IIQQIIIIIHH")
@@ -44,10 +54,10 @@ _NO_DATA: Final = 1 << 25 | 1 << 29  # discards and notes
 
 
 class Part(NamedTuple):
-    """A batch, the names of the volumes so far, and how many bytes of the file were read."""
+    """A batch, the names of the volumes so far by key, and how many bytes of the file were read."""
 
     batch: Batch
-    volumes: list[str]
+    volumes: dict[int, str]
     done: int
 
 
@@ -74,7 +84,7 @@ def read_trace(path: Path) -> Iterator[Part]:
         raise ForebayError(f"{name}: the compressed trace is damaged ({error})") from error
 
 
-Reader = Callable[[str, BinaryIO], Iterator[tuple[Batch, list[str]]]]
+Reader = Callable[[str, BinaryIO], Iterator[tuple[Batch, dict[int, str]]]]
 
 
 def _detect(name: str, head: bytes) -> tuple[str, Reader]:
@@ -103,28 +113,44 @@ def _lines(name: str, stream: BinaryIO) -> Iterator[str]:
             raise TraceError(name, number, "is no text") from error
 
 
-def _read_records(name: str, stream: BinaryIO) -> Iterator[tuple[Batch, list[str]]]:
+def _read_records(name: str, stream: BinaryIO) -> Iterator[tuple[Batch, dict[int, str]]]:
     if len(_read_fully(stream, HEADER.size)) < HEADER.size:
         raise TraceError(name, 0, "the header is cut short")
-    number, volume_keys = 0, np.zeros(0, np.uint64)
+    number, names = 0, dict[int, str]()
     while chunk := _read_fully(stream, BATCH_REQUESTS * RECORD.size):
         if len(chunk) % RECORD.size:
             raise TraceError(name, number + len(chunk) // RECORD.size + 1, "is cut short")
         rows = np.frombuffer(chunk, RECORD_DTYPE)
-        keys = rows["key"].astype(np.uint64)
-        counts = (rows["count_op"] & np.uint32(COUNT_MASK)).astype(np.uint64)
-        ends = (keys & np.uint64(LBA_MAX)) + counts
+        while (found := np.flatnonzero(rows["count_op"] == 0)).size:
+            at = int(found[0])
+            yield _batch(name, number, rows[:at]), names
+            number += at
+            size = name_rows(rows[at]["time_ms"])
+            if len(rows) < at + 1 + size:
+                more = _read_fully(stream, (at + 1 + size - len(rows)) * RECORD.size)
+                rows = np.frombuffer(rows[at:].tobytes() + more[: len(more) // 16 * 16], RECORD_DTYPE)
+                at = 0
+            key, volume = decode_name(name, number + 1, rows[at : at + 1 + size])
+            names = {**names, key: volume}
+            rows = rows[at + 1 + size :]
+            number += 1 + size
+        yield _batch(name, number, rows), names
+        number += len(rows)
+
+
+def _batch(name: str, number: int, rows: npt.NDArray[np.void]) -> Batch:
+    """Return the requests of rows, of which the first has this index in the file."""
+    keys = rows["key"].astype(np.uint64)
+    counts = (rows["count_op"] & np.uint32(COUNT_MASK)).astype(np.uint64)
+    ends = (keys & np.uint64(LBA_MAX)) + counts
+    if rows.size and not (counts.min() > 0 and counts.max() <= REQUEST_BLOCKS_MAX and ends.max() <= LBA_MAX):
         bad = np.flatnonzero((counts == 0) | (counts > REQUEST_BLOCKS_MAX) | (ends > LBA_MAX))
-        if bad.size:
-            raise TraceError(name, number + int(bad[0]) + 1, "no disk is asked for so many blocks there")
-        number += rows.size
-        volume_keys = np.union1d(volume_keys, keys >> np.uint64(LBA_BITS))
-        writes = (rows["count_op"] & np.uint32(WRITE_BIT)) != 0
-        names = [f"volume {key}" for key in volume_keys.tolist()]
-        yield Batch(keys, counts, writes, rows["time_ms"].astype(np.uint64)), names
+        raise TraceError(name, number + int(bad[0]) + 1, "no disk is asked for so many blocks there")
+    writes = (rows["count_op"] & np.uint32(WRITE_BIT)) != 0
+    return Batch(keys, counts, writes, rows["time_ms"].astype(np.uint64))
 
 
-def _read_blktrace(name: str, stream: BinaryIO) -> Iterator[tuple[Batch, list[str]]]:
+def _read_blktrace(name: str, stream: BinaryIO) -> Iterator[tuple[Batch, dict[int, str]]]:
     gathering, number = Gathering(name), 0
     while header := _read_fully(stream, BLKTRACE.size):
         number += 1

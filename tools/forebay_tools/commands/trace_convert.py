@@ -1,14 +1,15 @@
 """`forebay trace convert`: any known trace as our own binary one."""
 
 import argparse
+import sys
 from pathlib import Path
-
-import numpy as np
+from typing import BinaryIO
 
 from forebay_core.errors import ForebayError
-from forebay_tools.analysis.trace_record import HEADER, MAGIC, RECORD_DTYPE, WRITE_BIT
+from forebay_tools.analysis.trace_record import HEADER, MAGIC, encode_batch, encode_name
 from forebay_tools.analysis.traces import read_trace
 from forebay_tools.arguments import Commands, add_command
+from forebay_tools.progress import Progress
 
 
 def add(commands: Commands) -> None:
@@ -23,17 +24,26 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with arguments.target.open("xb") as file:
             try:
-                file.write(HEADER.pack(MAGIC, 0))
-                for part in read_trace(arguments.source):
-                    batch = part.batch
-                    rows = np.zeros(batch.keys.size, RECORD_DTYPE)
-                    rows["time_ms"] = (batch.times_ms & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-                    rows["count_op"] = batch.counts.astype(np.uint32) | np.where(batch.writes, WRITE_BIT, 0)
-                    rows["key"] = batch.keys
-                    file.write(rows.tobytes())
+                _convert(arguments.source, file)
             except BaseException:
                 arguments.target.unlink()
                 raise
     except FileExistsError as error:
         raise ForebayError(f"{arguments.target}: exists already; give another name") from error
     return 0
+
+
+def _convert(source: Path, file: BinaryIO) -> None:
+    names: dict[int, str] = {}
+    progress = Progress("converting", source.stat().st_size, sys.stderr)
+    try:
+        file.write(HEADER.pack(MAGIC, 0))
+        for part in read_trace(source):
+            for key, name in part.volumes.items():
+                if names.get(key) != name:
+                    names[key] = name
+                    file.write(encode_name(key, name))
+            file.write(encode_batch(part.batch))
+            progress.reach(part.done)
+    finally:
+        progress.close()
