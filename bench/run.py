@@ -44,7 +44,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("commit", "amplification"), flush_rows.measure),
     (("destage",), destage_rows.measure),
     (("clean", "yield"), clean_rows.measure),
-    (("snapshots-1000", "huge"), scale_rows.measure),
+    (("snapshots-1000", "huge", "trim-full"), scale_rows.measure),
     (("snapshot",), snapshot_rows.measure),
     (("policy",), policy_rows.measure),
 )

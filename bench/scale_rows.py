@@ -7,13 +7,16 @@ import argparse
 import asyncio
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import fio
-from fio import KIB, MIB, Load
+from fio import KIB, MIB, BenchError, Load
 from forebay_tools.connect import cache_client, store_client
 from forebay_wire.messages import AnyMessage, CloneVolume, CreateSnapshot, SnapshotTaken, Volume
+from full_device import VOLUME as FULL_VOLUME
+from full_device import make_full_device
 from nbd_peer import NbdPeer
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
@@ -27,6 +30,8 @@ CACHE_SIZE = "1GiB"
 COLD_CACHE_SIZE = "72MiB"
 HUGE, HUGE_SIZE = "huge", 1 << 40
 HUGE_WRITTEN = 256 * MIB
+FULL_SIZE = 20 << 30
+SWEEP_S = 3.0
 BLOCK_SIZE = 4096
 PEER = "no snapshots"
 
@@ -41,6 +46,8 @@ def measure(plan: Plan) -> list[Row]:
             rows += _many(plan, store, stack)
         if "huge" in plan.keys:
             rows += _huge(plan, store, stack)
+        if "trim-full" in plan.keys:
+            rows += _trim_full(plan, store, stack)
     return rows
 
 
@@ -133,6 +140,48 @@ def _huge(plan: Plan, store: Store, stack: ExitStack) -> list[Row]:
             trim.add(OURS, Sample((time.perf_counter() - began_s) * 1e3))
         cache.settle()
     return [clone, trim]
+
+
+def _trim_full(plan: Plan, store: Store, stack: ExitStack) -> list[Row]:
+    note = f"all of a full cache of {FULL_SIZE >> 30} GiB is of the volume, blocks scattered, a tenth of them dirty"
+    trim = Row("trim-full", "TRIM of a volume that fills the cache", "ms", Goal(100, less_is_better=True), note)
+    beside = Row("trim-full-write", "longest write while its blocks leave the map", "ms", Goal(), note)
+    idle = Row("trim-full-none", "the same in as much time before", "ms", Goal(), note)
+    folder = plan.folder / "trim-full"
+    folder.mkdir()
+    for _ in range(plan.rounds):
+        made = make_full_device(folder / "cache", FULL_SIZE, dirty_size=FULL_SIZE // 10)
+        cache = Cache(folder / "cache", folder, store=store.address)
+        try:
+            _wait_until_loaded(cache, made.block_count * BLOCK_SIZE)
+            with NbdPeer(cache.socket, FULL_VOLUME) as client, NbdPeer(cache.socket, FULL_VOLUME) as other:
+                idle.add(OURS, Sample(_longest_write_ms(other)))
+                with ThreadPoolExecutor(1) as executor:
+                    longest = executor.submit(_longest_write_ms, other)
+                    began_s = time.perf_counter()
+                    client.trim(0, made.volume_size)
+                    trim.add(OURS, Sample((time.perf_counter() - began_s) * 1e3))
+                    beside.add(OURS, Sample(longest.result()))
+        finally:
+            cache.stop()
+    return [trim, beside, idle]
+
+
+def _wait_until_loaded(cache: Cache, cached_size: int) -> None:
+    deadline_s = time.monotonic() + 60
+    while cache.status()["cached_bytes"] < cached_size * 0.95:  # zones that the start freed are missing
+        if time.monotonic() > deadline_s:
+            raise BenchError("the cache does not load what it holds")
+        time.sleep(0.2)
+
+
+def _longest_write_ms(client: NbdPeer) -> float:
+    longest_s = 0.0
+    end_s = time.perf_counter() + SWEEP_S
+    while (began_s := time.perf_counter()) < end_s:
+        client.write(0, bytes(BLOCK_SIZE))
+        longest_s = max(longest_s, time.perf_counter() - began_s)
+    return longest_s * 1e3
 
 
 def _ask_cache(cache: Cache, message: AnyMessage, kind: type[AnyMessage]) -> None:

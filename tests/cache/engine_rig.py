@@ -26,6 +26,7 @@ VOLUME_ID = VolumeId(b"v" * 16)
 STORE_ID = StoreId(b"s" * 16)
 FIRST_CONTENT = 0  # blocks of a new volume are holes
 CHUNK_PLACES = 96  # of a checkpoint: more than a zone, less than two, so that small devices have many chunks
+SWEEP_STEP_BLOCKS = 8  # so that most trims take several steps
 
 
 class SimulatedDevice:
@@ -267,6 +268,7 @@ class Rig:
                 "cut_blocks_max": 400,
                 "cut_age_ns_max": 400_000_000,
                 "checkpoint_chunk_places": CHUNK_PLACES,
+                "sweep_step_blocks": SWEEP_STEP_BLOCKS,
                 **settings,
             }
         )
@@ -409,7 +411,9 @@ def check_books(engine: CacheEngine) -> None:
         dirty = {
             int(key) & ((1 << 40) - 1)
             for key, version in zip(keys[linked].tolist(), table.version_array[linked].tolist(), strict=True)
-            if key >> 40 == volume.key and version > volume.acknowledged
+            if key >> 40 == volume.key
+            and version > volume.acknowledged
+            and not any(one.covers(key, version) for one in table.hidden)
         }
         listed = set(volume.dirty) | {lba for cut in volume.cuts for run in cut.runs for lba in run.tolist()}
         assert dirty <= listed, sorted(dirty - listed)[:5]

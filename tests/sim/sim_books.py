@@ -36,8 +36,9 @@ def check_books(engine: CacheEngine) -> None:
     claim(not (linked & (keys == 0)).any(), "a place is linked and holds nothing")
     held = {int(p) for p in np.flatnonzero((keys != 0) & ~linked)}
     claim(held == set(table.held_places().tolist()), "held places are not in the second table")
+    shown = linked & ~table.hidden_mask(keys, np.arange(keys.size))
     for volume in engine.volumes.values():
-        mine = linked & (keys >> np.uint64(LBA_BITS) == volume.key)
+        mine = shown & (keys >> np.uint64(LBA_BITS) == volume.key)
         dirty = set((keys[mine & (table.version_array > volume.acknowledged)] & np.uint64(LBA_MAX)).tolist())
         listed = set(volume.dirty) | {lba for cut in volume.cuts for run in cut.runs for lba in run.tolist()}
         claim(dirty <= listed, "there are dirty blocks that nobody will send")

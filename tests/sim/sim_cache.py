@@ -36,6 +36,7 @@ from forebay_wire.greeting import Role
 from forebay_wire.link import Link
 
 TICK_NS = 50_000_000
+TURN_NS = 200_000  # what anything else takes until a turn comes
 ADDRESS = Address("store", 1)
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class CacheHost:
         self.power_goes = False  # the next death is one of the whole host
         self.died: Callable[[], None] = lambda: None
         self._power = False
+        self._alarms = 0  # asked for so far: only the last one counts
         self._make_disk()
 
     def _make_disk(self) -> None:
@@ -131,6 +133,7 @@ class CacheHost:
             settings=self.settings,
             life=self.random.getrandbits(64),
             report=self._report,
+            alarm=self._alarm,
         )
         self.device.on_failure = self.engine.fail
         self.exports = AttachedExports()
@@ -274,6 +277,16 @@ class CacheHost:
         now_ns = self.world.now_ns + self.clock_skew_ns
         self.engine.tick(now_ns, self.world.now_ns + self.wall_skew_ns)
         self.loop.after(TICK_NS, self._tick)
+
+    def _alarm(self, due_ns: int) -> None:
+        assert self.loop is not None
+        self._alarms += 1
+        delay_ns = due_ns - self.world.now_ns - self.clock_skew_ns
+        self.loop.after(max(delay_ns, TURN_NS), self._pace, self._alarms)
+
+    def _pace(self, number: int) -> None:
+        if number == self._alarms:
+            self.engine.pace(self.world.now_ns + self.clock_skew_ns)
 
     async def _connect(self, address: Address, key: bytes | None, device: DeviceId) -> WireClient:
         loop, store, network = self.loop, self.store, self.network

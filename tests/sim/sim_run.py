@@ -111,7 +111,10 @@ class Scenario:
         self.store = StoreHost(self.world, self.network, self._shown)
         self.store.died = lambda: self._restart_later(self.store)
         settings = EngineSettings(
-            cut_blocks_max=60, cut_age_ns_max=self.random.choice((100, 300, 1000)) * MS, retry_ns=300 * MS
+            cut_blocks_max=60,
+            cut_age_ns_max=self.random.choice((100, 300, 1000)) * MS,
+            retry_ns=300 * MS,
+            sweep_step_blocks=8,
         )
         self.caches = [
             CacheHost(self.world, name, self.network, self.store, size=profile.device_size, settings=settings)

@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from forebay_cache.engine.entering import Entered
 from forebay_cache.engine.log import Batch, Change, Copy, Writes
@@ -56,6 +57,8 @@ class Apply:
         volume = engine.volumes[writes.volume_key]
         found, count = self._found, writes.count
         first_place = batch.first_place + writes.index
+        if engine.map.hidden:
+            engine.sweeps.settle_keys(_keys_of(batch, writes))
         dirty_count, _ = engine.map.enter_writes(
             batch.packed,
             writes.index,
@@ -83,6 +86,8 @@ class Apply:
         engine = self._engine
         key = volume_key << LBA_BITS | lba
         if volume_key in engine.volumes and engine.map.find(key) < 0:
+            if engine.map.hidden:
+                engine.sweeps.settle_keys(np.array([key], np.uint64))
             engine.map.insert(key, version, checksum, place)
             engine.policy.inserted(place)
         engine.admission.applied(key)
@@ -92,6 +97,8 @@ class Apply:
         engine = self._engine
         table = engine.map
         key = volume_key << LBA_BITS | lba
+        if table.hidden:
+            engine.sweeps.settle_places(np.array([source]))
         if table.keys[source] != key or table.versions[source] != version:
             return  # it was overwritten, trimmed or acknowledged meanwhile
         if table.is_linked(source):
@@ -120,9 +127,8 @@ class Apply:
         extent = Extent(change.start, change.value)
         key = change.volume_key << LBA_BITS | extent.start
         kept = (volume.acknowledged, volume.closed_version)
-        for places in engine.map.remove_range(key, extent.count, below=change.version, kept=kept):
-            engine.policy.removed(places, volume_key=change.volume_key)
-            volume.trimmed = volume.trimmed or places.size > 0
+        engine.sweeps.remove(key, extent.count, below=change.version, kept=kept)
+        volume.trimmed = True
         engine.loading.forget(key, extent.count)
         volume.holes.add(extent, change.version)
         if volume.origins is not None:
@@ -134,10 +140,15 @@ class Apply:
         engine = self._engine
         extent = Extent(change.start, change.value)
         key = change.volume_key << LBA_BITS | extent.start
-        for places in engine.map.remove_range(key, extent.count, below=change.version):
-            engine.policy.removed(places, volume_key=change.volume_key)
+        engine.sweeps.remove(key, extent.count, below=change.version)
         engine.loading.forget(key, extent.count)
         volume = engine.volumes[change.volume_key]
         volume.holes.remove(extent)
         if volume.origins is not None:
             volume.origins.forget(extent)
+
+
+def _keys_of(batch: Batch, writes: Writes) -> npt.NDArray[np.uint64]:
+    rows = np.frombuffer(batch.packed, record.ENTRY_DTYPE)[writes.index : writes.index + writes.count]
+    keys: npt.NDArray[np.uint64] = rows["lba"] | np.uint64(writes.volume_key << LBA_BITS)
+    return keys

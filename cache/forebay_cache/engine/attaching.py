@@ -16,7 +16,7 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from forebay_cache.engine.limits import VOLUMES_MAX
+from forebay_cache.engine.limits import SWEEPS_MAX, VOLUMES_MAX
 from forebay_cache.engine.log import Settled
 from forebay_cache.engine.sources import SnapshotView
 from forebay_cache.engine.volume import CacheVolume
@@ -139,7 +139,14 @@ class Attaching:
         found = volume
         self._arriving[found.key] = view
         engine.sources.settled()
-        self.drop(found, stale, view.version, lambda ok: self._admit(found, view, ok, attached))
+
+        def dropped(ok: bool) -> None:
+            if ok:  # what is fetched from now on may be older than what is still hidden below the store's version
+                engine.sweeps.when_over(lambda ok: self._admit(found, view, ok, attached))
+            else:
+                self._admit(found, view, False, attached)
+
+        self.drop(found, stale, view.version, dropped)
 
     def reopened(self, volume: CacheVolume, view: StoreView) -> None:
         """The store granted our epoch again, after a reconnect or a restart: go on destaging, unless it has failed."""
@@ -191,16 +198,32 @@ class Attaching:
             settled(True)
             return
 
-        def append(behind: Settled) -> None:
-            log = self._engine.log
-            for extent in stale[:-1]:
-                log.add_event(record.DROP, volume.key, extent.start, version, extent.count)
-            log.add_event(record.DROP, volume.key, stale[-1].start, version, stale[-1].count, behind)
-            log.kick()
-
         for extent in stale:
             self._engine.admission.changed(volume, extent)
-        append(lambda ok: append(settled) if ok else settled(False))
+
+        def again(ok: bool) -> None:
+            if ok:
+                self._append_drops(volume, stale, version, settled)
+            else:
+                settled(False)
+
+        self._append_drops(volume, stale, version, again)
+
+    def _append_drops(self, volume: CacheVolume, stale: Sequence[Extent], version: Version, settled: Settled) -> None:
+        """Log the drops a few at a time, because each may hide many blocks."""
+        log, sweeps = self._engine.log, self._engine.sweeps
+        some, rest = stale[:SWEEPS_MAX], stale[SWEEPS_MAX:]
+
+        def applied(ok: bool) -> None:
+            if ok and rest:
+                sweeps.when_over(lambda _ok: self._append_drops(volume, rest, version, settled))
+            else:
+                settled(ok)
+
+        for extent in some[:-1]:
+            log.add_event(record.DROP, volume.key, extent.start, version, extent.count)
+        log.add_event(record.DROP, volume.key, some[-1].start, version, some[-1].count, applied)
+        log.kick()
 
     def _admit(
         self, volume: CacheVolume, view: StoreView, ok: bool, attached: Callable[[CacheVolume | None], None]
@@ -275,8 +298,7 @@ class Attaching:
     def forget_blocks(self, volume: CacheVolume) -> None:
         """Forget what is cached of a volume that nobody reads."""
         engine, key = self._engine, volume.key << LBA_BITS
-        for places in engine.map.remove_range(key, 1 << LBA_BITS, below=(1 << 64) - 1):
-            engine.policy.removed(places, volume_key=volume.key)
+        engine.sweeps.remove(key, 1 << LBA_BITS, below=(1 << 64) - 1)
         engine.loading.forget(key, 1 << LBA_BITS)
         engine.admission.ring.forget(key, 1 << LBA_BITS)
 

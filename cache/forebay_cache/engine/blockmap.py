@@ -13,6 +13,7 @@ Invariants:
     of the second table, that of its key's bucket; a key may have several there.
     live[zone] == linked places of the zone; held_array[zone] == its held ones.
     bucket, place and key arrays never move, so that other code may keep views of them.
+    What `hidden` covers is linked, but no look-up finds it: see `sweeping`.
     All arrays begin as zeros that were never touched: a large map costs no time and memory before it is filled. So the
     end of a chain is 0, which is no place of a block: place 0 is the header of the first record of zone 0.
 Crash: the map is only in memory; it is loaded from a checkpoint and brought up by replay.
@@ -30,10 +31,10 @@ from forebay_cache.engine.limits import (
     LOAD_SLICE_PLACES,
     PLACES_MAX,
     RANGE_LOOKUPS_MAX,
-    RANGE_SCAN_PLACES_MAX,
     RANGE_SCAN_RATIO,
     SCALAR_KEYS_MAX,
 )
+from forebay_cache.engine.sweeping import Hidden
 from forebay_core.units import LBA_BITS, LBA_MAX, Buffer
 
 U32Array = npt.NDArray[np.uint32]
@@ -94,7 +95,8 @@ class BlockMap:
         self._nexts: Final[IntView] = self._next_array.data
         self._heads: Final[IntView] = self._head_array.data
         self._views = MapViews(self._heads, self._nexts, self.keys, self.versions, self.checksums, self.live)
-        self.find: Final[Callable[[int], int]] = _make_find(self._heads, self.keys, self._nexts, self.bucket_count)
+        self.hidden: Final[list[Hidden]] = []
+        self.find: Final[Callable[[int], int]] = _make_find(self._views, self.hidden)
 
     @property
     def memory_bytes(self) -> int:
@@ -206,6 +208,12 @@ class BlockMap:
         mask: npt.NDArray[np.bool_] = (self._next_array[part] != _UNLINKED) & (self.key_array[part] != 0)
         return mask
 
+    def linked_at(self, places: PlaceArray) -> npt.NDArray[np.bool_]:
+        """Return for each place whether it is linked."""
+        mask: npt.NDArray[np.bool_] = self._next_array.take(places) != _UNLINKED
+        mask &= self.key_array.take(places) != 0
+        return mask
+
     def enter_writes(
         self,
         packed: Buffer,
@@ -235,6 +243,21 @@ class BlockMap:
 
     def find_many(self, keys: U64Array) -> PlaceArray:
         """Return the place of each key, -1 where one is missing."""
+        places = self.find_linked(keys)
+        if self.hidden:
+            places[self.hidden_mask(keys, np.maximum(places, 0))] = -1
+        return places
+
+    def hidden_mask(self, keys: U64Array, places: PlaceArray) -> npt.NDArray[np.bool_]:
+        """Tell of each key, which lies at the place, whether it is hidden."""
+        versions = self.version_array.take(places)
+        mask = np.zeros(keys.size, np.bool_)
+        for one in self.hidden:
+            mask |= one.mask(keys, versions)
+        return mask
+
+    def find_linked(self, keys: U64Array) -> PlaceArray:
+        """Return the places as `find_many` does, also of what is hidden."""
         found = np.full(keys.size, -1, np.int64)
         places = self._head_array.take(self._buckets_of(keys))
         waiting = np.flatnonzero(places != _NIL)
@@ -278,7 +301,7 @@ class BlockMap:
 
     def insert_absent(self, keys: U64Array, versions: U64Array, checksums: U64Array, places: PlaceArray) -> PlaceArray:
         """Map those of distinct keys that are not in the map to their empty places; return the places used."""
-        absent = self.find_many(keys) < 0
+        absent = self.find_linked(keys) < 0
         self._fill(keys[absent], versions[absent], checksums[absent], places[absent])
         return places[absent]
 
@@ -312,31 +335,48 @@ class BlockMap:
         """Empty a run of places, whether linked, held or empty; return how many were linked."""
         return self.clear_places(np.arange(first_place, first_place + count, dtype=np.int64))
 
-    def remove_range(self, key: int, count: int, *, below: int, kept: tuple[int, int] = (0, 0)) -> Iterator[PlaceArray]:
+    def remove_range(
+        self, key: int, count: int, *, below: int, kept: tuple[int, int] = (0, 0), step: int = RANGE_LOOKUPS_MAX
+    ) -> Iterator[PlaceArray]:
         """Take out the places of `count` consecutive blocks whose version is less than `below`, and empty them, but for
         those with a version in (kept[0], kept[1]]: they stay held.
 
-        A generator of bounded steps: each yields the places it took out. Its cost is that of the blocks or of the
-        places of the device, whichever is less. The map may change between steps; what comes newer is left alone.
+        A generator of bounded steps: each yields the places it took out, at most `step`. Its cost is that of the blocks
+        or of the places of the device, whichever is less. The map may change between steps; what comes newer is left
+        alone.
         """
-        if count <= self.place_count // RANGE_SCAN_RATIO or count <= RANGE_LOOKUPS_MAX:
-            for at in range(0, count, RANGE_LOOKUPS_MAX):
-                found = self.find_run(key + at, min(RANGE_LOOKUPS_MAX, count - at))
-                yield self._clear_older(found[found >= 0], below, kept)
+        if count <= self.place_count // RANGE_SCAN_RATIO or count <= step:
+            for at in range(0, count, step):
+                some = min(step, count - at)
+                if self.hidden:  # it may be what is hidden that is to be removed
+                    found = self.find_linked(np.arange(some, dtype=np.uint64) + np.uint64(key + at))
+                else:
+                    found = self.find_run(key + at, some)
+                yield self.clear_older(found[found >= 0], below, kept)
             return
-        for first in range(0, self.place_count, RANGE_SCAN_PLACES_MAX):
+        scanned = step * RANGE_SCAN_RATIO
+        for first in range(0, self.place_count, scanned):
             # What lies below the key wraps around to a huge distance: one comparison tests both ends.
-            distances = self.key_array[first : first + RANGE_SCAN_PLACES_MAX] - np.uint64(key)
+            distances = self.key_array[first : first + scanned] - np.uint64(key)
             found = np.flatnonzero(distances < np.uint64(count)) + first
             if not found.size:
                 yield found
-            for at in range(0, found.size, RANGE_LOOKUPS_MAX):
-                some = found[at : at + RANGE_LOOKUPS_MAX]
+            for at in range(0, found.size, step):
+                places = found[at : at + step]
                 # The map may have changed since they were found.
-                distances = self.key_array.take(some) - np.uint64(key)
-                linked = self._next_array.take(some) != _UNLINKED  # those of them that have a key still
-                some = some[(distances < np.uint64(count)) & linked]
-                yield self._clear_older(some, below, kept)
+                distances = self.key_array.take(places) - np.uint64(key)
+                linked = self._next_array.take(places) != _UNLINKED  # those of them that have a key still
+                yield self.clear_older(places[(distances < np.uint64(count)) & linked], below, kept)
+
+    def clear_older(self, places: PlaceArray, below: int, kept: tuple[int, int]) -> PlaceArray:
+        """Take out those of distinct linked places whose version is less than `below`, as `remove_range` does."""
+        versions = self.version_array.take(places)
+        older = versions < np.uint64(below)
+        pinned = older & (versions > np.uint64(kept[0])) & (versions <= np.uint64(kept[1]))
+        if pinned.any():
+            self.unlink_places(places[pinned])
+        self.clear_places(places[older & ~pinned])
+        return places[older]
 
     def load(self, keys: U64Array, versions: U64Array, checksums: U64Array) -> int:
         """Fill an empty map from whole arrays; return how many places lost to a newer version of their block."""
@@ -475,15 +515,6 @@ class BlockMap:
         self._nexts[target] = UNLINKED
         self.live[target // self.zone_blocks] -= 1
 
-    def _clear_older(self, places: PlaceArray, below: int, kept: tuple[int, int]) -> PlaceArray:
-        versions = self.version_array.take(places)
-        older = versions < np.uint64(below)
-        pinned = older & (versions > np.uint64(kept[0])) & (versions <= np.uint64(kept[1]))
-        if pinned.any():
-            self.unlink_places(places[pinned])
-        self.clear_places(places[older & ~pinned])
-        return places[older]
-
     def _hold_place(self, place: int) -> None:
         """Enter a place that was just unlinked, or filled, into the second table."""
         heads, nexts, held = self._held_views
@@ -533,14 +564,16 @@ def choose_bucket_count(place_count: int, seed: int = 0) -> int:
     return max(candidate, 3)
 
 
-def _make_find(heads: IntView, keys: IntView, nexts: IntView, bucket_count: int) -> Callable[[int], int]:
+def _make_find(views: MapViews, hidden: list[Hidden]) -> Callable[[int], int]:
     """Return the hottest function of the engine; as a closure it looks nothing up on an object."""
+    heads, nexts, keys, versions, _, _ = views
+    bucket_count = len(heads)
 
     def find(key: int) -> int:
         place: int = heads[key % bucket_count]
         while place != NIL:
             if keys[place] == key:
-                return place
+                return -1 if hidden and any(one.covers(key, versions[place]) for one in hidden) else place
             place = nexts[place]
         return -1
 

@@ -29,6 +29,7 @@ from forebay_cache.engine.limits import (
     HOLES_KEPT_MAX,
     HOLES_PER_TICK_MAX,
     OPEN_CUT_BLOCKS_MAX,
+    RANGE_LOOKUPS_MAX,
     RECOUNT_NS,
     RETIRED_ZONES_RATIO,
     ZONES_RESERVED,
@@ -54,6 +55,7 @@ from forebay_cache.engine.restoring import restore
 from forebay_cache.engine.sample import AccessSample
 from forebay_cache.engine.slowing import Slowing
 from forebay_cache.engine.sources import Sources
+from forebay_cache.engine.sweeping import Sweeps
 from forebay_cache.engine.use_counts import UseCounts
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.writes import Writes
@@ -75,6 +77,7 @@ class EngineSettings(NamedTuple):
     limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one
     checkpoint_chunk_places: int = CHUNK_PLACES
+    sweep_step_blocks: int = RANGE_LOOKUPS_MAX  # of a trim up to which they leave the map at once
     policy: PolicySettings = PolicySettings()
     volume_floor: float = 0.5  # what each volume in use may keep, as part of an equal share
 
@@ -102,9 +105,7 @@ class CacheEngine:
         self.superblock = recovered.superblock
         self.map, self.zones = recovered.map, recovered.zones
         self.zones_offset = recovered.zones.zones_offset
-        self.device = device
-        self.upstream = upstream
-        self.builder = builder
+        self.device, self.upstream, self.builder = device, upstream, builder
         self.settings, self.life = settings, life
         self.report, self.alarm = report, alarm
         self.failed = ""
@@ -124,6 +125,7 @@ class CacheEngine:
             on_failure=self.fail,
             promised_zones=lambda: self.reclaim.promised_zones,
         )
+        self.sweeps = Sweeps(self)
         self.reads, self.writes = Reads(self), Writes(self)
         self.admission = Admission(self)
         self.fetches = Fetches(upstream, settings.fill_blocks, self.admission, later=partial(self.after, 0))
@@ -227,6 +229,7 @@ class CacheEngine:
             self.cut_ends.fail()
             self.destage.fail()
             self.loading.fail()
+            self.sweeps.fail()
             self._take_turns()
             self.admission.ring.clear()
             self.checkpoints.fail()

@@ -247,6 +247,8 @@ class Checkpoints:
         # A volume that came since the checkpoint began has 0 here, as the last element: all of it counts as dirty.
         known = np.minimum(keys >> np.uint64(LBA_BITS), np.uint64(one.acknowledged.size - 1)).astype(np.int64)
         newer = (keys != 0) & (versions > one.acknowledged.take(known))
+        if table.hidden:  # a closed cut may need one: then it is newer, and listed as if it were held already
+            linked &= ~table.hidden_mask(keys, np.arange(part.start, part.stop))
         one.dirty.append(bool(newer.any()))
         keys = np.where(linked | newer, keys, np.uint64(0))
         counts = np.where(linked, np.maximum(engine.policy.states[part], np.uint8(1)), np.uint8(0))

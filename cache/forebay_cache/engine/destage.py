@@ -351,6 +351,7 @@ class Destage:
         table = self._engine.map
         lbas = cut.next_lbas(block_count)
         keys = lbas | np.uint64(volume.key << LBA_BITS)
+        self._engine.sweeps.settle_keys(keys)
         places = table.find_many(keys)
         versions = table.version_array.take(np.maximum(places, 0))
         current = (places >= 0) & (versions > np.uint64(cut.floor)) & (versions <= np.uint64(cut.last_version))

@@ -9,11 +9,13 @@ Invariants:
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sortedcontainers import SortedDict
 
 from forebay_core.extents import Extent
+
+_FEW: Final = 64
 
 
 class Hole(NamedTuple):
@@ -63,6 +65,9 @@ class HoleMap:
 
     def remove(self, extent: Extent) -> None:
         """These blocks are no hole any more."""
+        if len(self._ends) > _FEW and extent.start <= self._ends.peekitem(0)[0] and self._last_end() <= extent.end:
+            self._ends = SortedDict()  # one by one they would be a long step
+            return
         for hole in self.overlapping(extent):
             del self._ends[hole.start]
             if hole.start < extent.start:
@@ -94,6 +99,10 @@ class HoleMap:
     def forget_up_to(self, version: int) -> None:
         """Drop what the store knows as well: holes of this version or older."""
         self._ends = SortedDict({hole.start: (hole.end, hole.version) for hole in self if hole.version > version})
+
+    def _last_end(self) -> int:
+        end: int = self._ends.peekitem(-1)[1][0]
+        return end
 
     def _at_or_before(self, lba: int) -> Hole | None:
         index = self._ends.bisect_right(lba) - 1

@@ -35,11 +35,12 @@ SEARCHED_PER_LOADED: Final = 16
 RANGE_LOOKUPS_MAX: Final = 1024
 """Blocks of a trimmed extent that one step looks up. Measured 2026-11 on a shared EPYC: 0.15 to 0.45 ms."""
 
-RANGE_SCAN_PLACES_MAX: Final = 32768
-"""Places that one step of a long trim compares instead. Measured likewise: 0.05 ms."""
-
 RANGE_SCAN_RATIO: Final = 32
-"""One lookup costs about as much as comparing this many places, so a longer extent is found by a scan."""
+"""One lookup costs about as much as comparing this many places, so a longer extent is found by a scan: 32768 places in
+one step. Measured likewise: 0.05 ms."""
+
+SWEEPS_MAX: Final = 16
+"""Long trims and drops whose blocks are still in the map; more of them wait. Each costs a look-up about 0.2 us."""
 
 PREFETCH_STEPS_PER_TURN: Final = 16
 """Messages' worth of blocks that a prefetch looks at before others have their turn: 0.5 ms when all are cached."""

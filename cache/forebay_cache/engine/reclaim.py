@@ -175,6 +175,8 @@ class Reclaim:
         engine = self._engine
         first, count = engine.zones.place_at(zone, 0), engine.zones.zone_blocks
         places = slice(first, first + count)
+        if engine.map.hidden:  # none of that is to be kept, but what a closed cut needs
+            engine.sweeps.settle_places(np.arange(first, first + count))
         keys = engine.map.key_array[places]
         held = keys != 0
         if not held.any():
@@ -243,6 +245,7 @@ class Reclaim:
         """Return the record after which all is moved or superseded, None if that is so now."""
         engine = self._engine
         log, table = engine.log, engine.map
+        engine.sweeps.settle_places(np.array(places))
         superseded = engine.writes.superseded(table.key_array.take(places)).tolist()
         last: Batch | None = None
         for place, block, is_superseded in zip(places, blocks, superseded, strict=True):

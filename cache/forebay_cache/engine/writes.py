@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.front import Chunk, IoError, Reply
-from forebay_cache.engine.limits import RUN_BLOCKS_MIN
+from forebay_cache.engine.limits import RUN_BLOCKS_MIN, SWEEPS_MAX
 from forebay_cache.engine.log import Batch, Settled
 from forebay_cache.format import record
 from forebay_core.checksums import block_checksums, checksum
@@ -44,6 +44,7 @@ class Writes:
         self._merging: list[_Parked] = []  # wait until a change of their block is applied
         self._reading: list[_Merge] = []
         self._events: deque[tuple[int, Extent]] = deque()
+        self._long_event_count = 0  # of them: those that are going to be swept
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -107,6 +108,8 @@ class Writes:
                 if not (volume.refuses or self._engine.has_room(volume)):
                     break
                 queue.popleft().go_on()
+                if key in self._waiting:
+                    break
             if key in self._waiting:  # what went on parked its rest, or itself anew: that comes first
                 queue.extendleft(reversed(self._waiting.pop(key)))
             if queue:
@@ -140,7 +143,8 @@ class Writes:
 
     def event_applied(self) -> None:
         """The oldest trim or zeroing is in the map."""
-        self._events.popleft()
+        _, extent = self._events.popleft()
+        self._long_event_count -= self._engine.sweeps.is_long(extent.count)
 
     def changing(self, volume_key: int, extent: Extent) -> list[Extent]:
         """Return what of the extent guests change that is appended but not applied."""
@@ -212,9 +216,15 @@ class Writes:
         volume.appended_blocks += count
 
     def _append_event(self, volume: "CacheVolume", kind: int, extent: Extent, settled: Settled) -> None:
+        is_long = self._engine.sweeps.is_long(extent.count)
+        if is_long and self._engine.sweeps.count + self._long_event_count >= SWEEPS_MAX:
+            again = partial(self._append_event, volume, kind, extent, settled)
+            self._park(volume, settled, again, first=True)
+            return
         version = volume.next_version()
         self._touch(volume, extent)
         self._events.append((volume.key, extent))
+        self._long_event_count += is_long
         self._engine.hole_count += 1  # now, not when it is applied: the next one must know
         self._engine.log.add_event(kind, volume.key, extent.start, version, extent.count, settled)
 
