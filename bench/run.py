@@ -25,6 +25,7 @@ import import_row
 import memory_row
 import miss_rows
 import policy_rows
+import readahead_rows
 import restart_rows
 import scale_rows
 import snapshot_rows
@@ -39,6 +40,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("write", "flush", "sequential"), write_rows.measure),
     (("import",), import_row.measure),
     (("miss",), miss_rows.measure),
+    (("readahead",), readahead_rows.measure),
     (("memory",), memory_row.measure),
     (("restart", "warm"), restart_rows.measure),
     (("commit", "amplification"), flush_rows.measure),

@@ -80,11 +80,13 @@ class Peer:
 
 
 class Store:
-    """`forebay store serve` on a folder."""
+    """`forebay store serve` on a folder. `prefix` are words to start it with, to have it in a place of its own."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
-        words = ["store", "serve", "--data", str(folder), "--listen", "127.0.0.1:0", "--log-level", "warning", *more]
-        self._daemon = DemoDaemon(_daemon_words("store", words), Path(f"{folder}.log"), "store listening on ")
+    def __init__(self, folder: Path, *more: str, prefix: tuple[str, ...] = (), listen: str = "127.0.0.1:0") -> None:
+        words = ["store", "serve", "--data", str(folder), "--listen", listen, "--log-level", "warning", *more]
+        self._daemon = DemoDaemon(
+            [*prefix, *_daemon_words("store", words)], Path(f"{folder}.log"), "store listening on "
+        )
         self.address = self._daemon.ready
         self.log = Path(f"{folder}.log")
 
@@ -105,14 +107,16 @@ class Store:
 class Cache:
     """`forebay cache serve` on a file; `uri` is that of the volume attached last."""
 
-    def __init__(self, file: Path, folder: Path, *, store: str, size: str | None = None) -> None:
+    def __init__(
+        self, file: Path, folder: Path, *, store: str, size: str | None = None, more: tuple[str, ...] = ()
+    ) -> None:
         self.name = OURS
         self.file = file
         self.uri = ""
         self.volume = ""
         self.run_dir = folder / "run"
         words = ["cache", "serve", "--device", str(file), "--store", store, "--run-dir", str(self.run_dir)]
-        words += ["--log-level", "warning", *(() if size is None else ("--size", size))]
+        words += ["--log-level", "warning", *(() if size is None else ("--size", size)), *more]
         self.log = folder / "cache.log"
         self._words = _daemon_words("cache", words)
         self._daemon = DemoDaemon(self._words, self.log, "READY")

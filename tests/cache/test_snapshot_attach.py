@@ -68,6 +68,8 @@ def test_a_snapshot_that_a_clone_needs_is_not_temporary_and_stays_when_it_is_det
     volume = rig.attach_snapshot(BASE)
     assert not volume.temporary
     content = rig.content_of(volume)
+    rig.tick()
+    rig.run_until(lambda: rig.engine.log.idle)
     cached = rig.cached(BASE)
     assert cached > 500
     rig.detach_snapshot(volume)

@@ -79,9 +79,13 @@ class Admission:
 
     def applied(self, key: int) -> None:
         """A fill is in the map, or has lost against something newer."""
-        held = self.ring.blocks.get(key)
-        if held is not None and held.pool == LEAVING:
+        if self.is_leaving(key):
             self.ring.remove(key)
+
+    def is_leaving(self, key: int) -> bool:
+        """Tell whether a block is on its way to the device."""
+        held = self.ring.blocks.get(key)
+        return held is not None and held.pool == LEAVING
 
     def changed(self, volume: "CacheVolume", extent: Extent) -> None:
         """Blocks change, or left the map: neither what is held nor what is under way of them is true any more."""
@@ -111,12 +115,10 @@ class Admission:
             or engine.map.find(key) >= 0
             or engine.free_zones <= ZONES_RESERVED + 1
             or log.queued_blocks > QUEUED_BLOCKS_FILL_MAX
-            or not (volume.temporary or engine.policy.admits(key))
+            or not (engine.sources.keep(volume, lba) if volume.temporary else engine.policy.admits(key))
         ):
             self.ring.remove(key)
             return
-        if volume.temporary:
-            engine.sources.keep(volume, lba)
         log.seal_if_full()
         batch = log.data_batch()
         log.add_copy(batch, record.FILL, volume.key, lba, held.version, held.checksum)

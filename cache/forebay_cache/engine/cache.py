@@ -48,6 +48,7 @@ from forebay_cache.engine.rates import (
     changed_limit,
     is_settable,
 )
+from forebay_cache.engine.read_ahead import ReadAhead
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.recovery import Recovered, device_tag
@@ -73,6 +74,7 @@ class EngineSettings(NamedTuple):
     cut_age_ns_max: int = 10_000_000_000
     dirty_share_max: float = 0.6
     fill_blocks: int = 4
+    read_ahead_blocks: int = 1024  # of one volume; 0: none
     retry_ns: int = 2_000_000_000
     limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one
@@ -127,7 +129,7 @@ class CacheEngine:
         )
         self.sweeps = Sweeps(self)
         self.reads, self.writes = Reads(self), Writes(self)
-        self.admission = Admission(self)
+        self.admission, self.read_ahead = Admission(self), ReadAhead(self)
         self.fetches = Fetches(upstream, settings.fill_blocks, self.admission, later=partial(self.after, 0))
         self.allocations, self.changes = Allocations(self), Changes(self)
         self.destage = Destage(self)

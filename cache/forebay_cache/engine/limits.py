@@ -97,6 +97,21 @@ second uses come within it: it saves half of all writes at the same hit ratio (2
 AHEAD_BLOCKS_MAX: Final = 8192
 """Blocks read ahead of all streams that wait in memory to be asked for: 32 MiB."""
 
+AHEAD_STEP_BLOCKS: Final = 64
+"""Blocks that one step of reading ahead asks for: 256 KiB. Its answer is held in one step as well."""
+
+STREAMS_MAX: Final = 16
+"""Sequential streams that are told apart in one volume."""
+
+STREAM_STEP_MIN: Final = 16
+"""Blocks that are read ahead first: 64 KiB."""
+
+STREAM_SLACK_BLOCKS: Final = 256
+"""How far a read of a stream may be from where it should begin: guests have several under way, and hit in between."""
+
+STREAM_TURNS: Final = 64
+"""A stream that had none of the volume's last so many reads gets no share of what is read ahead."""
+
 SAMPLED_MAX: Final = 8192
 """Keys that the policy gathers for the analysis between two ticks; more are left out."""
 

@@ -18,7 +18,7 @@ from forebay_cache.engine.fetches import Purpose
 from forebay_cache.engine.front import Chunk, IoError, ReadReply, Reply
 from forebay_cache.engine.limits import PREFETCH_STEPS_PER_TURN
 from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
-from forebay_cache.engine.ring import Held
+from forebay_cache.engine.ring import AHEAD, SPARE, Held
 from forebay_core.checksums import block_checksums, checksum
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX, Buffer
@@ -41,9 +41,10 @@ class _Read:
         "extent",
         "failed",
         "length",
+        "missing",
         "offset",
         "parts",
-        "prefetch",
+        "purpose",
         "repeated",
         "reply",
         "volume",
@@ -57,8 +58,7 @@ class _Read:
         offset: int,
         length: int,
         reply: ReadReply,
-        *,
-        prefetch: bool = False,
+        purpose: Purpose = Purpose.READ,
     ) -> None:
         self.volume = volume  # whom it was asked of; a part may come from what that one reads through to
         self.extent = extent
@@ -66,7 +66,8 @@ class _Read:
         self.length = length
         self.reply = reply
         self.parts: dict[int, tuple[int, Buffer | None]] = {}
-        self.prefetch = prefetch  # what is cached need not be read
+        self.purpose = purpose  # unless it is READ, what is cached need not be read
+        self.missing = 0  # blocks that the store had to bring, now or before anybody asked
         self.waiting = 1
         self.failed = False
         self.again: Callable[[], None] | None = None  # what to do instead of answering
@@ -136,6 +137,13 @@ class Reads:
         end = (offset + length - 1 >> BLOCK_SHIFT) + 1
         self._prefetch(volume, offset >> BLOCK_SHIFT, end, reply)
 
+    def ahead(self, volume: "CacheVolume", extent: Extent, fetched: Callable[[], None]) -> None:
+        """Fetch what is missing of an extent into memory, for whoever reads it next."""
+        request = _Read(
+            volume, extent, 0, extent.count << BLOCK_SHIFT, lambda _error, _chunks: fetched(), Purpose.AHEAD
+        )
+        self._begin(request)
+
     # --- hits -------------------------------------------------------------------------------------------------
 
     def _read_one(self, volume: "CacheVolume", lba: int, offset: int, length: int, reply: ReadReply) -> None:
@@ -195,6 +203,8 @@ class Reads:
 
     def _begin(self, request: _Read) -> None:
         self._collect(request.volume, request, request.extent, loaded=not self._engine.loading.active)
+        if request.missing and request.purpose is Purpose.READ:
+            self._engine.read_ahead.missed(request.volume, request.extent)
         request.arrived()
 
     def _collect(self, volume: "CacheVolume", request: _Read, extent: Extent, *, loaded: bool) -> None:
@@ -207,7 +217,7 @@ class Reads:
             part = Extent(extent.start + at, run)
             if places[at] < 0:
                 self._read_absent(volume, request, part, loaded=loaded)
-            elif request.prefetch:
+            elif request.purpose is not Purpose.READ:
                 request.parts[part.start] = (run, None)
             else:
                 self._read_run(volume, request, part, places[at])
@@ -322,7 +332,8 @@ class Reads:
             start = max(at, hole.start)
             end = min(hole.end, part.end)
             request.parts[start] = (end - start, None)
-            request.volume.hit_blocks += end - start
+            if request.purpose is Purpose.READ:
+                request.volume.hit_blocks += end - start
             at = end
         if at < part.end:
             self._read_unknown(volume, request, Extent(at, part.end - at), loaded=loaded)
@@ -356,7 +367,7 @@ class Reads:
     def _fetch(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
         """Read blocks that are not on the device: those that are held in memory from there, the rest from the store."""
         key = volume.key << LBA_BITS | part.start
-        if not (volume.temporary or request.prefetch):
+        if request.purpose is Purpose.READ and not volume.temporary:
             self._engine.policy.missed(key, part.count)
         at = part.start
         for first, run in self._engine.admission.ring.runs(key, part.count):
@@ -370,11 +381,17 @@ class Reads:
 
     def _give(self, volume: "CacheVolume", request: _Read, part: Extent, run: list[Held]) -> None:
         """Answer with held blocks, if they are sound."""
-        plain = run[0].plain if part.count == 1 else b"".join([held.plain for held in run])
+        if request.purpose is Purpose.AHEAD:
+            request.parts[part.start] = (part.count, None)
+            return
         key = volume.key << LBA_BITS | part.start
+        plain = run[0].plain if part.count == 1 else b"".join([held.plain for held in run])
         if block_checksums(plain) == [held.checksum for held in run]:
-            request.volume.hit_blocks += part.count
             request.parts[part.start] = (part.count, plain)
+            ahead = sum(held.pool == AHEAD for held in run)  # they were fetched for this
+            request.missing += sum(held.pool in (AHEAD, SPARE) for held in run)
+            request.volume.miss_blocks += ahead
+            request.volume.hit_blocks += part.count - ahead
             self._engine.admission.take(key, run)
             return
         self.corrupt_blocks += 1
@@ -384,7 +401,9 @@ class Reads:
 
     def _ask(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
         """Read blocks from the store."""
-        request.volume.miss_blocks += part.count
+        request.missing += part.count
+        if request.purpose is not Purpose.AHEAD:
+            request.volume.miss_blocks += part.count
 
         def arrived(answer: Sequence[FetchedPiece] | UpstreamRefusal) -> None:
             if isinstance(answer, UpstreamRefusal):
@@ -397,11 +416,13 @@ class Reads:
                         request.parts[piece.extent.start] = (piece.extent.count, piece.plain)
             request.arrived()
 
-        purpose = Purpose.KEEP if request.prefetch else Purpose.READ
-        request.waiting += self._engine.fetches.want(volume, part, arrived, purpose=purpose)
+        request.waiting += self._engine.fetches.want(volume, part, arrived, purpose=request.purpose)
 
     def _refused(self, volume: "CacheVolume", request: _Read, refusal: UpstreamRefusal) -> None:
         """The store's no fails the request; but one that only an origin is gone is no end: its clones have all."""
+        if request.purpose is Purpose.AHEAD:
+            request.failed = True  # who reads it asks again, and is told
+            return
         gone = volume.snapshot and refusal.code in _GONE
         if gone and self._engine.sources.gone(volume) and volume is not request.volume and not request.repeated:
             request.again = partial(self._begin_again, request)
@@ -431,7 +452,7 @@ class Reads:
                 continue
             extent = Extent(start, min(READ_BLOCKS_MAX, end - start))
             start = extent.end
-            request = _Read(volume, extent, 0, extent.count << BLOCK_SHIFT, _to_nobody, prefetch=True)
+            request = _Read(volume, extent, 0, extent.count << BLOCK_SHIFT, _to_nobody, Purpose.KEEP)
             self._collect(volume, request, extent, loaded=not self._engine.loading.active)
             if request.waiting > 1:
                 request.reply = partial(self._prefetched, volume, start, end, reply)

@@ -202,18 +202,21 @@ class Sources:
         if volume.origins is not None:
             volume.origins.add(extent)
 
-    def keep(self, volume: CacheVolume, lba: int) -> None:
-        """A block of a temporary snapshot is about to be cached: another one goes if they have their share."""
+    def keep(self, volume: CacheVolume, lba: int) -> bool:
+        """Tell whether a block of a temporary snapshot may be cached: another one goes if they have their share."""
         key = volume.key << LBA_BITS | lba
         if len(self._ring) < self._ring_max:
             self._ring.append(key)
-            return
+            return True
+        if self._engine.admission.is_leaving(self._ring[self._ring_at]):
+            return False  # it could not be dropped yet
         old, self._ring[self._ring_at] = self._ring[self._ring_at], key
         self._ring_at = (self._ring_at + 1) % self._ring_max
         owner = self._engine.volumes.get(old >> LBA_BITS)
         place = self._engine.map.find(old)
         if place >= 0 and owner is not None and owner.temporary and old != key:
             self._engine.drop_block(old, place)
+        return True
 
     # --- learning the whole map -------------------------------------------------------------------------------
 
