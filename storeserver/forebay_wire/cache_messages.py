@@ -154,3 +154,31 @@ class Sample(Message, frozen=True, array_like=True, tag=68):
     write_price_ppm: int  # the policy's settings
     window_max_ppm: int
     volumes: tuple[SampledVolume, ...]
+
+
+class RecordTrace(Message, frozen=True, array_like=True, tag=84):
+    """To a cache daemon: record what guests ask of a volume, or with an empty name of all, for this connection and
+    until it ends; answered by Done."""
+
+    name: str
+
+
+class TakeTrace(Message, frozen=True, array_like=True, tag=85):
+    """Ask for what was recorded since the last time; answered by TraceRows a moment later. With `last` the recording
+    ends, and the answer comes at once."""
+
+    last: bool = False
+
+
+class TracedVolume(Message, frozen=True, array_like=True):
+    """A volume that occurs for the first time."""
+
+    key: int
+    name: str
+
+
+class TraceRows(Message, frozen=True, array_like=True, tag=86):
+    """The payload is rows as `forebay_cache.engine.recorder` has them; so many before them were lost."""
+
+    lost: int
+    volumes: tuple[TracedVolume, ...]

@@ -30,9 +30,13 @@ from forebay_wire.cache_messages import (
     GetSample,
     LimitStatus,
     PolicyStatus,
+    RecordTrace,
     Sample,
     SampledVolume,
     SetLimit,
+    TakeTrace,
+    TracedVolume,
+    TraceRows,
     VolumeStatus,
 )
 from forebay_wire.message import Message
@@ -564,4 +568,7 @@ AnyMessage = (
     | SetLimit
     | GetSample
     | Sample
+    | RecordTrace
+    | TakeTrace
+    | TraceRows
 )

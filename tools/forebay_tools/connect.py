@@ -5,7 +5,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 from forebay_core.errors import ForebayError, StoreUnreachableError
 from forebay_core.units import ID_SIZE
@@ -87,6 +87,15 @@ async def ask_cache(arguments: argparse.Namespace, message: AnyMessage, expect: 
     with contextlib.suppress(StoreUnreachableError):
         async with cache_client(arguments) as client:
             return await client.ask(message, expect)
+    return await refuse_older(arguments)
+
+
+async def refuse_older(arguments: argparse.Namespace) -> NoReturn:
+    """Tell why a connection was lost at a message that older daemons do not know.
+
+    Raises:
+        ForebayError: always: there is no daemon any more, or it is too old.
+    """
     async with cache_client(arguments):  # if it is there it closed the connection, as it does when it can't read one
         raise ForebayError(
             f"the cache daemon of {run_dir(arguments)} is older than this command and can't answer; restart it"

@@ -31,6 +31,7 @@ from forebay_tools.commands import (
     store_scrub,
     store_serve,
     trace_convert,
+    trace_record,
     volume_clone,
     volume_create,
     volume_delete,
@@ -103,6 +104,7 @@ def build_parser() -> Parser:
         module.add(snapshot)
     for module in (attach, detach, drain, limit, status, analyze):
         module.add(top)
+    trace_record.add(trace)
     trace_convert.add(trace)
     config_check.add(config)
     return parser

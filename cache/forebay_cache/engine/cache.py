@@ -51,6 +51,7 @@ from forebay_cache.engine.rates import (
 from forebay_cache.engine.read_ahead import ReadAhead
 from forebay_cache.engine.reads import Reads
 from forebay_cache.engine.reclaim import Reclaim
+from forebay_cache.engine.recorder import Recorder
 from forebay_cache.engine.recovery import Recovered, device_tag
 from forebay_cache.engine.restoring import restore
 from forebay_cache.engine.sample import AccessSample
@@ -112,7 +113,7 @@ class CacheEngine:
         self.report, self.alarm = report, alarm
         self.failed = ""
         self.policy = FrequencyPolicy(recovered.map.key_array, settings=settings.policy, seed=life)
-        self.sample = AccessSample()
+        self.sample, self.recorder = AccessSample(), Recorder()
         self.volumes: dict[int, CacheVolume] = {}
         self.acknowledged_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)
         self.noted_versions: npt.NDArray[np.uint64] = np.zeros(64, np.uint64)  # what the log says of them
@@ -167,7 +168,7 @@ class CacheEngine:
     def tick(self, now_ns: int, wall_ns: int) -> None:
         """Let time pass: called about every 50 ms with a monotonic and the wall clock."""
         self.observe(now_ns - self._now_ns if self._now_ns else 0)
-        self._now_ns = now_ns
+        self._now_ns = self.recorder.now_ns = now_ns
         due = [timer for timer in self._timers if timer.due_ns <= now_ns]
         self._timers = [timer for timer in self._timers if timer.due_ns > now_ns]
         for timer in due:

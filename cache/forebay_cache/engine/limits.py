@@ -132,6 +132,11 @@ SAMPLE_BLOCKS_MIN: Final = 8192
 """Different blocks that a sample keeps, about: with fewer the hit ratios that it tells are less exact, so that old
 accesses are given up instead."""
 
+RECORDINGS_MAX: Final = 4
+RECORDING_ROWS_MAX: Final = 1 << 17
+RECORDING_SIZE_MAX: Final = RECORDING_ROWS_MAX * 16
+"""Recordings of requests at a time, and rows of each that wait to be taken: 2 MiB, half a second of all that comes."""
+
 WORTHY_SHARE: Final = 0.5
 """Share of all places that the policy finds worth keeping when their zone is reclaimed.
 
@@ -228,6 +233,7 @@ TEMPORARY_BLOCKS_MIN: Final = 256
 """What they may keep of a small cache."""
 
 assert SAMPLE_SIZE_MAX <= PAYLOAD_SIZE_MAX
+assert RECORDING_SIZE_MAX <= PAYLOAD_SIZE_MAX
 assert SAMPLED_MAX <= SAMPLE_SEGMENT_KEYS * SAMPLE_SPARE
 assert 4 * SAMPLE_BLOCKS_MIN <= SAMPLE_SEGMENTS_MAX * SAMPLE_SEGMENT_KEYS
 assert ZONES_FOR_MOVES < ZONES_RESERVED

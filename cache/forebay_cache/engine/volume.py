@@ -134,10 +134,14 @@ class CacheVolume:
 
     def read(self, offset: int, length: int, reply: ReadReply) -> None:
         """See FrontVolume."""
+        if self._engine.recorder.is_on:
+            self._engine.recorder.note(self, offset, length, write=False)
         self._engine.reads.read(self, offset, length, reply)
 
     def write(self, offset: int, payload: Buffer, fua: bool, reply: Reply) -> None:
         """See FrontVolume."""
+        if self._engine.recorder.is_on:
+            self._engine.recorder.note(self, offset, len(payload), write=True)
         self._engine.writes.write(self, offset, payload, fua, reply)
 
     def flush(self, reply: Reply) -> None:

@@ -7,7 +7,7 @@ is refused then.
 from collections.abc import Sequence
 from typing import Protocol
 
-from forebay_cache.engine.limits import SAMPLE_SIZE_MAX
+from forebay_cache.engine.limits import RECORDING_SIZE_MAX, SAMPLE_SIZE_MAX
 from forebay_core.errors import RefusedError
 from forebay_core.units import Buffer
 from forebay_wire import messages
@@ -23,11 +23,14 @@ from forebay_wire.messages import (
     Drain,
     GetCacheStatus,
     GetSample,
+    RecordTrace,
     ResizeVolume,
     Sample,
     SetLimit,
     SnapshotRow,
     SnapshotTaken,
+    TakeTrace,
+    TraceRows,
     Volume,
     VolumeRow,
 )
@@ -62,14 +65,23 @@ class Commands(Protocol):
     def sample(self) -> tuple[Sample, Sequence[Buffer]]:
         """Tell which blocks were used lately, of those that are sampled."""
 
+    def record(self, who: object, name: str) -> None:
+        """Record for a connection what is asked of a volume, or with an empty name of all."""
+
+    async def take_trace(self, who: object, *, last: bool) -> tuple[TraceRows, Sequence[Buffer]]:
+        """Return what was recorded for a connection since the last time."""
+
+    def lost_connection(self, who: object) -> None:
+        """A connection is gone."""
+
 
 class ControlServer:
     """The servers over the local socket and TCP; the local one needs no key, its folder's mode guards it."""
 
     def __init__(self, commands: Commands, *, key: bytes | None, device: bytes) -> None:
         self._commands = commands
-        self._local = WireServer(self._answer, key=None, node=device)
-        self._remote = WireServer(self._answer, key=key, node=device)
+        self._local = WireServer(self._answer, key=None, node=device, on_disconnect=commands.lost_connection)
+        self._remote = WireServer(self._answer, key=key, node=device, on_disconnect=commands.lost_connection)
 
     async def listen_unix(self, path: str) -> None:
         """Listen in the run directory. Raises what WireServer.listen_unix does."""
@@ -120,6 +132,12 @@ class ControlServer:
             case GetSample():
                 await peer.reserve(SAMPLE_SIZE_MAX)
                 return self._commands.sample()
+            case RecordTrace():
+                if not peer.closed:  # else nobody would end it
+                    self._commands.record(peer, message.name)
+            case TakeTrace():
+                await peer.reserve(RECORDING_SIZE_MAX)
+                return await self._commands.take_trace(peer, last=message.last)
             case _:
                 raise RefusedError(
                     messages.BAD_REQUEST,

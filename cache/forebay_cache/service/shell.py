@@ -30,6 +30,7 @@ from forebay_cache.service.policy_status import policy_status
 from forebay_cache.service.run_folder import RunFolder
 from forebay_cache.service.snapshot_exports import SnapshotExports, is_snapshot_name
 from forebay_cache.service.store_session import FINAL_CODES, StoreSession
+from forebay_cache.service.trace_commands import TraceCommands
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent
@@ -43,6 +44,7 @@ from forebay_wire.messages import (
     Opened,
     Sample,
     SnapshotRow,
+    TraceRows,
     VolumeRow,
     VolumeStatus,
 )
@@ -81,6 +83,7 @@ class Shell:
         self._device_size = device_size
         self._fronts = fronts or DeviceFronts()
         self._changing: set[str] = set()
+        self._traces = TraceCommands(engine.recorder)
         self._snapshots = SnapshotExports(engine, session)
         self._cut_ends = CutEndCommands(engine, session, draw=draw, wall_ns=wall_ns)
 
@@ -254,6 +257,26 @@ class Shell:
     def sample(self) -> tuple[Sample, Sequence[Buffer]]:
         """Tell which blocks were used lately, of those that are sampled."""
         return answer_sample(self._engine)
+
+    def record(self, who: object, name: str) -> None:
+        """Record for a connection what is asked of a volume, or with an empty name of all.
+
+        Raises:
+            ForebayError: the volume is not attached, or there are enough recordings.
+        """
+        self._traces.begin(who, self._attached(name).key if name else None)
+
+    async def take_trace(self, who: object, *, last: bool) -> tuple[TraceRows, Sequence[Buffer]]:
+        """Return what was recorded for a connection since the last time.
+
+        Raises:
+            RefusedError: nothing is.
+        """
+        return await self._traces.take(who, last=last)
+
+    def lost_connection(self, who: object) -> None:
+        """Record no more for it."""
+        self._traces.end(who)
 
     # --- steps ------------------------------------------------------------------------------------------------
 
