@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,13 @@ from store_daemon import StoreDaemon, Writer, create, frame, plain, run
 from forebay_core.errors import ForebayError
 from forebay_core.extents import Extent, pack
 from forebay_core.units import BLOCK_SIZE
+from forebay_store.format.damage_file import ScrubState
 from forebay_store.format.rows import Table
+from forebay_store.service.damage_file import DamageFile
+from forebay_store.service.folder import open_folder
 from forebay_store.service.fsck import fsck
 from forebay_store.service.lmdb_index import LmdbIndex
+from forebay_store.service.rebuild import rebuild_index
 from forebay_wire import messages
 from forebay_wire.client import WireClient
 from forebay_wire.pieces import plain_pieces
@@ -85,6 +90,25 @@ def test_overwritten_and_deleted_data_gives_its_space_back(tmp_path: Path) -> No
 
     with StoreDaemon(tmp_path / "s") as daemon:
         run(overwrite(daemon))
+    assert fsck(tmp_path / "s") == []
+
+
+def test_a_store_whose_index_folder_was_deleted_goes_on_and_says_what_fails(tmp_path: Path) -> None:
+    async def work(daemon: StoreDaemon) -> None:
+        async with daemon.client() as client:
+            await create(client, "vm", BLOCKS)
+            writer = await Writer.open(client, "vm")
+            await writer.write(0, "a")
+            shutil.rmtree(tmp_path / "s" / "index")
+            for _ in range(2):
+                status = await clean(client)
+                assert "can't be made smaller" in status.clean.error
+                await writer.write(0, "b")
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(work(daemon))
+        assert daemon.stop() == 0
+    rebuild_index(tmp_path / "s")
     assert fsck(tmp_path / "s") == []
 
 
@@ -245,3 +269,19 @@ def test_a_scrub_goes_on_where_a_stopped_store_left_it(tmp_path: Path) -> None:
         run(begin(daemon))
     with StoreDaemon(tmp_path / "s") as daemon:
         run(go_on(daemon))
+
+
+def test_a_clock_that_was_far_ahead_keeps_no_scrub_from_coming(tmp_path: Path) -> None:
+    in_2100_ns = 4102444800 * 10**9
+
+    async def look(daemon: StoreDaemon) -> None:
+        async with daemon.client() as client:
+            await status_when(client, lambda status: 0 < status.scrub.finished_ns < in_2100_ns)
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        daemon.stop()
+    folder = open_folder(tmp_path / "s")
+    DamageFile(folder.path, folder.store).write(ScrubState(finished_ns=in_2100_ns))
+    folder.close()
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(look(daemon))

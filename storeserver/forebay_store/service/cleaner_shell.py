@@ -203,6 +203,9 @@ class CleanerShell:
         except ForebayError as error:
             self._error = str(error)
             _LOG.warning("cleaning ended early: %s", error)
+        except Exception as error:
+            self._error = f"a bug ({type(error).__name__}: {error})"
+            _LOG.exception("a bug in the cleaner")
         finally:
             jobs.close()
             self._running = False

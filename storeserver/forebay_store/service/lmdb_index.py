@@ -232,10 +232,10 @@ class LmdbIndex:
             BackendError: the disk failed.
         """
         with self._writing:
-            size, used = (self._folder / DATA_NAME).stat().st_size, self._used_size()
-            if used > SHRINK_USED_MAX or size - used < max(SHRINK_SIZE_MIN, size // 2):
-                return False
             try:
+                size, used = (self._folder / DATA_NAME).stat().st_size, self._used_size()
+                if used > SHRINK_USED_MAX or size - used < max(SHRINK_SIZE_MIN, size // 2):
+                    return False
                 return self._replace(scratch)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -11,7 +11,7 @@ from pathlib import Path
 from forebay_core.errors import CorruptionError, ForebayError
 from forebay_store.engine.apply import LogRecord, LogSegment, apply_segments
 from forebay_store.engine.cleaner import delete_leaving
-from forebay_store.engine.ports import SegmentMissingError
+from forebay_store.engine.ports import BackendError, SegmentMissingError
 from forebay_store.engine.replay import next_incarnation, replay, segment_names
 from forebay_store.engine.space import DiskRoom
 from forebay_store.engine.volumes import read_store
@@ -38,8 +38,15 @@ class OpenStore:
         self.newest = NO_SEGMENT
 
     def room(self) -> DiskRoom:
-        """Return how much the disk has left."""
-        disk = os.statvfs(self.folder.path)
+        """Return how much the disk has left.
+
+        Raises:
+            BackendError: nobody knows.
+        """
+        try:
+            disk = os.statvfs(self.folder.path)
+        except OSError as error:
+            raise BackendError(f"how much room {self.folder.path} has is unknown: {error.strerror}") from error
         return DiskRoom(disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
 
     def shrink(self) -> None:

@@ -126,19 +126,24 @@ class ScrubShell:
         while True:
             try:
                 await self._look_up()
-                due = self._every_ns and self._wall_ns() - self._state.finished_ns >= self._every_ns
-                if due and not self._state.is_running:
+                if self._is_due() and not self._state.is_running:
                     self._begin()
                 if self._state.is_running:
                     await self._pass()
             except ForebayError as error:
                 _LOG.warning("the scrub waits: %s", error)
+            except Exception:
+                _LOG.exception("a bug in the scrub")
             timer = self._loop.call_later(SCRUB_PAUSE_S, self._wake.set)
             try:
                 await self._wake.wait()
             finally:
                 timer.cancel()
             self._wake.clear()
+
+    def _is_due(self) -> bool:
+        """Tell whether the last pass is long ago, or was when the clock was far ahead."""
+        return self._every_ns > 0 and abs(self._wall_ns() - self._state.finished_ns) >= self._every_ns
 
     def _begin(self) -> None:
         self._found = []
