@@ -11,6 +11,7 @@ from forebay_cache.engine.kernel_device import (
     Found,
     KernelDevice,
     Mend,
+    Resize,
     State,
 )
 from forebay_core.errors import ForebayError
@@ -61,13 +62,13 @@ def test_a_number_that_was_taken_meanwhile_is_given_up() -> None:
 
 def test_a_device_that_outlived_the_daemon_is_given_a_socket_whatever_its_number_is() -> None:
     made = device(4)
-    assert made.begin([live(4, "somebody else"), live(7)]) == Mend(7, SIZE, ME)
+    assert made.begin([live(4, "somebody else"), live(7)]) == Mend(7, ME)
     assert not made.done(7)
     assert (made.state, made.number) == (State.LIVE, 7)
 
 
 def test_without_identifiers_a_device_is_known_by_number_and_size() -> None:
-    assert device(4).begin([live(4, "")]) == Mend(4, SIZE, ME)
+    assert device(4).begin([live(4, "")]) == Mend(4, ME)
     assert device(4).begin([live(4, "", SIZE // 2)]) == Connect(None, SIZE, 512, 13, ME)
     assert device().begin([live(4, "")]) == Connect(None, SIZE, 512, 13, ME)
 
@@ -77,7 +78,7 @@ def test_a_lost_socket_is_replaced_at_once_and_then_ever_more_slowly() -> None:
     assert made.lost() and made.delay_s == 0
     delays = []
     for _ in range(9):
-        assert made.mend([live(3)]) == Mend(3, SIZE, ME)
+        assert made.mend([live(3)]) == Mend(3, ME)
         assert made.refused(errno.EAGAIN) is None
         delays.append(made.delay_s)
     assert delays == sorted(delays) and delays[0] > 0 and delays[-1] == 1.0
@@ -92,6 +93,15 @@ def test_a_socket_that_is_lost_while_it_is_handed_over_is_replaced_after_that() 
     assert not made.lost()
     assert made.done(3) and made.state is State.SEVERED
     assert made.delay_s > 0  # the kernel did not want that one; not again and again without a pause
+
+
+def test_a_size_is_told_where_the_device_has_another() -> None:
+    made = attached(3)
+    assert made.resize([live(3), live(4, "somebody else", 2 * SIZE)]) is None
+    made.size = 2 * SIZE
+    assert made.resize([live(3)]) == Resize(3, 2 * SIZE, ME)
+    made.lost()
+    assert made.resize([live(3)]) is None
 
 
 def test_a_device_that_somebody_disconnected_is_not_made_anew_unasked() -> None:

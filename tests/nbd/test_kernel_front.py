@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ram_volume import RamExports, RamVolume
 
-from forebay_cache.engine.kernel_device import Connect, Found, Mend
+from forebay_cache.engine.kernel_device import Connect, Found, Mend, Resize
 from forebay_cache.format import nbd
 from forebay_cache.format.volume_note import Front, FrontKind
 from forebay_cache.service import kernel_front
@@ -58,10 +58,13 @@ class FakeKernel:
         self.clients[number] = socket.socket(fileno=os.dup(socket_fd))
         return number
 
-    def mend(self, command: Mend, socket_fd: int | None) -> None:
+    def resize(self, command: Resize) -> None:
         self._refuse(command)
         self.rows[command.number] = self.rows[command.number]._replace(size=command.size)
-        if socket_fd is not None and command.number not in self.clients:
+
+    def mend(self, command: Mend, socket_fd: int) -> None:
+        self._refuse(command)
+        if command.number not in self.clients:
             self.clients[command.number] = socket.socket(fileno=os.dup(socket_fd))
 
     def disconnect(self, number: int) -> None:
@@ -179,6 +182,32 @@ def test_a_daemon_that_comes_back_gives_the_device_a_fresh_socket(play) -> None:
         await rig.fronts.resume([rig.volume])
         assert isinstance(rig.kernel.asked[-1], Mend) and rig.volume.warning == ""
         assert await rig.kernel.ask(0, nbd.CMD_READ, 0, 512) == bytes(4 + 512)
+
+    play(scenario)
+
+
+def test_a_daemon_that_was_killed_before_it_noted_the_number_finds_its_device_by_name(play) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.fronts.attach(rig.volume)
+        rig.volume.front = Front(FrontKind.KERNEL, 512)
+        await rig.kill()
+        rig.start()
+        await rig.fronts.resume([rig.volume])
+        assert isinstance(rig.kernel.asked[-1], Mend) and rig.volume.front.number == 1
+        assert [row.number for row in rig.kernel.rows.values() if row.connected] == [0]
+
+    play(scenario)
+
+
+def test_a_volume_that_is_taken_over_anew_keeps_its_device_and_io_waits_meanwhile(play) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.fronts.attach(rig.volume)
+        rig.fronts.suspend(rig.volume)
+        rig.kernel.cut(0)  # as it does when it sees the end of its socket
+        assert rig.fronts.place(rig.volume).path == "" and rig.kernel.rows[0].connected
+        await rig.fronts.attach(rig.volume)
+        assert isinstance(rig.kernel.asked[-1], Mend)
+        assert await rig.kernel.ask(0, nbd.CMD_FLUSH, 0, 0) == bytes(4)
 
     play(scenario)
 

@@ -48,9 +48,9 @@ def shell(command: str) -> list[object]:
     return [done.returncode, done.stdout.strip(), done.stderr.strip()[-2000:]]
 
 
-def start() -> None:
+def start(*more: str) -> None:
     global daemon
-    daemon = subprocess.Popen(DAEMON, stdout=subprocess.PIPE, text=True)
+    daemon = subprocess.Popen([*DAEMON, *more], stdout=subprocess.PIPE, text=True)
     assert daemon.stdout is not None
     line = daemon.stdout.readline()
     assert line.startswith("READY"), line
@@ -164,6 +164,32 @@ def come_back() -> None:
         report("served in use", read(1) == first)
 
 
+def full_buffer() -> None:
+    """The store is out of reach and the buffer full: writes wait for as long as that lasts."""
+    kill(signal.SIGTERM)
+    start("--dirty-share-max", "0.05")
+    shell("ip route add unreachable 10.0.2.2/32")
+    writer = subprocess.Popen("dd if=/dev/urandom of=/dev/nbd1 bs=256k count=160 oflag=direct", shell=True)
+    written, before = -1, -2
+    while written != before and writer.poll() is None:
+        before = written
+        time.sleep(8)
+        written = int(Path("/sys/block/nbd1/stat").read_text().split()[6])
+    report("full", [writer.poll(), written * 512])
+    shell("ip route del unreachable 10.0.2.2/32")
+    report("full no more", writer.wait())
+    report("connections", [row["connections"] for row in status()["volumes"]])
+
+
+def snapshot() -> None:
+    """A snapshot is a device that can't be written."""
+    report("snapshot", forebay("snapshot", "create", "load@now", "--wait"))
+    report("snapshot attach", forebay("attach", "load@now", "--front", "kernel"))
+    number = int(os.path.realpath("/dev/forebay/load@now").removeprefix("/dev/nbd"))
+    report("snapshot device", [Path(f"/sys/block/nbd{number}/ro").read_text().strip(), read(number) == read(1)])
+    report("snapshot detach", forebay("detach", "load@now", "--timeout", "5"))
+
+
 def without_a_kernel() -> None:
     """No nbd in the kernel: a line that says so, and nothing is left attached."""
     report("detach", forebay("detach", "load", "--timeout", "5"))
@@ -194,6 +220,8 @@ def run() -> None:
     survive_a_kill()
     files()
     come_back()
+    full_buffer()
+    snapshot()
     without_a_kernel()
 
 

@@ -102,6 +102,18 @@ def test_a_stopped_daemon_takes_unused_devices_along_and_used_ones_wait_for_the_
     assert guest["stopped in use"] == [0, [1]] and guest["served in use"] is True
 
 
+def test_a_full_buffer_is_a_wait_and_takes_no_socket_away(guest: dict[str, object]) -> None:
+    code, written = guest["full"]
+    assert code is None
+    assert 0 < written < 40 * MIB
+    assert guest["full no more"] == 0 and guest["connections"] == [1]
+
+
+def test_a_snapshot_is_a_device_that_can_not_be_written(guest: dict[str, object]) -> None:
+    assert guest["snapshot"][0] == 0 and guest["snapshot attach"][0] == 0
+    assert guest["snapshot device"] == ["1", True] and guest["snapshot detach"] == [0, "", ""]
+
+
 def test_without_nbd_in_the_kernel_attach_says_so_and_leaves_nothing(guest: dict[str, object]) -> None:
     assert guest["detach"][0] == 0 and guest["rmmod"] == [0, "", ""]
     assert guest["no nbd"] == [1, "", "forebay: attach: this kernel has no nbd; load it: modprobe nbd"]

@@ -92,7 +92,14 @@ class Connect(NamedTuple):
 
 
 class Mend(NamedTuple):
-    """Give a device a fresh socket, and tell it the size."""
+    """Give a device a fresh socket."""
+
+    number: int
+    identifier: str
+
+
+class Resize(NamedTuple):
+    """Tell a device its size."""
 
     number: int
     size: int
@@ -133,6 +140,13 @@ class KernelDevice:
             self._move(Event.VANISHED)
             return None
         return self._mend()
+
+    def resize(self, devices: Sequence[Found]) -> Resize | None:
+        """Return what tells a live device its size; None if it knows, or there is none."""
+        sizes = [found.size for found in devices if found.number == self.number]
+        if self.state is not State.LIVE or self.number is None or sizes == [self.size]:
+            return None
+        return Resize(self.number, self.size, self._identifier)
 
     def done(self, number: int) -> bool:
         """The command worked; return whether the device is to be mended at once, as its socket is gone already."""
@@ -190,7 +204,7 @@ class KernelDevice:
         assert self.number is not None
         self._attempts += 1
         self._move(Event.MEND)
-        return Mend(self.number, self.size, self._identifier)
+        return Mend(self.number, self._identifier)
 
     def _is_mine(self, found: Found) -> bool:
         """Tell by the identifier, where the kernel keeps one; before Linux 5.14 by number and size."""

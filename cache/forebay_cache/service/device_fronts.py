@@ -47,7 +47,7 @@ class DeviceFront(Protocol):
         """Take it away once nobody uses it; if somebody still does after `timeout_s`, refuse and say who."""
 
     def suspend(self, volume: CacheVolume) -> None:
-        """The volume stops being served for a while; `resume` follows."""
+        """The volume stops being served for a while; `attach` follows."""
 
     def resized(self, volume: CacheVolume) -> None:
         """The volume became larger."""

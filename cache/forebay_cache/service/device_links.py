@@ -22,10 +22,15 @@ _POLL_S: Final = 0.02
 _LOG = logging.getLogger(__name__)
 
 
+def links_by_udev() -> bool:
+    """Tell whether udev runs and has our rule."""
+    return _UDEV.exists() and any(Path(rules, RULES).exists() for rules in _RULE_FOLDERS)
+
+
 def make_link(name: str, device: str, folder: Path = FOLDER) -> str:
     """Let a name lead to a device that has just come, and return its path; empty if it can't be made. Blocks."""
     link = folder / name
-    if _UDEV.exists() and any(Path(rules, RULES).exists() for rules in _RULE_FOLDERS):
+    if links_by_udev():
         with contextlib.suppress(OSError):  # what names the device came behind the event of its size
             Path("/sys/class/block", Path(device).name, "uevent").write_text("change\n")
         until = time.monotonic() + _UDEV_WAIT_S

@@ -23,7 +23,7 @@ from forebay_cache.engine.nbd_negotiation import transmission_flags
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.volume_note import Front, FrontKind
 from forebay_cache.service.device_fronts import Place
-from forebay_cache.service.device_links import FOLDER, make_link, remove_link
+from forebay_cache.service.device_links import FOLDER, links_by_udev, make_link, remove_link
 from forebay_cache.service.nbd_netlink import KernelPort
 from forebay_cache.service.nbd_server import NbdServer
 from forebay_core.errors import ForebayError, RefusedError
@@ -85,6 +85,7 @@ class KernelFront:
         try:
             async with attached.lock:
                 await self._bring(attached)
+                await self._name(attached)
         except BaseException:
             await asyncio.shield(self._undo(attached))
             raise
@@ -95,6 +96,11 @@ class KernelFront:
         attached = self._add(volume)
         async with attached.lock:
             await self._bring(attached)
+            # udev may want to read what only the store has, which is not asked before we are there.
+            if links_by_udev():
+                self._start(self._name(attached))
+            else:
+                await self._name(attached)
 
     async def detach(self, volume: CacheVolume, timeout_s: float) -> None:
         """See DeviceFront."""
@@ -117,7 +123,7 @@ class KernelFront:
         """See DeviceFront."""
         attached = self._attached.get(volume.name)
         if attached is not None:
-            self._start(self._tell_size(attached))
+            self._start(self._resize(attached))
 
     def place(self, volume: CacheVolume) -> Place:
         """See DeviceFront."""
@@ -161,6 +167,7 @@ class KernelFront:
         command: Connect | Mend | None = device.begin(devices)
         while command is not None:
             command = await self._carry_out(attached, command)
+        await self._tell_size(attached)
         if device.number is not None and volume.front.number != device.number + 1:
             await self._note(volume, volume.front._replace(number=device.number + 1))
         await self._settle(attached)
@@ -191,7 +198,7 @@ class KernelFront:
         return None
 
     async def _settle(self, attached: _Attached) -> None:
-        """Wait for the node of a device and its size, and for its name."""
+        """Wait for the node of a device and its size."""
         path, number = attached.path, attached.device.number
         assert number is not None
         try:
@@ -203,8 +210,10 @@ class KernelFront:
             if time.monotonic() > until:
                 raise ForebayError(f"{path} does not appear with its size; is devtmpfs mounted at /dev?")
             await asyncio.sleep(_POLL_S)
-        attached.link = await _off(make_link, attached.volume.name, path, self._links)
         _LOG.info("volume %s is %s", attached.volume.name, path)
+
+    async def _name(self, attached: _Attached) -> None:
+        attached.link = await _off(make_link, attached.volume.name, attached.path, self._links)
 
     def _lost(self, attached: _Attached) -> None:
         """The kernel closed its socket, or we did."""
@@ -227,16 +236,19 @@ class KernelFront:
                 _LOG.error("volume %s: %s", volume.name, volume.warning)
             else:
                 await self._carry_out(attached, command)
+                await self._tell_size(attached)
+
+    async def _resize(self, attached: _Attached) -> None:
+        async with attached.lock:
+            await self._tell_size(attached)
 
     async def _tell_size(self, attached: _Attached) -> None:
-        async with attached.lock:
-            device = attached.device
-            device.size = attached.volume.size
-            if device.state is not State.LIVE or device.number is None:
-                return  # it is told with the next socket
-            command = Mend(device.number, device.size, f"forebay/{self._cache.hex()}/{attached.volume.name}")
+        """Tell the device the size of its volume, if it is another one."""
+        attached.device.size = attached.volume.size
+        command = attached.device.resize(await _off(self._port.devices))
+        if command is not None:
             try:
-                await _off(self._port.mend, command, None)
+                await _off(self._port.resize, command)
             except OSError as error:
                 _LOG.error("%s: its new size was refused: %s", attached.path, error.strerror)
 

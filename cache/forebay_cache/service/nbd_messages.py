@@ -4,10 +4,14 @@ Unlike most of sysfs and the ioctls of old, these give a device a fresh socket w
 """
 
 import os
+import sys
+from typing import Final
 
 from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST, genlmsg, nla
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.generic import GenericNetlinkSocket
+
+RECONFIGURE: Final = 3
 
 
 class _SocketItem(nla):  # type: ignore[misc]
@@ -55,3 +59,18 @@ def ask(command: int, attributes: list[object]) -> int | None:
     except NetlinkError as error:
         raise OSError(error.code, os.strerror(error.code)) from error
     return next((int(number) for number in numbers if number is not None), None)
+
+
+def main() -> int:
+    """Tell a device its size: NUMBER SIZE [IDENTIFIER]; the exit code is an errno."""
+    attributes: list[object] = [["NBD_ATTR_INDEX", int(sys.argv[1])], ["NBD_ATTR_SIZE_BYTES", int(sys.argv[2])]]
+    attributes += [["NBD_ATTR_BACKEND_IDENTIFIER", identifier] for identifier in sys.argv[3:]]
+    try:
+        ask(RECONFIGURE, attributes)
+    except OSError as error:
+        return error.errno or 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

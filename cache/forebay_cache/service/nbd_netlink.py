@@ -1,21 +1,33 @@
 """The kernel's NBD client, asked over generic netlink (linux/nbd-netlink.h) and sysfs. All of it blocks a little.
 
 The sockets are named by their descriptors in this process, so it has to be this one that sends the message.
+
+Invariant: no thread of this process ever waits for a device that this process serves; see `_run_apart`.
 """
 
 import errno
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from forebay_cache.engine.kernel_device import DEAD_LINK_TIMEOUT_S, IO_TIMEOUT_MS, Connect, Found, Mend
+from forebay_cache.engine.kernel_device import DEAD_LINK_TIMEOUT_S, IO_TIMEOUT_MS, Connect, Found, Mend, Resize
 from forebay_cache.service.device_users import users_of
 from forebay_cache.service.memory_guard import guard_memory
 from forebay_core.errors import ForebayError
 
 SYS_BLOCK: Final = Path("/sys/block")
+APART_TIMEOUT_S: Final = 5.0
+_CLAIM: Final = """
+import os, sys
+try:
+    os.fsync(os.open(sys.argv[1], os.O_RDONLY | os.O_EXCL))
+except OSError as error:
+    sys.exit(error.errno)
+"""
 _CONNECT: Final = 1
 _DISCONNECT: Final = 2
 _RECONFIGURE: Final = 3
@@ -36,8 +48,11 @@ class KernelPort(Protocol):
     def connect(self, command: Connect, socket_fd: int) -> int:
         """Make a device and return its number."""
 
-    def mend(self, command: Mend, socket_fd: int | None) -> None:
-        """Tell the kernel the size of a device, and give it a socket if it has none."""
+    def mend(self, command: Mend, socket_fd: int) -> None:
+        """Give a device a socket if it has none."""
+
+    def resize(self, command: Resize) -> None:
+        """Tell a device its size."""
 
     def disconnect(self, number: int) -> None:
         """End a device; what it still asks for fails."""
@@ -98,18 +113,24 @@ class NbdNetlink:
             raise OSError(errno.EIO, "the kernel did not say which device it made")
         return number
 
-    def mend(self, command: Mend, socket_fd: int | None) -> None:
+    def mend(self, command: Mend, socket_fd: int) -> None:
         """See KernelPort."""
         attributes: list[object] = [
             ["NBD_ATTR_INDEX", command.number],
-            ["NBD_ATTR_SIZE_BYTES", command.size],
             ["NBD_ATTR_DEAD_CONN_TIMEOUT", DEAD_LINK_TIMEOUT_S],
+            _sockets(socket_fd),
         ]
         if _read(SYS_BLOCK / f"nbd{command.number}" / "backend"):
             attributes.append(["NBD_ATTR_BACKEND_IDENTIFIER", command.identifier])
-        if socket_fd is not None:
-            attributes.append(_sockets(socket_fd))
         _ask(_RECONFIGURE, attributes)
+
+    def resize(self, command: Resize) -> None:
+        """See KernelPort."""
+        known = _read(SYS_BLOCK / f"nbd{command.number}" / "backend")
+        words = [str(command.number), str(command.size), *([command.identifier] if known else [])]
+        code = _run_apart([sys.executable, "-m", "forebay_cache.service.nbd_messages", *words])
+        if code:
+            raise OSError(code, os.strerror(code))
 
     def disconnect(self, number: int) -> None:
         """See KernelPort."""
@@ -117,7 +138,9 @@ class NbdNetlink:
 
     def tune(self, number: int) -> None:
         """See KernelPort."""
-        (SYS_BLOCK / f"nbd{number}" / "queue" / "io_timeout").write_text(f"{IO_TIMEOUT_MS}\n")
+        path = SYS_BLOCK / f"nbd{number}" / "queue" / "io_timeout"
+        if _read(path) != str(IO_TIMEOUT_MS):
+            path.write_text(f"{IO_TIMEOUT_MS}\n")
 
     def has_appeared(self, number: int, size: int) -> bool:
         """See KernelPort."""
@@ -150,15 +173,21 @@ def _ask(command: int, attributes: list[object]) -> int | None:
 
 def _claim(path: str) -> list[str]:
     """Have everything written that is in memory for a device; return who keeps us from claiming it for that."""
+    code = _run_apart([sys.executable, "-I", "-S", "-c", _CLAIM, path])
+    return {errno.EBUSY: ["claimed by the kernel"], errno.ETIMEDOUT: ["still being written"]}.get(code, [])
+
+
+def _run_apart(command: Sequence[str]) -> int:
+    """Run what may wait for a device of ours in a process of its own, for a while; return the errno that it ends with.
+
+    A thread of this process that waits for it would keep a killed daemon from ending: its sockets would stay open,
+    the device would wait for answers from them, and the thread for the device.
+    """
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-    except OSError as error:
-        return ["claimed by the kernel"] if error.errno == errno.EBUSY else []
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return []
+        return child.wait(APART_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return errno.ETIMEDOUT  # it ends when the device answers
 
 
 def _read(path: Path) -> str:
