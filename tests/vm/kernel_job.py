@@ -169,9 +169,10 @@ def full_buffer() -> None:
     kill(signal.SIGTERM)
     start("--dirty-share-max", "0.05")
     shell("ip route add unreachable 10.0.2.2/32")
-    writer = subprocess.Popen("dd if=/dev/urandom of=/dev/nbd1 bs=256k count=160 oflag=direct", shell=True)
+    writer = subprocess.Popen("dd if=/dev/urandom of=/dev/nbd1 bs=256k count=240 oflag=direct", shell=True)
     written, before = -1, -2
-    while written != before and writer.poll() is None:
+    until = time.monotonic() + 90
+    while written != before and writer.poll() is None and time.monotonic() < until:
         before = written
         time.sleep(8)
         written = int(Path("/sys/block/nbd1/stat").read_text().split()[6])

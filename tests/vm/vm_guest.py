@@ -11,7 +11,7 @@ import vm_image
 from vm_image import CannotError
 
 MEMORY_MIB: Final = 1024
-TIMEOUT_S: Final = 330
+TIMEOUT_S: Final = 480
 _MARK: Final = "REPORT "
 
 
