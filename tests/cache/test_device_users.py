@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from forebay_cache.service.device_links import make_link, remove_link
 from forebay_cache.service.device_users import SHOWN_MAX, users_of
 from forebay_cache.service.nbd_netlink import _claim
 
@@ -81,6 +82,20 @@ def test_what_a_device_is_part_of_is_named(device: str) -> None:
         assert f"part of {Path(above).name}" in users_of(device)
     finally:
         subprocess.run(["losetup", "--detach", above], check=True)
+
+
+def test_a_link_is_left_to_the_device_of_that_name_and_taken_from_any_other(device: str, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for name in ("backing", "vm1"):  # the loop device serves a file called backing
+        (links / name).symlink_to(device)
+    assert make_link("backing", "/dev/nbd9998", links) == ""
+    assert os.readlink(links / "backing") == device
+    assert make_link("vm1", "/dev/nbd9998", links) == str(links / "vm1")
+    assert os.readlink(links / "vm1") == "/dev/nbd9998"
+    remove_link("vm1", device, links)
+    remove_link("backing", device, links)
+    assert os.listdir(links) == ["vm1"]
 
 
 def test_memory_is_locked_and_the_oom_killer_kept_off_where_that_is_permitted() -> None:

@@ -332,6 +332,16 @@ def test_a_device_that_does_not_come_back_is_told_and_keeps_no_other_from_it(pla
     play(scenario)
 
 
+def test_a_link_that_was_left_by_a_device_with_another_number_is_replaced(play, tmp_path) -> None:
+    async def scenario(rig: Rig) -> None:
+        (tmp_path / "links").mkdir()
+        (tmp_path / "links" / "vm1").symlink_to("/dev/nbd9999")
+        await rig.fronts.attach(rig.volume)
+        assert os.readlink(tmp_path / "links" / "vm1") == "/dev/nbd0"
+
+    play(scenario)
+
+
 def test_a_link_that_leads_to_another_device_is_left_alone(play, tmp_path) -> None:
     async def scenario(rig: Rig) -> None:
         (tmp_path / "links").mkdir()

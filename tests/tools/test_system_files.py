@@ -74,6 +74,22 @@ def test_systemd_hears_from_a_loop_that_turns(tmp_path: Path, monkeypatch: pytes
         asyncio.run(turn())
 
 
+def test_a_store_tells_systemd_that_it_is_ready_that_it_lives_and_that_it_ends(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path / "notify"))
+        channel.settimeout(30)
+        environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "30000"}
+        command = [sys.executable, "-m", "forebay_tools.main", "store", "serve", "--data", str(tmp_path / "store")]
+        with subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as store:
+            said = [channel.recv(100) for _ in range(3)]
+            store.terminate()
+            while b"STOPPING=1" not in said:
+                said.append(channel.recv(100))
+    assert said[:3] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"] and store.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("period", "pid", "seconds"),
     [

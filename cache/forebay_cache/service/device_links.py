@@ -2,8 +2,9 @@
 
 udev makes them where it runs and has our rule (tools/system/90-forebay.rules); else the daemon does.
 
-Invariant: a link that leads to another device that exists is never replaced.
-Crash: a link of ours that leads nowhere is replaced.
+Invariant: a link that leads to another device that serves a volume of this name, or to what is no device of such
+volumes, is never replaced.
+Crash: a link that was left is replaced by the next device of that name.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Final
 
 FOLDER: Final = Path("/dev/forebay")
 RULES: Final = "90-forebay.rules"
+_SYS_BLOCK: Final = Path("/sys/block")
 _UDEV: Final = Path("/run/udev/control")
 _RULE_FOLDERS: Final = ("/etc/udev/rules.d", "/run/udev/rules.d", "/usr/lib/udev/rules.d", "/lib/udev/rules.d")
 _UDEV_WAIT_S: Final = 3.0
@@ -38,7 +40,7 @@ def make_link(name: str, device: str, folder: Path = FOLDER) -> str:
             time.sleep(_POLL_S)
     if _target(link) == device:
         return str(link)
-    if link.exists():
+    if link.exists() and not _is_left(link):
         _LOG.warning("%s leads to %s already, not to %s: it is left alone", link, _target(link), device)
         return ""
     fresh = folder / f".{name}.{os.getpid()}"
@@ -61,6 +63,25 @@ def remove_link(name: str, device: str, folder: Path = FOLDER) -> None:
             link.unlink(missing_ok=True)
         except OSError as error:
             _LOG.warning("%s can't be removed (%s)", link, error.strerror)
+
+
+def _is_left(link: Path) -> bool:
+    """Tell whether a link leads to a device of the kind that volumes have, which has nothing to do with its name now.
+
+    Their nodes exist always, whether there is a device behind them or not.
+    """
+    device = Path(_target(link)).name
+    if not device.startswith(("nbd", "loop")):
+        return False
+    folder = _SYS_BLOCK / device
+    return all(Path(_read(folder / name)).name != link.name for name in ("backend", "loop/backing_file"))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _target(link: Path) -> str:

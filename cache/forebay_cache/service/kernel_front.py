@@ -33,6 +33,9 @@ from forebay_wire import messages
 NODE_WAIT_S: Final = 5.0
 """How long the node of a new device may take to appear."""
 
+KERNEL_WAIT_S: Final = 20.0
+"""How long the kernel may take to answer a message; a start does not wait longer for a device."""
+
 USERS_POLL_S: Final = 0.2
 _POLL_S: Final = 0.02
 _LOG = logging.getLogger(__name__)
@@ -182,14 +185,14 @@ class KernelFront:
         try:
             with theirs:
                 if isinstance(command, Connect):
-                    number = await _off(self._port.connect, command, theirs.fileno())
+                    number = await _off(self._port.connect, command, theirs.fileno(), wait_s=KERNEL_WAIT_S)
                 else:
-                    await _off(self._port.mend, command, theirs.fileno())
+                    await _off(self._port.mend, command, theirs.fileno(), wait_s=KERNEL_WAIT_S)
         except OSError as error:
             attached.sever()
             other = device.refused(error.errno or errno.EIO)
             if other is None:
-                _LOG.warning("%s: a fresh socket was refused: %s", attached.path, error.strerror)
+                _LOG.warning("%s: a fresh socket was refused: %s", attached.path, error)
                 self._start(self._mend(attached))
             return other
         assert number is not None
@@ -293,6 +296,7 @@ class KernelFront:
         task.add_done_callback(self._tasks.discard)
 
 
-async def _off(call: Callable[..., _T], *arguments: object) -> _T:
-    """Call something that blocks, beside the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(None, partial(call, *arguments))
+async def _off(call: Callable[..., _T], *arguments: object, wait_s: float | None = None) -> _T:
+    """Call something that blocks, beside the event loop; TimeoutError, an OSError, if it takes longer than `wait_s`."""
+    async with asyncio.timeout(wait_s):
+        return await asyncio.get_running_loop().run_in_executor(None, partial(call, *arguments))
