@@ -191,9 +191,27 @@ def snapshot() -> None:
     report("snapshot detach", forebay("detach", "load@now", "--timeout", "5"))
 
 
+def udev() -> None:
+    """Where udev runs, it makes the name; and takes it away."""
+    forebay("detach", "load", "--timeout", "5")
+    udevd = subprocess.Popen(["/sbin/systemd-udevd"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 20
+    while not os.path.exists("/run/udev/control") and time.monotonic() < until:
+        time.sleep(0.05)
+    report("udev attach", forebay("attach", "load", "--front", "kernel"))
+    report("udev link", shell("readlink /dev/forebay/load"))
+    report("udev detach", forebay("detach", "load", "--timeout", "5"))
+    until = time.monotonic() + 20
+    while os.path.lexists("/dev/forebay/load") and time.monotonic() < until:
+        time.sleep(0.05)
+    report("udev gone", os.path.lexists("/dev/forebay/load"))
+    udevd.kill()
+    udevd.wait()
+    os.unlink("/run/udev/control")
+
+
 def without_a_kernel() -> None:
     """No nbd in the kernel: a line that says so, and nothing is left attached."""
-    report("detach", forebay("detach", "load", "--timeout", "5"))
     report("rmmod", shell("rmmod nbd"))
     report("no nbd", forebay("attach", "load", "--front", "kernel"))
     report("left", [row["name"] for row in status()["volumes"]])
@@ -223,6 +241,7 @@ def run() -> None:
     come_back()
     full_buffer()
     snapshot()
+    udev()
     without_a_kernel()
 
 

@@ -114,7 +114,16 @@ def test_a_snapshot_is_a_device_that_can_not_be_written(guest: dict[str, object]
     assert guest["snapshot device"] == ["1", True] and guest["snapshot detach"] == [0, "", ""]
 
 
+def test_where_udev_runs_it_makes_the_name_of_the_device(guest: dict[str, object]) -> None:
+    code, printed, _ = guest["udev attach"]
+    place = json.loads(printed)
+    assert code == 0 and place["link"] == "/dev/forebay/load"
+    # udev's links are relative, those of the daemon are not.
+    assert guest["udev link"] == [0, "../" + place["path"].removeprefix("/dev/"), ""]
+    assert guest["udev detach"] == [0, "", ""] and guest["udev gone"] is False
+
+
 def test_without_nbd_in_the_kernel_attach_says_so_and_leaves_nothing(guest: dict[str, object]) -> None:
-    assert guest["detach"][0] == 0 and guest["rmmod"] == [0, "", ""]
+    assert guest["rmmod"] == [0, "", ""]
     assert guest["no nbd"] == [1, "", "forebay: attach: this kernel has no nbd; load it: modprobe nbd"]
     assert guest["left"] == []

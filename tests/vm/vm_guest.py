@@ -25,7 +25,7 @@ def run_guest(job: Path, *, arguments: dict[str, object], disk_size: int, folder
     if emulator is None:
         raise CannotError("qemu-system-x86_64 is not installed (package qemu-system-x86)")
     kernel = next(vm_image.kernel().glob("boot/vmlinuz-*"))
-    archive = vm_image.image(job, json.dumps(arguments))
+    archive = vm_image.image(job, json.dumps(arguments), folder)
     disk, log = folder / "disk.raw", folder / "console.log"
     with disk.open("wb") as file:
         file.truncate(disk_size)

@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ PROGRAMS: Final = ("fio", "mkfs.ext4", "e2fsck")
 MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_net", "nbd", "ext4", "loop")
 PACKAGES: Final = ("lmdb", "msgspec", "numpy", "pyroute2", "sortedcontainers", "xxhash", "zstandard")
 SITE: Final = "/opt/site"
+UDEV: Final = "/sbin/systemd-udevd"
 _SKIPPED: Final = {
     *("test", "tests", "idlelib", "ensurepip", "tkinter", "turtledemo", "lib2to3", "pydoc_data"),
     "site-packages",
@@ -37,27 +38,15 @@ class CannotError(Exception):
 
 
 def kernel() -> Path:
-    """Return the folder with an unpacked kernel package, which is downloaded, not installed."""
-    folder = CACHE / "kernel"
-    if not any(folder.glob("boot/vmlinuz-*")):
-        fresh = CACHE / f"kernel.{os.getpid()}"
-        fresh.mkdir(parents=True)
-        try:
-            _run(["apt-get", "download", _kernel_name()], cwd=fresh)
-            (package,) = fresh.glob("*.deb")
-            _run(["dpkg-deb", "-x", str(package), str(fresh)])
-            package.unlink()
-            fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    return folder
+    """Return the folder with an unpacked kernel package."""
+    return _unpacked("kernel", _kernel_name)
 
 
-def image(job: Path, arguments: str) -> Path:
+def image(job: Path, arguments: str, folder: Path) -> Path:
     """Return an archive that runs `job`, a Python file, as the guest's only program; it finds /arguments.json."""
-    folder = kernel()
-    modules = list(_modules(folder))
-    key = hashlib.sha256(repr((sys.version, sorted(_versions()), [str(path) for path in modules])).encode()).hexdigest()
+    modules = list(_modules(kernel()))
+    made_of = (sys.version, sorted(_versions()), [str(path) for path in modules], Path(__file__).read_text())
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()
     base = CACHE / f"base-{key[:16]}.cpio"
     if not base.exists():
         files = list(_base_files(modules))
@@ -67,8 +56,10 @@ def image(job: Path, arguments: str) -> Path:
             for path, place in files:
                 archive.add(path, place)
             archive.end()
+        for older in CACHE.glob("base-*.cpio"):
+            older.unlink()
         fresh.rename(base)
-    whole = CACHE / f"guest-{os.getpid()}.cpio"
+    whole = folder / "guest.cpio"
     shutil.copy(base, whole)
     with whole.open("ab") as out:
         archive = Archive(out)
@@ -120,6 +111,23 @@ class Archive:
         self._out.write(header + bytes(-len(header) % 4) + content + bytes(-len(content) % 4))
 
 
+def _unpacked(name: str, package: Callable[[], str]) -> Path:
+    """Return a folder with what a Debian package holds, which is downloaded, not installed."""
+    folder = CACHE / name
+    if not folder.exists():
+        fresh = CACHE / f"{name}.{os.getpid()}"
+        fresh.mkdir(parents=True)
+        try:
+            _run(["apt-get", "download", package()], cwd=fresh)
+            (archive,) = fresh.glob("*.deb")
+            _run(["dpkg-deb", "-x", str(archive), str(fresh)])
+            archive.unlink()
+            fresh.rename(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
 def _kernel_name() -> str:
     shown = _run(["apt-cache", "depends", KERNEL_PACKAGE])
     names = [line.split()[1] for line in shown.splitlines() if "Depends: linux-image-" in line]
@@ -161,6 +169,8 @@ def _base_files(modules: Iterable[Path]) -> Iterator[tuple[Path, str]]:
         raise CannotError("busybox is not the static one; install busybox-static")
     yield busybox, "/bin/busybox"
     programs = [_found(name) for name in PROGRAMS]
+    udev = _unpacked("udev", lambda: "udev") / "bin" / "udevadm"
+    yield udev, UDEV
     python = Path(os.path.realpath(sys._base_executable))
     yield python, str(python)
     for program in programs:
@@ -171,7 +181,7 @@ def _base_files(modules: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     site = _site()
     for path in files:
         yield path, f"{SITE}/{path.relative_to(site)}" if path.is_relative_to(site) else str(path)
-    binaries = [python, *programs, *(path for path in files if path.suffix == ".so" or ".so." in path.name)]
+    binaries = [python, udev, *programs, *(path for path in files if path.suffix == ".so" or ".so." in path.name)]
     yield from ((path, str(path)) for path in _libraries(binaries))
 
 
@@ -180,6 +190,7 @@ def _own_files(job: Path) -> Iterator[tuple[Path, str]]:
         for path in _tree(_REPOSITORY / root):
             yield path, f"{SITE}/{path.relative_to(_REPOSITORY / root)}"
     yield job, "/job.py"
+    yield _REPOSITORY / "tools" / "system" / "90-forebay.rules", "/etc/udev/rules.d/90-forebay.rules"
 
 
 def _folders() -> Iterator[Path]:
@@ -230,8 +241,9 @@ def _init(modules: Iterable[Path]) -> str:
     loads = "\n".join(f"insmod /modules/{path.name}" for path in modules)
     python = os.path.realpath(sys._base_executable)
     return f"""#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /tmp /run /sbin /mnt
+/bin/busybox mkdir -p /proc /sys /dev /tmp /run /sbin /mnt /usr/bin
 /bin/busybox --install -s /bin
+ln -s /bin/busybox /usr/bin/basename
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys

@@ -77,6 +77,7 @@ class KernelFront:
         self._attached: dict[str, _Attached] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._guarded = False
 
     def check(self) -> None:
         """See DeviceFront."""
@@ -150,7 +151,6 @@ class KernelFront:
     # --- steps ------------------------------------------------------------------------------------------------
 
     def _add(self, volume: CacheVolume) -> _Attached:
-        self._port.guard()
         front = volume.front
         device = KernelDevice(
             f"forebay/{self._cache.hex()}/{volume.name}",
@@ -162,9 +162,16 @@ class KernelFront:
         attached = self._attached[volume.name] = _Attached(volume, device)
         return attached
 
+    async def _guard(self) -> None:
+        """With the first device, once."""
+        if not self._guarded:
+            self._guarded = True
+            await _off(self._port.guard)
+
     async def _bring(self, attached: _Attached) -> None:
         """Make the device, or take it over, note its number and wait until it can be used."""
         device, volume = attached.device, attached.volume
+        await self._guard()
         devices = await _off(self._port.devices)
         device.size = volume.size
         command: Connect | Mend | None = device.begin(devices)
