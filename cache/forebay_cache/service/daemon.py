@@ -36,6 +36,7 @@ from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.fuse_device import FuseDevice
 from forebay_cache.service.fuse_keeper import FuseKeeper
 from forebay_cache.service.kernel_front import KernelFront
+from forebay_cache.service.loop_front import LoopFront
 from forebay_cache.service.memory_guard import guard_allocations
 from forebay_cache.service.nbd_netlink import NbdNetlink
 from forebay_cache.service.nbd_server import NbdServer
@@ -176,7 +177,9 @@ class _Daemon:
 
     def _make_fronts(self, identity: DeviceId) -> DeviceFronts:
         kernel = KernelFront(NbdNetlink(), self._nbd, cache=identity, note=self._note_front)
-        return DeviceFronts([kernel, FuseDevice(FuseKeeper(self._folder.path))])
+        keeper = FuseKeeper(self._folder.path)
+        # Loop devices are over files: whatever is told to all is told to them first.
+        return DeviceFronts([kernel, LoopFront(keeper, note=self._note_front), FuseDevice(keeper)])
 
     async def serve(self) -> int:
         """Serve until a signal; return the exit code."""

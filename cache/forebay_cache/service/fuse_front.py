@@ -29,6 +29,7 @@ from forebay_cache.engine.nbd_client import NbdClient, NbdPeerError, State
 from forebay_cache.format import fuse, nbd
 from forebay_cache.service import fuse_mount
 from forebay_cache.service.fuse_calls import LOCK, READY, SOCKET, VOLUMES, CallServer
+from forebay_cache.service.memory_guard import guard_allocations, guard_memory
 from forebay_cache.service.run_folder import NBD_SOCKET
 from forebay_core.errors import ForebayError
 from forebay_core.starting import tell_parent
@@ -301,6 +302,8 @@ def main(run_dir: Path) -> int:
     try:
         signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        guard_allocations()
+        guard_memory()
         front = FuseFront(run_dir, descriptor)
         tell_parent(READY)
         front.run()

@@ -14,10 +14,8 @@ from forebay_tools.connect import cache_client
 from forebay_tools.printing import say_json
 from forebay_wire.messages import Attach, Attached
 
-FRONTS: Final = ("nbd", "kernel", "fuse")
-FRONT_HELP: Final = (
-    "how the volume is reached: NBD only, or by a file (fuse) or a block device too, which outlive the daemon"
-)
+FRONTS: Final = ("nbd", "kernel", "fuse", "loop")
+FRONT_HELP: Final = "how the volume is reached: NBD only, or by a file or block device too, which outlive the daemon"
 
 
 def add(commands: Commands) -> None:
