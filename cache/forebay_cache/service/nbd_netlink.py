@@ -28,6 +28,9 @@ try:
 except OSError as error:
     sys.exit(error.errno)
 """
+_NOTHING_LEFT: Final = {errno.EIO, errno.ENOSPC, errno.ENOENT, errno.ENXIO, errno.ENODEV}
+"""What claiming a device may say when there is nothing to wait for: its volume takes no more, or it has gone."""
+
 _CONNECT: Final = 1
 _DISCONNECT: Final = 2
 _RECONFIGURE: Final = 3
@@ -174,7 +177,10 @@ def _ask(command: int, attributes: list[object]) -> int | None:
 def _claim(path: str) -> list[str]:
     """Have everything written that is in memory for a device; return who keeps us from claiming it for that."""
     code = _run_apart([sys.executable, "-I", "-S", "-c", _CLAIM, path])
-    return {errno.EBUSY: ["claimed by the kernel"], errno.ETIMEDOUT: ["still being written"]}.get(code, [])
+    if code == 0 or code in _NOTHING_LEFT:
+        return []
+    known = {errno.EBUSY: "claimed by the kernel", errno.ETIMEDOUT: "still being written"}
+    return [known.get(code, f"not to be claimed ({errno.errorcode.get(code, str(code))})")]
 
 
 def _run_apart(command: Sequence[str]) -> int:
@@ -183,7 +189,10 @@ def _run_apart(command: Sequence[str]) -> int:
     A thread of this process that waits for it would keep a killed daemon from ending: its sockets would stay open,
     the device would wait for answers from them, and the thread for the device.
     """
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    except OSError as error:
+        return error.errno or errno.EAGAIN
     try:
         return child.wait(APART_TIMEOUT_S)
     except subprocess.TimeoutExpired:
