@@ -6,7 +6,7 @@ import pytest
 from clean_load import EAGER, CleanLoad
 from store_twins import STORE, Crash, DictIndex, MemoryBackend
 
-from forebay_core.errors import CorruptionError, RefusedError
+from forebay_core.errors import CorruptionError, RefusedError, UnreadableError
 from forebay_store.engine import cleaner as cleaner_engine
 from forebay_store.engine import cleaning, moving
 from forebay_store.engine.cleaner import Cleaner
@@ -162,6 +162,27 @@ def check_damage_stays() -> None:
 
 def test_damage_is_not_copied_and_keeps_its_segment() -> None:
     check_damage_stays()
+
+
+def test_a_segment_that_can_not_be_read_keeps_no_other_from_being_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = CleanLoad(5, volumes=1)
+    for _ in range(30):
+        load.cut("vm-0")
+    poor = sorted((live / size, name) for name, (size, live) in load.rows().items() if live)
+    victim = poor[0][1]
+    read = MemoryBackend.read
+
+    def unreadable(self: MemoryBackend, name: str) -> bytes:
+        if name == victim:
+            raise UnreadableError(place=f"segment {name} offset 0", reason="Input/output error")
+        return read(self, name)
+
+    monkeypatch.setattr(MemoryBackend, "read", unreadable)
+    cleaner = load.twin.clean(EAGER)
+    assert cleaner.barred == {parse_name(victim)}
+    assert cleaner.counts.segments_freed > len(poor) // 2
+    monkeypatch.undo()
+    load.compare()
 
 
 def test_the_tests_notice_when_copying_does_not_compare_checksums(monkeypatch: pytest.MonkeyPatch) -> None:

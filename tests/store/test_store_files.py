@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 from store_twins import DictIndex, MemoryBackend
 
-from forebay_core.errors import CorruptionError, ForebayError, InUseError, NoSpaceError, WrongUsageError
+from forebay_core.errors import (
+    CorruptionError,
+    ForebayError,
+    InUseError,
+    NoSpaceError,
+    UnreadableError,
+    WrongUsageError,
+)
 from forebay_store.engine.ports import (
     BackendError,
     Index,
@@ -79,6 +86,22 @@ def test_what_is_not_there_is_named(backend: SegmentBackend) -> None:
     assert backend.list() == []
     with pytest.raises(SegmentMissingError):
         backend.read(NAME)
+
+
+def test_what_the_disk_can_not_read_is_damage_and_want_of_files_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = DirBackend(tmp_path)
+    backend.create(NAME, [b"12345"])
+    for number, expected in ((errno.EIO, UnreadableError), (errno.EMFILE, BackendError)):
+
+        def fail(*_: object, number: int = number) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(expected, match=NAME):
+            backend.read(NAME)
+    backend.close()
 
 
 def test_what_bears_the_name_of_a_segment_and_is_none_hangs_nobody(tmp_path: Path) -> None:

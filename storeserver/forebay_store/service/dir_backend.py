@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError
+from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError, UnreadableError
 from forebay_core.units import Buffer
 from forebay_store.engine.ports import BackendError, NothingKeptError, SegmentExistsError, SegmentMissingError
 from forebay_store.format.segment import parse_name
@@ -23,6 +23,8 @@ from forebay_store.service.open_files import OpenFiles
 
 TEMPORARY_SUFFIX: Final = ".tmp"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_UNREADABLE: Final = (errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ENODATA, errno.EREMOTEIO)
+"""What disks and file systems that find a bad checksum answer: damage to just those bytes, and lasting."""
 
 
 class DirBackend:
@@ -147,7 +149,7 @@ class DirBackend:
                         )
                     at += count
         except OSError as error:
-            raise _read_failure(name, error) from error
+            raise _read_failure(name, error, offset) from error
         return buffer
 
 
@@ -156,7 +158,9 @@ def is_temporary(name: str) -> bool:
     return name.endswith(TEMPORARY_SUFFIX) and parse_name(name.removesuffix(TEMPORARY_SUFFIX)) is not None
 
 
-def _read_failure(name: str, error: OSError) -> ForebayError:
+def _read_failure(name: str, error: OSError, offset: int = 0) -> ForebayError:
+    if error.errno in _UNREADABLE:
+        return UnreadableError(place=f"segment {name} offset {offset}", reason=str(error.strerror))
     if error.errno == errno.ENOENT:
         return SegmentMissingError(place=f"segment {name}", what="segment", expected="a file", found="nothing")
     return BackendError(f"reading segment {name} failed: {error.strerror}")
