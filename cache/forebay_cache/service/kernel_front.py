@@ -139,7 +139,7 @@ class KernelFront:
     async def close(self) -> None:
         """See DeviceFront: a device that nobody uses is disconnected, so that nobody comes to wait for no daemon."""
         self._closing = True
-        for attached in self._attached.values():
+        for attached in list(self._attached.values()):
             async with attached.lock:
                 if attached.device.state is State.LIVE and not await _off(self._port.users, attached.device.number):
                     await self._disconnect(attached)
