@@ -64,6 +64,7 @@ def test_the_commands_of_the_design_exist() -> None:
         "status",
         "analyze",
         "trace convert",
+        "trace record",
         "config check",
     }
 
