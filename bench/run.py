@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import analysis_rows
 import clean_rows
 import destage_rows
 import flush_rows
@@ -49,6 +50,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("snapshots-1000", "huge", "trim-full"), scale_rows.measure),
     (("snapshot",), snapshot_rows.measure),
     (("policy",), policy_rows.measure),
+    (("analysis",), analysis_rows.measure),
 )
 MICRO = "micro"
 KEYS = (*dict.fromkeys(key for keys, _ in GROUPS for key in keys), MICRO)

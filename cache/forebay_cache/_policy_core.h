@@ -72,7 +72,7 @@ typedef struct {
     uint64_t *keys;
     uint32_t *index; /* open addressing: slots by key */
     uint64_t index_mask;
-    uint32_t *unused, unused_count;
+    uint32_t unused, fresh; /* first of the slots that were freed, chained by `next`; first that never held a key */
 } keyed_t;
 
 typedef struct {
@@ -453,12 +453,17 @@ static void free_slot(keyed_t *keyed, uint32_t slot)
     }
     keyed->index[at] = 0;
     keyed->cache.states[slot] = 0;
-    keyed->unused[keyed->unused_count++] = slot;
+    keyed->cache.next[slot] = keyed->unused;
+    keyed->unused = slot;
 }
 
 static uint32_t new_slot(keyed_t *keyed, uint64_t key)
 {
-    const uint32_t slot = keyed->unused[--keyed->unused_count];
+    uint32_t slot = keyed->unused;
+    if (slot)
+        keyed->unused = keyed->cache.next[slot];
+    else
+        slot = keyed->fresh++;
     uint64_t at = home_of(keyed, key);
     while (keyed->index[at])
         at = (at + 1) & keyed->index_mask;
@@ -518,19 +523,17 @@ static int begin_keyed(keyed_t *keyed, int64_t capacity, const sketch_t *sketch)
 {
     const uint32_t slots = (uint32_t)capacity + SETTLE_STEPS_MAX + 2;
     uint64_t size = 16;
-    while (size < 2 * (uint64_t)slots)
+    while (size < (uint64_t)slots + slots / 2)
         size *= 2;
     keyed->index_mask = size - 1;
     keyed->index = calloc(size, 4);
     keyed->keys = calloc(slots, 8);
-    keyed->unused = calloc(slots, 4);
+    keyed->fresh = 1;
     keyed->cache.states = calloc(slots, 1);
     keyed->cache.keys = keyed->keys;
-    if (begin_cache(&keyed->cache, slots, capacity, sketch) < 0 || !keyed->index || !keyed->keys || !keyed->unused
+    if (begin_cache(&keyed->cache, slots, capacity, sketch) < 0 || !keyed->index || !keyed->keys
         || !keyed->cache.states)
         return -1;
-    for (uint32_t slot = slots - 1; slot > 0; slot--)
-        keyed->unused[keyed->unused_count++] = slot;
     return 0;
 }
 
@@ -538,7 +541,6 @@ static void end_keyed(keyed_t *keyed)
 {
     free(keyed->index);
     free(keyed->keys);
-    free(keyed->unused);
     free(keyed->cache.states);
     end_cache(&keyed->cache);
 }

@@ -113,5 +113,5 @@ def test_the_bench_knows_its_rows_and_refuses_others() -> None:
     words = [sys.executable, str(ROOT / "bench" / "run.py"), "--only", "nothing"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    for key in ("read", "write", "flush", "sequential", "import", "miss", "memory", "destage", "micro"):
+    for key in ("read", "write", "flush", "sequential", "import", "miss", "memory", "destage", "analysis", "micro"):
         assert key in done.stderr

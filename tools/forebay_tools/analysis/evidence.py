@@ -92,17 +92,22 @@ def of_traces(traces: Sequence[Path], samples: int) -> Evidence:
     """
     survey = Survey()
     names = show_traces(traces, survey, "looking")
-    uses = survey.uses()
-    rate = min(uses.rate, samples / survey.distinct_blocks)
-    curve = Curve(survey.distinct_blocks, rate, PolicySettings(), Calibration(uses, rate))
+    load, curve, volumes = _surveyed(survey, names, samples)
+    del survey  # its memory is the replay's
     show_traces(traces, _Feeding(curve), "analyzing")
-    sets = survey.working_sets()
+    return Evidence(curve, load, round(load.distinct_blocks * curve.rate), volumes)
+
+
+def _surveyed(survey: Survey, names: dict[int, str], samples: int) -> tuple[Load, Curve, list[Use]]:
+    """Return what a survey tells, and the curve to feed."""
+    uses, sets = survey.uses(), survey.working_sets()
     volumes = [
         Use(key, names.get(key, f"volume {key}"), sets.get(key, 0), accesses / max(1, survey.accesses))
         for key, accesses in sorted(survey.volume_accesses.items())
     ]
     load = Load(survey.accesses, survey.distinct_blocks, survey.last_ms, len(volumes))
-    return Evidence(curve, load, round(survey.distinct_blocks * rate), volumes)
+    rate = min(uses.rate, samples / load.distinct_blocks)
+    return load, Curve(load.distinct_blocks, rate, PolicySettings(), Calibration(uses, rate)), volumes
 
 
 def of_sample(sample: Sample, payload: memoryview) -> Evidence:
