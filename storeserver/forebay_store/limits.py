@@ -75,6 +75,10 @@ SNAPSHOTS_PER_VOLUME_MAX: Final = 65536
 FLATTEN_BLOCKS_MAX: Final = 512
 """Blocks that one step of flattening copies: 2 MiB."""
 
+FLATTEN_RETRY_S: Final = 30.0
+FLATTEN_RETRY_S_MAX: Final = 3600.0
+"""When clones whose origin could not be read are tried again: later each time, up to an hour."""
+
 CHUNK_SIZE: Final = MIB
 """Bytes of index rows in one chunk of a checkpoint, before they are compressed; one row may be larger."""
 

@@ -55,6 +55,19 @@ def test_with_the_store_away_hits_and_whole_writes_go_on_and_a_miss_waits(rig: R
     assert rig.status().dirty_bytes == 0
 
 
+def test_leaving_changes_behind_does_not_wait_for_a_store_that_is_away(rig: Rig) -> None:
+    prepared(rig)
+    with rig.nbd("disk") as client, rig.nbd("disk") as other:
+        rig.kill_store()
+        rig.wait_status(lambda status: not status.store_connected)
+        client.write(2 * MIB, b"new!" * 1024)
+        other.submit(READ, 3 * MIB, 8192)  # not cached: it waits for the store
+        done = rig.ask("detach", "disk", "--leave-dirty", timeout_s=20)  # much less than requests may take else
+    assert done.returncode == 0
+    assert "4 KiB of changes of volume disk are not in the store yet" in done.stderr
+    assert not rig.status().volumes
+
+
 def test_a_cache_that_starts_without_the_store_serves_what_it_has(rig: Rig) -> None:
     content = prepared(rig)
     with rig.nbd("disk") as client:

@@ -34,6 +34,15 @@ def test_a_device_with_something_foreign_is_refused_and_left_alone(rig: Rig, con
     assert rig.cache is not None and rig.cache.stop() == 0
 
 
+def test_a_first_start_that_fails_leaves_no_device_behind(rig: Rig) -> None:
+    assert "too small" in refused(rig, "--size", "16MiB")
+    assert not rig.device.exists()
+
+
+def test_there_is_no_writer_of_a_snapshot_to_take_over_from(rig: Rig) -> None:
+    assert "nobody writes it" in rig.run("attach", "disk@s", "--take-over", "--run-dir", str(rig.run_dir), code=2)
+
+
 def test_a_device_with_both_superblocks_damaged_is_refused(rig: Rig) -> None:
     rig.start_cache()
     assert rig.cache is not None and rig.cache.stop() == 0

@@ -336,7 +336,7 @@ class _Fronts:
     def __init__(self, host: CacheHost) -> None:
         self._host = host
 
-    async def close_export(self, name: str) -> None:
+    async def close_export(self, name: str, grace_s: float = 0) -> None:
         if self._host.closing is not None:
             await self._host.closing(name)
 

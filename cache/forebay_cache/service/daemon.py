@@ -93,6 +93,8 @@ def run(settings: CacheSettings) -> int:
             mark = FailureMark(folder.path, file.fd)
             recovered = recover_device(file, zone_size=settings.zone_size, format_anew=settings.format, mark=mark)
         except BaseException:
+            if file.made:
+                file.path.unlink(missing_ok=True)
             os.close(file.fd)
             raise
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(SpinningSelector())) as runner:

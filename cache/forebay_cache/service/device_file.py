@@ -37,6 +37,7 @@ class DeviceFile(NamedTuple):
     size: int
     blank: bool
     foreign_offset: int | None = None
+    made: bool = False  # just now, so nobody misses it
 
 
 def open_device(path: Path, size: int | None) -> DeviceFile:
@@ -75,7 +76,7 @@ def _open(path: Path, size: int | None) -> DeviceFile:
         raise
     try:
         lock_device(fd, path)
-        return _measure(fd, path, size)
+        return _measure(fd, path, size)._replace(made=created)
     except BaseException:
         if created:
             path.unlink(missing_ok=True)

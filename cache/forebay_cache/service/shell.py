@@ -17,6 +17,7 @@ from typing import Final
 
 from forebay_cache.engine.attaching import SALVAGE_FIRST, Standing, StoreView
 from forebay_cache.engine.cache import CacheEngine
+from forebay_cache.engine.nbd_limits import CLOSE_GRACE_S
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.volume_note import Front
@@ -51,6 +52,9 @@ from forebay_wire.messages import (
 
 STALE_EXTENTS_MAX: Final = 4096
 """Changed extents up to which they are dropped one by one; beyond it all that is cached of the volume is dropped."""
+
+AWAY_GRACE_S: Final = 1.0
+"""How long requests may go on at a detach that leaves changes here while the store is away: some may never end."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -301,7 +305,8 @@ class Shell:
 
     async def _give_back(self, volume: CacheVolume, *, leave_dirty: bool) -> None:
         self._exports.remove(volume.name)
-        await self._nbd.close_export(volume.name)
+        away = leave_dirty and not self._session.connected
+        await self._nbd.close_export(volume.name, AWAY_GRACE_S if away else CLOSE_GRACE_S)
         if volume.snapshot:
             await self._snapshots.detach(volume)
         elif leave_dirty:

@@ -5,7 +5,8 @@ At most one step of either kind is under way: between two of them everybody else
 
 Invariants:
     `_purge_serial` and `_copy_serial` are those of records that did not settle yet; 0: there is none.
-    `_flattening` has every clone that is being flattened, and from which block on its origin was not looked at.
+    `_flattening` has every clone that is being flattened, and from which block on its origin was not looked at;
+    `_unreadable` those whose origin could not be read, until `retry_copies`.
 Crash: see above; flattening begins at block 0 again, and skips what it finds there.
 """
 
@@ -45,6 +46,7 @@ class Background:
         self._index = index
         self._purge_wanted = True
         self._purge_serial = 0
+        self._unreadable: set[bytes] = set()
         self._copying = b""
         self._copy_serial = 0
         self._paused = False
@@ -69,6 +71,12 @@ class Background:
     def flatten(self, volume: bytes) -> None:
         """A clone is to be flattened."""
         self._flattening.setdefault(volume, 0)
+
+    def retry_copies(self) -> None:
+        """Look again at the clones whose origin could not be read."""
+        for volume in sorted(self._unreadable):
+            self.flatten(volume)
+        self._unreadable.clear()
 
     def resume(self) -> None:
         """There may be space again."""
@@ -99,8 +107,8 @@ class Background:
     def copied(self, copied: Copied | ForebayError | None) -> OriginPart | Flattened | None:
         """Take what was copied, None if the clone is none any more; return the record that says so, if any.
 
-        A clone whose origin can't be read stays one until the next start. That a segment is missing may only mean that
-        the cleaner moved what was in it meanwhile: look again.
+        A clone whose origin can't be read stays one until it is tried again. That a segment is missing may only mean
+        that the cleaner moved what was in it meanwhile: look again.
         """
         volume = self._copying
         if isinstance(copied, SegmentMissingError) and self._missed < _MISSED_MAX:
@@ -109,6 +117,8 @@ class Background:
             return None
         self._missed = 0
         if copied is None or isinstance(copied, ForebayError):
+            if copied is not None:
+                self._unreadable.add(volume)
             del self._flattening[volume]
             self._copying = b""
             return None

@@ -229,6 +229,11 @@ class StoreEngine:
             self._note_background(self._log.append(record), self._background.copies)
         self._advance()
 
+    def retry_copies(self) -> None:
+        """What could not be read for a clone may be readable now."""
+        self._background.retry_copies()
+        self._advance()
+
     # Admission.
 
     def _admit(self, payload_size: int) -> None:

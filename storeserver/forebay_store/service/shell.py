@@ -25,7 +25,7 @@ from forebay_store.engine.reading import ReadPlan, check_frames, plan_read
 from forebay_store.engine.store import Answer, ApplySegments, Command, StoreEngine, WriteSegment
 from forebay_store.format.part import PartTable, parse_part
 from forebay_store.format.rows import Table, decode_segment_row
-from forebay_store.limits import PART_ENTRIES_MAX
+from forebay_store.limits import FLATTEN_RETRY_S, FLATTEN_RETRY_S_MAX, PART_ENTRIES_MAX
 from forebay_store.service.cleaner_shell import CleanerShell
 from forebay_store.service.copying import copy_origin
 from forebay_store.service.kept_reports import KeptReports
@@ -70,6 +70,8 @@ class StoreShell:
         self._ticket = 0
         self._reads = 0
         self._reports = KeptReports(store.reports, store.index.view, self._readers)
+        self._copy_retry: asyncio.TimerHandle | None = None
+        self._copy_delay_s = FLATTEN_RETRY_S
         self._idle = asyncio.Event()
         self._reported = ""
         names = store.backend.list()
@@ -158,6 +160,8 @@ class StoreShell:
         """Refuse further changes, finish what is under way and bring the index up."""
         await self._cleaner.stop()
         await self._scrub.stop()
+        if self._copy_retry is not None:
+            self._copy_retry.cancel()
         self._engine.stop()
         self._pump()
         await self._idle.wait()
@@ -329,6 +333,9 @@ class StoreShell:
         def done(error: ForebayError | None) -> None:
             if error is not None:
                 _LOG.error("a step of flattening volume %s failed: %s", command.volume.hex(), error)
+                self._retry_copies_later()
+            else:
+                self._copy_delay_s = FLATTEN_RETRY_S
             self._engine.complete_copy(error or copied[0])
 
         self._run(
@@ -336,6 +343,16 @@ class StoreShell:
             lambda: copied.append(copy_origin(self._store.index, self._store.backend, command)),
             done,
         )
+
+    def _retry_copies_later(self) -> None:
+        if self._copy_retry is None and not self._engine.error:
+            self._copy_retry = self._loop.call_later(self._copy_delay_s, self._retry_copies)
+            self._copy_delay_s = min(2 * self._copy_delay_s, FLATTEN_RETRY_S_MAX)
+
+    def _retry_copies(self) -> None:
+        self._copy_retry = None
+        self._engine.retry_copies()
+        self._pump()
 
     def _run(self, thread: ThreadPoolExecutor, work: Callable[[], None], done: Done) -> None:
         future = self._loop.run_in_executor(thread, work)

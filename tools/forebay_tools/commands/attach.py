@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace) -> int:
+    if arguments.take_over and "@" in arguments.name:
+        raise WrongUsageError(f"{arguments.name} is a snapshot: nobody writes it, so there is nothing to --take-over")
     block_size = _block_size(arguments)
     async with cache_client(arguments) as client:
         request = Attach(arguments.name, arguments.read_only, arguments.take_over, arguments.front, block_size)

@@ -3,8 +3,10 @@
 import argparse
 import asyncio
 
+from forebay_core.units import format_size
 from forebay_tools.arguments import Commands, add_command, add_run_dir, add_store, add_volume_or_snapshot
-from forebay_tools.holder import ask_daemon
+from forebay_tools.holder import ask_daemon, attached_here
+from forebay_tools.printing import note
 from forebay_wire.messages import Detach, Done
 
 TIMEOUT_S_MAX = 86400
@@ -37,7 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _run(arguments: argparse.Namespace) -> int:
     request = Detach(arguments.name, arguments.leave_dirty, int(arguments.timeout * 1000))
+    before = await attached_here(arguments, arguments.name) if arguments.leave_dirty else None
     await ask_daemon(arguments, arguments.name, request, Done)
+    if before is not None and before.dirty_bytes:
+        note(
+            f"up to {format_size(before.dirty_bytes)} of changes of volume {arguments.name} are not in the store yet; "
+            "they are kept in this cache; attach it here again, or restart the cache daemon, to have them sent"
+        )
     return 0
 
 
