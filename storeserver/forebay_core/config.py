@@ -75,6 +75,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     zone_size: int = 4 * MIB
     fill_blocks: int = 4
     read_ahead_size: int = 4 * MIB
+    bypass_size: int = 4 * MIB
     write_price: float = 0.025
     window_max: float = 0.8
     volume_floor: float = 0.5
@@ -305,6 +306,11 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "zone_size": _size(256 * KIB, 16 * MIB, "size of a zone, chosen when the device is made"),
         "fill_blocks": _whole(FILL_BLOCKS, "1, 2, 4, 8 or 16", "blocks to fetch around a missing one"),
         "read_ahead_size": _size(0, 16 * MIB, "how far sequential reads of a volume are fetched ahead; 0: not at all"),
+        "bypass_size": _size(
+            0,
+            1 * GIB,
+            "a sequential read that missed so much leaves only blocks in the cache that were used before; 0: never",
+        ),
         "write_price": _number(
             0, 1, " hits", "hits that a block written to the SSD must bring: more saves the SSD, less serves reads"
         ),

@@ -271,7 +271,7 @@ def test_reads_see_the_newest_bytes_whatever_is_held(seed: int) -> None:
 
 def driven(lbas: np.ndarray, *, size: int) -> tuple[float, float, float, float]:
     """Return hits and blocks written per access of the engine, and the same of the replay."""
-    rig = Rig(1, size=size, blocks=int(lbas.max()) + 16, fill_blocks=1, read_ahead_blocks=0)
+    rig = Rig(1, size=size, blocks=int(lbas.max()) + 16, fill_blocks=1, read_ahead_blocks=0, bypass_blocks=0)
     rig.store.blocks = EveryBlock()
     rig.device.now_share = 1.0
     for count, lba in enumerate(lbas.tolist()):

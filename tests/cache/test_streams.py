@@ -15,7 +15,7 @@ AHEAD_MAX = 1024
 
 
 def read(streams: Streams, start: int, count: int = 8, *, ahead_max: int = AHEAD_MAX) -> Extent | None:
-    return streams.read(Extent(start, count), ahead_max=ahead_max)
+    return streams.read(Extent(start, count), count, ahead_max=ahead_max)
 
 
 def test_the_second_read_in_a_row_begins_small_and_the_steps_double() -> None:
@@ -97,6 +97,17 @@ def test_a_stream_goes_on_behind_what_was_cached() -> None:
         read(streams, start)
     end = max(stream.asked for stream in streams._streams)
     assert read(streams, end) is not None, "all between was a hit, so nobody told"
+
+
+def test_what_a_stream_missed_is_counted_for_each_of_several() -> None:
+    streams = Streams()
+    for turn in range(20):
+        read(streams, turn * 8)
+        streams.read(Extent((1 << 30) + turn * 8, 8), 3, ahead_max=0)
+        read(streams, (1 << 20) + turn * 999)
+    assert streams.missed_before(Extent(160, 8)) == 160
+    assert streams.missed_before(Extent((1 << 30) + 160, 8)) == 60
+    assert streams.missed_before(Extent(1 << 25, 8)) == 0
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -65,16 +65,18 @@ class Admission:
             i = lba - extent.start
             # A copy, because a view would keep all of the answer in memory for one block of it.
             plain = bytes(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT])
-            self.ring.put(first | lba, Held(plain, piece.version, piece.checksums[i], _pool(unit, lba)))
+            self.ring.put(first | lba, Held(plain, piece.version, piece.checksums[i], self._pool(unit, lba)))
             if unit.is_kept(lba):
                 self._decide(first | lba)
         self._settle()
 
-    def take(self, key: int, run: list[Held]) -> None:
-        """Held blocks from `key` on were asked for."""
+    def take(self, key: int, run: list[Held], *, passing: bool) -> None:
+        """Held blocks from `key` on were asked for; `passing`: as part of a long sequential read."""
         for at, held in enumerate(run, key):
             if held.pool in (SPARE, AHEAD) and self.ring.blocks.get(at) is held:
-                self.ring.move(at, USED)
+                pool = USED if not passing or self._was_used(at) else SPARE
+                if pool != held.pool:
+                    self.ring.move(at, pool)
         self._settle()
 
     def applied(self, key: int) -> None:
@@ -98,6 +100,17 @@ class Admission:
             self._decide(key)
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _pool(self, unit: "Unit", lba: int) -> int:
+        if unit.is_asked(lba):
+            return USED
+        if unit.is_passing(lba):
+            return USED if self._was_used(unit.volume.key << LBA_BITS | lba) else SPARE
+        return AHEAD if unit.ahead else SPARE
+
+    def _was_used(self, key: int) -> bool:
+        """Tell whether a block was used before, now that one more use of it is counted."""
+        return self._engine.policy.frequency(key) > 1
 
     def _settle(self) -> None:
         for key in self.ring.fallen():
@@ -125,9 +138,3 @@ class Admission:
         batch.buffers.append(held.plain)
         log.seal_if_full()  # else it waits for company: the next tick or guest's write sends it on its way
         self.ring.move(key, LEAVING)
-
-
-def _pool(unit: "Unit", lba: int) -> int:
-    if unit.is_asked(lba):
-        return USED
-    return AHEAD if unit.ahead else SPARE

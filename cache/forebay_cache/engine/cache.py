@@ -76,6 +76,7 @@ class EngineSettings(NamedTuple):
     dirty_share_max: float = 0.6
     fill_blocks: int = 4
     read_ahead_blocks: int = 1024  # of one volume; 0: none
+    bypass_blocks: int = 1024  # misses of a stream from which on it passes by; 0: never
     retry_ns: int = 2_000_000_000
     limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one

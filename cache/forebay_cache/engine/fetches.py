@@ -34,6 +34,7 @@ class Purpose(enum.Enum):
     """What blocks are fetched for."""
 
     READ = "read"
+    PASS = "pass"  # as part of a long sequential read: only what was used before is worth keeping
     KEEP = "keep"  # to have them in the cache
     AHEAD = "ahead"  # because they may be read next
 
@@ -41,20 +42,22 @@ class Purpose(enum.Enum):
 class Unit:
     """One aligned run of blocks being fetched."""
 
-    __slots__ = ("_asked", "_kept", "ahead", "extent", "key", "touched", "volume", "waiting")
+    __slots__ = ("_asked", "_kept", "_passing", "ahead", "extent", "key", "touched", "volume", "waiting")
 
     def __init__(self, volume: "CacheVolume", key: int, extent: Extent, *, ahead: bool) -> None:
         self.volume = volume
         self.key = key
         self.extent = extent
         self.ahead = ahead  # begun for nobody but whoever comes next
-        self.touched = self._asked = self._kept = 0  # a bit for each block
+        self.touched = self._asked = self._kept = self._passing = 0  # a bit for each block
         self.waiting: list[tuple[Extent, Arrived]] = []
 
     def ask(self, extent: Extent, arrived: Arrived, purpose: Purpose) -> None:
         """Tell somebody when these blocks are here."""
         self.waiting.append((extent, arrived))
-        if purpose is not Purpose.AHEAD:
+        if purpose is Purpose.PASS:
+            self._passing |= self._bits(extent)
+        elif purpose is not Purpose.AHEAD:
             self._asked |= self._bits(extent)
         if purpose is Purpose.KEEP:
             self._kept |= self._bits(extent)
@@ -62,6 +65,10 @@ class Unit:
     def is_asked(self, lba: int) -> bool:
         """Whether somebody wants this block."""
         return bool(self._asked >> lba - self.extent.start & 1)
+
+    def is_passing(self, lba: int) -> bool:
+        """Whether this block is asked for as part of a long sequential read."""
+        return bool(self._passing >> lba - self.extent.start & 1)
 
     def is_kept(self, lba: int) -> bool:
         """Whether this block was to be brought into the cache."""

@@ -27,11 +27,16 @@ class ReadAhead:
         self._engine = engine
         self.in_flight_blocks = 0
 
-    def missed(self, volume: "CacheVolume", extent: Extent) -> None:
-        """A guest's read did not find all of an extent on the device."""
-        if self._engine.settings.read_ahead_blocks == 0 or self._engine.loading.active:
+    def passes(self, volume: "CacheVolume", extent: Extent) -> bool:
+        """Tell whether a read is part of a stream so long that its blocks are not worth much."""
+        after = self._engine.settings.bypass_blocks
+        return after > 0 and volume.streams.missed_before(extent) > after
+
+    def missed(self, volume: "CacheVolume", extent: Extent, count: int) -> None:
+        """A guest's read did not find so many blocks of an extent on the device."""
+        if self._engine.loading.active:
             return
-        ahead = volume.streams.read(extent, ahead_max=self._engine.settings.read_ahead_blocks)
+        ahead = volume.streams.read(extent, count, ahead_max=self._engine.settings.read_ahead_blocks)
         if ahead is not None:
             self._fetch(volume, ahead.start, min(ahead.end, volume.block_count))
 

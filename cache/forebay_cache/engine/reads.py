@@ -44,6 +44,7 @@ class _Read:
         "missing",
         "offset",
         "parts",
+        "passing",
         "purpose",
         "repeated",
         "reply",
@@ -67,6 +68,7 @@ class _Read:
         self.reply = reply
         self.parts: dict[int, tuple[int, Buffer | None]] = {}
         self.purpose = purpose  # unless it is READ, what is cached need not be read
+        self.passing = False  # see ReadAhead.passes
         self.missing = 0  # blocks that the store had to bring, now or before anybody asked
         self.waiting = 1
         self.failed = False
@@ -202,9 +204,11 @@ class Reads:
         return buffer
 
     def _begin(self, request: _Read) -> None:
+        if request.purpose is Purpose.READ:
+            request.passing = self._engine.read_ahead.passes(request.volume, request.extent)
         self._collect(request.volume, request, request.extent, loaded=not self._engine.loading.active)
         if request.missing and request.purpose is Purpose.READ:
-            self._engine.read_ahead.missed(request.volume, request.extent)
+            self._engine.read_ahead.missed(request.volume, request.extent, request.missing)
         request.arrived()
 
     def _collect(self, volume: "CacheVolume", request: _Read, extent: Extent, *, loaded: bool) -> None:
@@ -392,7 +396,7 @@ class Reads:
             request.missing += sum(held.pool in (AHEAD, SPARE) for held in run)
             request.volume.miss_blocks += ahead
             request.volume.hit_blocks += part.count - ahead
-            self._engine.admission.take(key, run)
+            self._engine.admission.take(key, run, passing=request.passing)
             return
         self.corrupt_blocks += 1
         self._engine.report(f"volume {volume.name}: blocks {part.start} to {part.end - 1} went bad in memory")
@@ -416,7 +420,8 @@ class Reads:
                         request.parts[piece.extent.start] = (piece.extent.count, piece.plain)
             request.arrived()
 
-        request.waiting += self._engine.fetches.want(volume, part, arrived, purpose=request.purpose)
+        purpose = Purpose.PASS if request.passing else request.purpose
+        request.waiting += self._engine.fetches.want(volume, part, arrived, purpose=purpose)
 
     def _refused(self, volume: "CacheVolume", request: _Read, refusal: UpstreamRefusal) -> None:
         """The store's no fails the request; but one that only an origin is gone is no end: its clones have all."""

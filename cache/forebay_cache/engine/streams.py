@@ -6,7 +6,8 @@ ahead. A read elsewhere begins a stream of its own; the one that was longest wit
 
 Invariants:
     There are at most STREAMS_MAX streams, the one that was read last at the end.
-    `asked` is the end of what was ever asked for of a stream; it only grows.
+    `asked` is the end of what was ever asked for of a stream, `missed` counts the blocks of it that the store had to
+    bring; both only grow.
 Crash: nothing is kept.
 """
 
@@ -17,10 +18,11 @@ from forebay_core.extents import Extent
 class Stream:
     """One run of reads, one behind the other."""
 
-    __slots__ = ("asked", "end", "turn", "window")
+    __slots__ = ("asked", "end", "missed", "turn", "window")
 
-    def __init__(self, end: int, turn: int) -> None:
+    def __init__(self, end: int, missed: int, turn: int) -> None:
         self.end = end  # of what was read
+        self.missed = missed
         self.asked = end  # of what was read ahead
         self.window = 0  # blocks to have ahead; 0: it is no stream yet
         self.turn = turn  # when it was read last
@@ -39,27 +41,36 @@ class Streams:
         self._streams: list[Stream] = []
         self._turn = 0
 
-    def read(self, extent: Extent, *, ahead_max: int) -> Extent | None:
-        """Blocks were read, some of them not from the device; return what is to be read ahead, if anything.
+    def missed_before(self, extent: Extent) -> int:
+        """Return how many blocks of the stream that a read goes on with the store had to bring so far."""
+        stream = self._find(extent)
+        return 0 if stream is None else stream.missed
+
+    def read(self, extent: Extent, missed: int, *, ahead_max: int) -> Extent | None:
+        """Blocks were read of which the store had to bring some; return what is to be read ahead, if anything.
 
         All streams together want to have about `ahead_max` blocks ahead.
         """
         self._turn += 1
-        stream = next((one for one in reversed(self._streams) if one.goes_on(extent)), None)
+        stream = self._find(extent)
         if stream is None:
-            self._begin(extent)
+            self._begin(extent, missed)
             return None
         self._streams.remove(stream)
         self._streams.append(stream)
         stream.turn = self._turn
+        stream.missed += missed
         stream.end = max(stream.end, extent.end)
         stream.asked = max(stream.asked, stream.end)
-        return self._extend(stream, extent.count, ahead_max)
+        return self._extend(stream, extent.count, ahead_max) if ahead_max else None
 
-    def _begin(self, extent: Extent) -> None:
+    def _find(self, extent: Extent) -> Stream | None:
+        return next((one for one in reversed(self._streams) if one.goes_on(extent)), None)
+
+    def _begin(self, extent: Extent, missed: int) -> None:
         if len(self._streams) == STREAMS_MAX:
             del self._streams[0]
-        self._streams.append(Stream(extent.end, self._turn))
+        self._streams.append(Stream(extent.end, missed, self._turn))
 
     def _extend(self, stream: Stream, read_count: int, ahead_max: int) -> Extent | None:
         if 2 * (stream.asked - stream.end) > stream.window > 0:

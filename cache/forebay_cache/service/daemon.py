@@ -283,6 +283,7 @@ def _engine_settings(settings: CacheSettings) -> EngineSettings:
         dirty_share_max=settings.dirty_share_max,
         fill_blocks=settings.fill_blocks,
         read_ahead_blocks=settings.read_ahead_size >> BLOCK_SHIFT,
+        bypass_blocks=settings.bypass_size >> BLOCK_SHIFT,
         limit=_limit(settings.destage_average, settings.destage_peak),
         total_limit=changed_limit(
             NO_LIMIT, average=settings.destage_total_average or 0, peak=settings.destage_total_peak or 0
