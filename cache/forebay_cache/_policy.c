@@ -480,6 +480,20 @@ static PyObject *replay_group_misses(replay_t *self, PyObject *nothing)
     return PyBytes_FromStringAndSize((const char *)self->group_misses, sizeof self->group_misses);
 }
 
+static PyObject *replay_holds(replay_t *self, PyObject *array)
+{
+    Py_buffer view;
+    Py_ssize_t count;
+    const uint64_t *keys = items(array, &view, &count);
+    if (keys == NULL)
+        return NULL;
+    PyObject *answer = PyBytes_FromStringAndSize(NULL, count);
+    for (Py_ssize_t i = 0; i < count && answer != NULL; i++)
+        PyBytes_AS_STRING(answer)[i] = find_slot(&self->keyed, keys[i]) != 0;
+    PyBuffer_Release(&view);
+    return answer;
+}
+
 static PyObject *replay_figures(replay_t *self, PyObject *nothing)
 {
     (void)nothing;
@@ -596,7 +610,7 @@ static PyMethodDef core_methods[] = {
 };
 
 static PyMethodDef replay_methods[] = {
-    {"feed", ONE(replay_feed)}, {"volume_hits", NONE(replay_volume_hits)},
+    {"feed", ONE(replay_feed)}, {"holds", ONE(replay_holds)}, {"volume_hits", NONE(replay_volume_hits)},
     {"group_misses", NONE(replay_group_misses)}, {"figures", NONE(replay_figures)},
     {"blocks", NONE(replay_blocks)}, {NULL, NULL, 0, NULL},
 };

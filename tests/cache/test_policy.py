@@ -95,6 +95,8 @@ def test_both_twins_replay_alike(
     assert twins[0].blocks() == twins[1].blocks()
     assert twins[0].volume_hits() == twins[1].volume_hits()
     assert twins[0].group_misses() == twins[1].group_misses()
+    held = {key for listed in twins[0].blocks() for key in listed}
+    assert {twin.holds(np.array(keys, np.uint64)) for twin in twins} == {bytes(key in held for key in keys)}
     assert sum(np.frombuffer(twins[0].volume_hits(), np.int64).tolist()) == twins[0].figures()["hits"]
 
 

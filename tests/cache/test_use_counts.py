@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from engine_rig import Rig, check_books
 from test_engine_model import Guest, assert_same
+from test_ring import EveryBlock
 
 from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.front import IoError
@@ -118,3 +119,41 @@ def test_whatever_guests_do_meanwhile_the_books_of_the_policy_stay_true(seed: in
     rig.run_until(lambda: not (rig.engine.use_counts.active or rig.engine.loading.active))
     assert_same(rig.content(), guest.model)
     check_policy(rig.engine)
+
+
+# --- how warm the cache stays -------------------------------------------------------------------------------------
+
+
+def hit_ratio(rig: Rig, lbas: list[int]) -> float:
+    """Use blocks one after the other, every tenth by writing it; return the hits per block read."""
+    volume = rig.volume
+    before = volume.hit_blocks, volume.miss_blocks
+    for count, lba in enumerate(lbas):
+        if lba % 10 == 3:
+            assert rig.write(lba * BLOCK_SIZE, lba.to_bytes(8, "little") * 512) == IoError.OK
+        else:
+            rig.read(lba * BLOCK_SIZE, BLOCK_SIZE)
+        if count % 50 == 0:
+            rig.tick()
+    hits, misses = volume.hit_blocks - before[0], volume.miss_blocks - before[1]
+    return hits / (hits + misses)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_load_hits_as_often_after_a_kill_as_before(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rig = Rig(seed, size=16 << 20, blocks=12_016, fill_blocks=1)
+    rig.store.blocks = EveryBlock()
+    rig.device.now_share = 1.0
+    weights = 1 / np.arange(1, 12_001) ** 0.9
+    scattered = rng.permutation(12_000)
+
+    def load(count: int) -> list[int]:
+        return scattered[rng.choice(12_000, count, p=weights / weights.sum())].tolist()
+
+    hit_ratio(rig, load(18_000))
+    before = hit_ratio(rig, load(6_000))
+    rig.restart(power=False)
+    after = hit_ratio(rig, load(6_000))
+    assert 0.5 < before < 0.8
+    assert after >= 0.98 * before, (before, after)

@@ -119,6 +119,10 @@ class _Keyed:
         cache.settle()
         return False
 
+    def holds(self, key: int) -> bool:
+        """Tell whether a block is here."""
+        return key in self._slot_of
+
     def _free(self, slot: int) -> None:
         del self._slot_of[self.keys[slot]]
         self.cache.states[slot] = 0
@@ -423,6 +427,10 @@ class Replay:
                 self._volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS] += 1
             else:
                 self._group_misses[hashed % MISS_GROUPS] += 1
+
+    def holds(self, keys: U64Array) -> bytes:
+        """Return a byte for each block: 1 if it is in the cache or waits in memory."""
+        return bytes(self._keyed.holds(key) for key in keys.tolist())
 
     def volume_hits(self) -> bytes:
         """Return the hits of each volume slot, as i64."""
