@@ -83,7 +83,7 @@ def doubts(load: Load, sampled_blocks: int) -> list[str]:
     if sampled_blocks < THIN_BLOCKS:
         found.append(f"only {sampled_blocks} different blocks were seen")
     if 1000 <= load.duration_ms < THIN_MS:
-        found.append(f"it covers {load.duration_ms // 60_000} minutes; a day shows what a day needs")
+        found.append(f"it covers {load.duration_ms // 60_000} min; a day shows what a day needs")
     return found
 
 

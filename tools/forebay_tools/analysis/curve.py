@@ -14,6 +14,7 @@ from forebay_cache.engine.limits import VOLUME_SLOTS
 from forebay_cache.engine.policy import PolicySettings, make_replay
 from forebay_cache.engine.policy_core import Replay
 from forebay_cache.engine.policy_lists import SAMPLE_SEED
+from forebay_core.units import LBA_BITS
 from forebay_tools.analysis.accesses import U64Array
 from forebay_tools.analysis.calibration import Calibration, Estimate, uncalibrated
 
@@ -55,6 +56,7 @@ class Curve:
         self._sampled_blocks = max(1, round(distinct_blocks * rate))
         self._accesses = 0
         self._waiting: list[U64Array] = []
+        self._shown = np.zeros(VOLUME_SLOTS, np.int64)  # sampled accesses by volume slot
         self._waiting_count = 0
         self._caches: list[tuple[int, Replay, Replay]] = []
         for size in sorted({max(1, round(distinct_blocks * share)) for share in SHARES}):
@@ -82,15 +84,17 @@ class Curve:
             points.append(Point(size, _ratio(found, accesses), band, _ratio(other, accesses), writes))
         return points
 
-    def volume_hits(self, size_blocks: int) -> dict[int, int]:
-        """Return the hits in the sample of each volume slot at the nearest size."""
+    def volume_misses(self, size_blocks: int) -> list[int]:
+        """Return the misses in the sample of each volume slot at the nearest size."""
         _, nearest, _ = min(self._caches, key=lambda cache: abs(cache[0] - size_blocks))
-        hits = np.frombuffer(nearest.volume_hits(), np.int64)
-        return {slot: int(hits[slot]) for slot in np.flatnonzero(hits).tolist()}
+        misses: list[int] = (self._shown - np.frombuffer(nearest.volume_hits(), np.int64)).tolist()
+        return misses
 
     def _feed(self) -> None:
         keys = np.concatenate([np.zeros(0, np.uint64), *self._waiting])
         self._waiting, self._waiting_count = [], 0
+        slots = (keys >> np.uint64(LBA_BITS)) % np.uint64(VOLUME_SLOTS)
+        self._shown += np.bincount(slots.astype(np.int64), minlength=VOLUME_SLOTS)
         for _, ours, lru in self._caches:
             ours.feed(keys)
             lru.feed(keys)
@@ -101,7 +105,7 @@ class Curve:
 
 
 def volume_slot(volume_key: int) -> int:
-    """Return the slot in which the hits of a volume are counted."""
+    """Return the slot in which the accesses of a volume are counted."""
     return volume_key % VOLUME_SLOTS
 
 

@@ -50,15 +50,13 @@ class Evidence(NamedTuple):
 
     def shares(self, size_blocks: int) -> list[Share]:
         """Return the shares of the volumes, in their order."""
-        hits = self.curve.volume_hits(size_blocks)
-        total = max(1, sum(hits.values()))
-        accesses = max(1.0, self.load.accesses * self.curve.rate)
-        found = []
-        for use in self.volumes:
-            own = hits.get(volume_slot(use.key), 0)
-            ratio = own / (use.access_share * accesses) if use.access_share else 0.0
-            found.append(Share(min(1.0, ratio), own / total))
-        return found
+        misses = self.curve.volume_misses(size_blocks)
+        expected = self.load.accesses * self.curve.rate
+        ratios = [
+            max(0.0, 1 - misses[volume_slot(use.key)] / max(1.0, use.access_share * expected)) for use in self.volumes
+        ]
+        total = sum(use.access_share * ratio for use, ratio in zip(self.volumes, ratios, strict=True)) or 1.0
+        return [Share(ratio, use.access_share * ratio / total) for use, ratio in zip(self.volumes, ratios, strict=True)]
 
 
 class Looks(Protocol):
