@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -95,11 +96,17 @@ def test_an_attached_snapshot_leaves_no_trace(rig: Rig) -> None:
 
 
 @contextmanager
-def recording(rig: Rig, *words: str) -> Iterator[subprocess.Popen[str]]:
+def recording(rig: Rig, *words: str, file_size_max: int = resource.RLIM_INFINITY) -> Iterator[subprocess.Popen[str]]:
     """Record until the block ends; by then the file has begun."""
     file = Path(words[-1])
     command = [*FOREBAY, "trace", "record", *words, "--run-dir", str(rig.run_dir)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_max, file_size_max)),
+    )
     try:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not (file.exists() and file.stat().st_size):
@@ -163,6 +170,20 @@ def test_a_daemon_that_dies_leaves_what_was_recorded(rig: Rig, tmp_path: Path) -
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "does not answer any more" in err and "has the 1 requests" in err
     assert requests(file) == [("hot", 0, 1, False)]
+
+
+def test_a_full_disk_ends_the_recording_and_leaves_whole_rows(rig: Rig, tmp_path: Path) -> None:
+    busy(rig, rounds=1)
+    file = tmp_path / "trace"
+    with recording(rig, "hot", str(file), file_size_max=16 + 32 + 100 * 16 + 7) as process:
+        with rig.nbd("hot") as client:
+            for _ in range(300):
+                client.read(0, 4096)
+        code, out, err = ended(process)
+        assert (code, out, err.count("\n")) == (1, "", 1) and "too large" in err
+    assert file.stat().st_size % 16 == 0
+    if file.stat().st_size > 16:
+        assert set(requests(file)) == {("hot", 0, 1, False)}
 
 
 def test_what_can_not_be_recorded_is_a_line(rig: Rig, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ On a terminal one line is rewritten a few times a second; elsewhere a plain line
 short transfer. The clock is an argument of the pure part, `progress_line`.
 """
 
+import math
 import time
 from typing import Final, TextIO
 
@@ -16,12 +17,13 @@ LINE_INTERVAL_S: Final = 10.0
 class Progress:
     """Counts bytes of one transfer and writes about it. For one thread."""
 
-    def __init__(self, label: str, total: int, stream: TextIO) -> None:
+    def __init__(self, label: str, total: int, stream: TextIO, *, lines: bool = True) -> None:
+        """Without `lines` nothing is written but on a terminal."""
         self._label = label
         self._total = total
         self._stream = stream
         self._terminal = stream.isatty()
-        self._interval_s = TERMINAL_INTERVAL_S if self._terminal else LINE_INTERVAL_S
+        self._interval_s = TERMINAL_INTERVAL_S if self._terminal else LINE_INTERVAL_S if lines else math.inf
         self._started_s = time.monotonic()
         self._written_s = self._started_s
         self._shown = False

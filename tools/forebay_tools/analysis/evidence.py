@@ -122,7 +122,7 @@ def of_sample(sample: Sample, payload: memoryview) -> Evidence:
     blocks, counts = np.unique(keys, return_counts=True)
     settings = PolicySettings(sample.write_price_ppm / 1e6, sample.window_max_ppm / 1e6)
     curve = Curve(max(1, round(blocks.size / rate)), rate, settings)
-    progress = Progress("analyzing", keys.nbytes, sys.stderr)
+    progress = Progress("analyzing", keys.nbytes, sys.stderr, lines=False)
     try:
         for at in range(0, keys.size, _BATCH_KEYS):
             curve.show(keys[at : at + _BATCH_KEYS], accesses=0)
@@ -146,7 +146,7 @@ def show_traces(traces: Sequence[Path], looks: Looks, label: str) -> dict[int, s
     """Show all traces, one after the other; return the names of the volumes by key."""
     names: dict[int, str] = {}
     total = sum(path.stat().st_size for path in traces)
-    progress = Progress(label, total, sys.stderr)
+    progress = Progress(label, total, sys.stderr, lines=False)
     before = 0
     try:
         for path in traces:

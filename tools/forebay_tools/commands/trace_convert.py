@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _convert(source: Path, file: BinaryIO) -> None:
     names: dict[int, str] = {}
-    progress = Progress("converting", source.stat().st_size, sys.stderr)
+    progress = Progress("converting", source.stat().st_size, sys.stderr, lines=False)
     try:
         file.write(HEADER.pack(MAGIC, 0))
         for part in read_trace(source):

@@ -5,8 +5,8 @@ import asyncio
 import os
 import signal
 import time
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from forebay_core.errors import ForebayError, StoreUnreachableError, WrongUsageError
 from forebay_core.names import check_name
@@ -70,7 +70,7 @@ async def _run(arguments: argparse.Namespace) -> int:
 class _Took:
     """What was recorded so far. The file is whole after each call."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: FileIO) -> None:
         self._file = file
         self._size = file.write(HEADER.pack(MAGIC, time.time_ns()))
         self._began_s = time.monotonic()
@@ -92,18 +92,19 @@ class _Took:
 
     def _keep(self, answer: TraceRows, payload: memoryview) -> None:
         names = b"".join(encode_name(volume.key, volume.name) for volume in answer.volumes)
+        rest = memoryview(names + bytes(payload))
         try:
-            self._file.write(names + bytes(payload))
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError:
-            os.ftruncate(self._file.fileno(), self._size)
+            os.ftruncate(self._file.fileno(), self._size)  # to whole rows
             raise
         self._size += len(names) + len(payload)
         self.requests += len(payload) // RECORD.size
         self.lost += answer.lost
 
 
-def _made(path: Path, *, force: bool) -> BinaryIO:
+def _made(path: Path, *, force: bool) -> FileIO:
     """Return a file without a buffer, so that what is in it is what was written."""
     try:
         return path.open("wb" if force else "xb", buffering=0)
