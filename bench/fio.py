@@ -1,4 +1,4 @@
-"""Runs fio's nbd engine over a Unix socket and reads its JSON."""
+"""Runs fio over a Unix socket by its nbd engine, or over a block device, and reads its JSON."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
 
 
 def run(uri: str, load: Load) -> Outcome:
-    """Run the load.
+    """Run the load on an NBD URI or a device.
 
     Raises:
         BenchError: fio failed, or some request did.
@@ -49,8 +49,7 @@ def run(uri: str, load: Load) -> Outcome:
     words = [
         "fio",
         "--name=bench",
-        "--ioengine=nbd",
-        f"--uri={uri}",
+        *_target(uri),
         f"--rw={load.rw}",
         f"--bs={load.block_size}",
         f"--iodepth={load.depth}",
@@ -74,6 +73,12 @@ def run(uri: str, load: Load) -> Outcome:
     if done.returncode:
         raise BenchError(f"fio ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
     return parse(done.stdout, load)
+
+
+def _target(uri: str) -> tuple[str, ...]:
+    if uri.startswith("/dev/"):
+        return "--ioengine=libaio", "--direct=1", f"--filename={uri}"
+    return "--ioengine=nbd", f"--uri={uri}"
 
 
 def parse(text: str, load: Load) -> Outcome:

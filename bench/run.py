@@ -23,6 +23,7 @@ import destage_rows
 import flush_rows
 import hit_rows
 import import_row
+import loop_rows
 import memory_row
 import miss_rows
 import policy_rows
@@ -49,12 +50,20 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("clean", "yield"), clean_rows.measure),
     (("snapshots-1000", "huge", "trim-full"), scale_rows.measure),
     (("snapshot",), snapshot_rows.measure),
+    (("loop",), loop_rows.measure),
     (("policy",), policy_rows.measure),
     (("analysis",), analysis_rows.measure),
 )
 MICRO = "micro"
 KEYS = (*dict.fromkeys(key for keys, _ in GROUPS for key in keys), MICRO)
-TOOLS = {"fio": "fio", "nbdkit": "nbdkit", "qemu-nbd": "qemu-utils", "dd": "coreutils"}
+TOOLS = {
+    "fio": "fio",
+    "nbdkit": "nbdkit",
+    "qemu-nbd": "qemu-utils",
+    "dd": "coreutils",
+    "nbdfuse": "libnbd-bin",
+    "losetup": "mount",
+}
 
 
 def main() -> int:

@@ -1,12 +1,10 @@
 """Loop devices over files of the FUSE front. All of it blocks.
 
-`losetup` makes and removes them, as a process of its own: whatever reads a device waits for this daemon to answer, and
-a thread of the daemon that waited for itself could not be killed.
+`losetup` does it all, as a process of its own: making a device syncs its file, and opening one waits for who makes one.
+The daemon answers that, so a thread of the daemon that waited for it could not be killed, and would hold its locks.
 """
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 import subprocess
@@ -19,9 +17,6 @@ CONTROL: Final = Path("/dev/loop-control")
 PROGRAM: Final = "losetup"
 TIMEOUT_S: Final = 30.0
 _SYS_BLOCK: Final = Path("/sys/block")
-_LOOP_GET_STATUS64: Final = 0x4C05
-_STATUS_SIZE: Final = 232
-_DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def check_loop() -> None:
@@ -60,18 +55,12 @@ def backing_of(number: int) -> str:
 
 
 def is_dead(number: int) -> bool:
-    """Tell whether a device is over a file whose file system is gone: nothing else answers so."""
+    """Tell whether a device is over a file whose file system is gone: only then it can't tell the file's number."""
     try:
-        device = os.open(path_of(number), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+        number_of_file = _losetup("--noheadings", "--list", "--output", "BACK-INO", path_of(number)).strip()
+    except ForebayError:
         return False
-    try:
-        fcntl.ioctl(device, _LOOP_GET_STATUS64, bytearray(_STATUS_SIZE))
-    except OSError as error:
-        return error.errno in _DEAD
-    finally:
-        os.close(device)
-    return False
+    return not number_of_file and bool(backing_of(number))
 
 
 def make(file: Path, *, read_only: bool) -> int:
