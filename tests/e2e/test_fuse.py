@@ -191,3 +191,15 @@ def test_a_mount_point_that_holds_something_is_refused(rig: Rig) -> None:
         assert "is not empty" in said and said.count("\n") == 1
         assert disk(rig, "mine").read_text() == "precious"
         assert [volume.name for volume in rig.status().volumes] == []
+
+
+def test_a_run_directory_that_takes_no_files_is_one_line(rig: Rig) -> None:
+    with tidy(rig):
+        rig.start()
+        rig.create("disk", SIZE)
+        (rig.run_dir / "fuse.pid").mkdir()  # as a full or read-only disk: root may write everywhere
+        said = rig.run("attach", "disk", "--front", "fuse", code=1)
+        assert "can't be used by the FUSE front" in said and said.count("\n") == 1
+        (rig.run_dir / "fuse.pid").rmdir()
+        rig.run("attach", "disk", "--front", "fuse")
+        rig.run("detach", "disk")

@@ -37,6 +37,7 @@ from forebay_core.units import MIB, Buffer
 
 RECONNECT_S: Final = 0.05
 RECEIVE_SIZE: Final = 4 * MIB
+LOCK_WAIT_S: Final = 5.0
 REQUESTS_PER_TURN: Final = 32
 SPARE_BUFFERS_MAX: Final = 32
 PARTS_MAX: Final = 512
@@ -286,18 +287,12 @@ def _sent(waiting: list[Buffer], count: int) -> None:
 
 
 def main(run_dir: Path) -> int:
-    """Mount, tell the parent that this worked, and serve."""
-    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Mount, tell the parent that this worked or why it didn't, and serve; the exit code."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.write(lock, b"%d\n" % os.getpid())
+        lock = _lock(run_dir)  # held as long as we live
         descriptor = fuse_mount.mount(run_dir / VOLUMES)
-    except BlockingIOError:
-        tell_parent(f"{run_dir}: another FUSE front serves it")
-        return 1
-    except ForebayError as error:
-        tell_parent(str(error))
+    except (ForebayError, OSError) as error:
+        tell_parent(_reason(run_dir, error))
         return 1
     try:
         signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
@@ -307,11 +302,43 @@ def main(run_dir: Path) -> int:
         front = FuseFront(run_dir, descriptor)
         tell_parent(READY)
         front.run()
+    except OSError as error:
+        tell_parent(_reason(run_dir, error))
+        raise
     finally:
         os.close(descriptor)
         with contextlib.suppress(ForebayError):
             fuse_mount.unmount(run_dir / VOLUMES)
+        os.close(lock)
     return 0
+
+
+def _lock(run_dir: Path) -> int:
+    """Be the only front of a run directory, once one that is ending has ended.
+
+    Raises:
+        ForebayError: another one goes on.
+        OSError: the directory can't be used.
+    """
+    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    until_s = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until_s:
+                raise ForebayError(f"{run_dir}: another FUSE front serves it") from None
+            time.sleep(RECONNECT_S)
+        else:
+            os.ftruncate(lock, 0)
+            os.write(lock, b"%d\n" % os.getpid())
+            return lock
+
+
+def _reason(run_dir: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{run_dir}: can't be used by the FUSE front ({error.strerror})"
+    return str(error)
 
 
 if __name__ == "__main__":
