@@ -112,6 +112,28 @@ def test_a_store_whose_index_folder_was_deleted_goes_on_and_says_what_fails(tmp_
     assert fsck(tmp_path / "s") == []
 
 
+def test_a_store_that_is_stopped_while_it_cleans_leaves_nothing_that_nobody_needs(tmp_path: Path) -> None:
+    async def work(daemon: StoreDaemon, asked: int) -> None:
+        async with daemon.client() as client:
+            writer = await Writer.open(client, "vm")
+            for seed in range(40):
+                await writer.write(seed % 8, seed)
+            await client.ask(messages.CleanStore(), messages.Done)
+            for _ in range(asked):
+                await client.ask(messages.GetStoreStatus(), messages.StoreStatus)
+
+    async def prepare(daemon: StoreDaemon) -> None:
+        async with daemon.client() as client:
+            await create(client, "vm", BLOCKS)
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(prepare(daemon))
+    for asked in range(12):
+        with StoreDaemon(tmp_path / "s") as daemon:
+            run(work(daemon, asked))
+        assert fsck(tmp_path / "s") == []
+
+
 def test_reads_go_on_while_their_segments_are_cleaned_away(tmp_path: Path) -> None:
     async def work(daemon: StoreDaemon) -> None:
         async with daemon.client() as client, daemon.client() as reader:

@@ -18,7 +18,7 @@ from forebay_core.units import ID_SIZE, KIB, Buffer
 from forebay_store.engine.apply import apply_segments
 from forebay_store.engine.background import Copied, CopyOrigin
 from forebay_store.engine.changes import Change, Incoming, expect_name
-from forebay_store.engine.cleaner import Records
+from forebay_store.engine.cleaner import Records, delete_leaving
 from forebay_store.engine.ports import BackendError, SegmentMissingError
 from forebay_store.engine.queries import Query, answer_query
 from forebay_store.engine.reading import ReadPlan, check_frames, plan_read
@@ -165,10 +165,19 @@ class StoreShell:
         self._engine.stop()
         self._pump()
         await self._idle.wait()
+        if not self._engine.error:
+            await self._loop.run_in_executor(self._writer, self._delete_leaving)
         await self._reports.stop()
         self._writer.shutdown()
         self._indexer.shutdown()
         self._readers.shutdown()
+
+    def _delete_leaving(self) -> None:
+        """Delete what the cleaner had no time for: a store that ends in order leaves nothing that nobody needs."""
+        try:
+            delete_leaving(self._store.backend, self._store.index)
+        except ForebayError as error:
+            _LOG.warning("segments that nothing needs are still there: %s", error)
 
     # Requests.
 
