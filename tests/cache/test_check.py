@@ -87,6 +87,7 @@ def stopped(rig: Rig) -> bytearray:
             rig.tick()
     assert got == [True]
     rig.device.kill()  # the process is gone
+    rig.store.queue.clear()  # and its connection
     return rig.device.bytes
 
 
