@@ -58,6 +58,17 @@ def test_a_volume_below_its_floor_is_passed_over() -> None:
     assert held[1] >= 2 * held[0] > 0, held
 
 
+def test_a_miniature_has_its_share_of_the_ring_of_the_cache_that_it_stands_for() -> None:
+    keys = np.arange(VOLUME, VOLUME + 500, dtype=np.uint64)
+    for replay, waiting in (
+        (make_replay(10_000), 100),
+        (make_replay(20_000, rate=0.5), 100),
+        (make_replay(4_096_000, rate=0.005), 20),
+    ):
+        replay.feed(keys)
+        assert len(replay.blocks()[LIST_RING]) == waiting
+
+
 def test_the_same_trace_gives_the_same_figures() -> None:
     keys = zipf_keys(np.random.default_rng(2), blocks=9000, count=50_000)
     one, other = make_replay(700, seed=5), make_replay(700, seed=5)

@@ -173,11 +173,16 @@ def make_replay(
     miniature_blocks: int = MINIATURE_BLOCKS,
     is_lru: bool = False,
     replay: type[Replay] = ReplayFast,
+    rate: float = 1.0,
 ) -> Replay:
-    """Return the policy over so many blocks, to be driven by keys; or an LRU to compare it with."""
+    """Return the policy over so many blocks, to be driven by keys; or an LRU to compare it with.
+
+    With a `rate` it is a miniature, of a cache of `capacity` blocks, that sees so much of the blocks.
+    """
+    mini = max(1, round(capacity * rate))
     return replay(
-        capacity,
-        ring_blocks(capacity),
+        mini,
+        max(1, min(mini, round(ring_blocks(capacity) * rate))),
         miniature_blocks,
         seed,
         settings.write_price,

@@ -60,9 +60,8 @@ class Curve:
         self._waiting_count = 0
         self._caches: list[tuple[int, Replay, Replay]] = []
         for size in sorted({max(1, round(distinct_blocks * share)) for share in SHARES}):
-            mini = max(1, round(size * rate))
-            ours = make_replay(mini, settings=settings, seed=SAMPLE_SEED, miniature_blocks=MINIATURE_BLOCKS)
-            self._caches.append((size, ours, make_replay(mini, is_lru=True, seed=SAMPLE_SEED)))
+            ours = make_replay(size, rate=rate, settings=settings, seed=SAMPLE_SEED, miniature_blocks=MINIATURE_BLOCKS)
+            self._caches.append((size, ours, make_replay(size, rate=rate, is_lru=True, seed=SAMPLE_SEED)))
 
     def show(self, keys: U64Array, *, accesses: int) -> None:
         """Show sampled keys to all; so many accesses they are a sample of."""
