@@ -86,7 +86,7 @@ class FrameBuilder:
         """
         view = memoryview(plain)
         if checksums is None:
-            checksums = block_checksums(view)
+            checksums = block_checksums(view).tolist()
         assert 1 <= len(extents) <= len(checksums) <= FRAME_BLOCKS_MAX
         assert sum(extent.count for extent in extents) * BLOCK_SIZE == view.nbytes == len(checksums) * BLOCK_SIZE
         packed = self._compressor.compress(view)
@@ -179,7 +179,7 @@ def open_frame(header: FrameHeader, stored: Buffer, *, place: str) -> bytes:
         plain = _decompress(stored, size, place)
     if len(plain) != size:
         raise CorruptionError(place=place, what="frame plain size", expected=size, found=len(plain))
-    for index, found in enumerate(block_checksums(plain)):
+    for index, found in enumerate(block_checksums(plain).tolist()):
         if found != header.checksums[index]:
             raise CorruptionError(
                 place=f"{place} block {index}", what="block checksum", expected=header.checksums[index], found=found

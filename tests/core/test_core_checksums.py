@@ -1,12 +1,29 @@
 """Checksums of blocks, and the test for zeros, against plain Python."""
 
+import platform
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forebay_core.checksums import ZERO_BLOCK, ZERO_CHECKSUM, block_checksums, checksum, is_zero, zero_blocks
+from forebay_core import checksums
+from forebay_core.checksums import (
+    ZERO_BLOCK,
+    ZERO_CHECKSUM,
+    block_checksums,
+    checksum,
+    is_zero,
+    sum_blocks,
+    zero_blocks,
+)
 from forebay_core.errors import CorruptionError
 from forebay_core.units import BLOCK_SIZE
+
+native = checksums._sums
 
 
 def test_the_checksum_is_xxh3_64_and_stays_so() -> None:
@@ -22,7 +39,7 @@ def test_zero_blocks_are_told_from_others(flags: list[bool], at: int) -> None:
     other[at] = 1
     buffer = b"".join(ZERO_BLOCK if flag else bytes(other) for flag in flags)
     assert zero_blocks(buffer).tolist() == flags
-    assert block_checksums(buffer) == [checksum(ZERO_BLOCK if flag else bytes(other)) for flag in flags]
+    assert block_checksums(buffer).tolist() == [checksum(ZERO_BLOCK if flag else bytes(other)) for flag in flags]
     for form in (buffer, bytearray(buffer), memoryview(b"x" + buffer)[1:]):
         assert is_zero(form) is all(flags)
 
@@ -31,6 +48,33 @@ def test_zero_blocks_are_told_from_others(flags: list[bool], at: int) -> None:
 def test_zeros_of_any_size_are_zeros(size: int) -> None:
     assert is_zero(bytes(size))
     assert not is_zero(bytes(size) + b"\x01")
+
+
+def test_the_native_sums_were_built_where_there_is_a_compiler() -> None:
+    if shutil.which("gcc") is None or platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the twin does the work")
+    assert native is not None, "install again: .venv/bin/pip install --editable ."
+
+
+needs_native = pytest.mark.skipif(native is None, reason="there is no compiler here, or no AVX2")
+
+
+@needs_native
+@settings(derandomize=True, deadline=None)
+@given(seed=st.integers(0, 1 << 32), count=st.integers(0, 9), shift=st.integers(0, 9))
+def test_native_sums_are_those_of_the_twin(seed: int, count: int, shift: int) -> None:
+    blocks = memoryview(random.Random(seed).randbytes(shift + count * BLOCK_SIZE))[shift:]
+    sums, expected = np.zeros(count, np.uint64), np.ones(count, np.uint64)
+    native.sum_blocks(blocks, sums)
+    sum_blocks(blocks, expected)
+    assert sums.tolist() == expected.tolist()
+
+
+@needs_native
+@pytest.mark.parametrize("size", [BLOCK_SIZE - 1, BLOCK_SIZE + 1, 2 * BLOCK_SIZE])
+def test_native_sums_refuse_arrays_that_do_not_fit_the_blocks(size: int) -> None:
+    with pytest.raises(ValueError, match="8 bytes for each"):
+        native.sum_blocks(bytes(size), np.zeros(1, np.uint64))
 
 
 def test_half_a_block_has_no_block_checksum() -> None:

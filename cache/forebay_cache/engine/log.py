@@ -19,11 +19,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from forebay_cache.engine.front import IoError, Reply
 from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX, RUN_BLOCKS_MIN, ZONES_FOR_MOVES
-from forebay_cache.engine.ports import Device
+from forebay_cache.engine.ports import Device, U64Array
 from forebay_cache.engine.zones import ZoneTable
 from forebay_cache.format import record
 from forebay_cache.format.cut_end import CutEnd
@@ -226,13 +224,13 @@ class Log:
         batch.room -= 1
         self.queued_blocks += 1
 
-    def add_writes(self, batch: Batch, volume_key: int, lba: int, version: int, checksums: list[int]) -> None:
+    def add_writes(self, batch: Batch, volume_key: int, lba: int, version: int, checksums: U64Array) -> None:
         """Add the entries of consecutive blocks, as `add_write` does one by one."""
-        count = len(checksums)
+        count = int(checksums.size)
         assert count <= batch.room
         batch.data.append(Writes(volume_key, batch.entry_count, count))
         batch.newest = None
-        batch.packed += record.pack_writes(volume_key, lba, version, np.array(checksums, np.uint64))
+        batch.packed += record.pack_writes(volume_key, lba, version, checksums)
         batch.data_count += count
         batch.entry_count += count
         batch.room -= count

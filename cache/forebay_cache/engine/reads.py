@@ -199,7 +199,7 @@ class Reads:
             offset = engine.zones_offset + (int(places[start]) << BLOCK_SHIFT)
             if not engine.device.read_into_now(offset, buffer[start << BLOCK_SHIFT : end << BLOCK_SHIFT]):
                 return None
-        if block_checksums(buffer) != engine.map.checksum_array.take(places).tolist():
+        if (block_checksums(buffer) != engine.map.checksum_array.take(places)).any():
             return None
         return buffer
 
@@ -390,7 +390,7 @@ class Reads:
             return
         key = volume.key << LBA_BITS | part.start
         plain = run[0].plain if part.count == 1 else b"".join([held.plain for held in run])
-        if block_checksums(plain) == [held.checksum for held in run]:
+        if block_checksums(plain).tolist() == [held.checksum for held in run]:
             request.parts[part.start] = (part.count, plain)
             ahead = sum(held.pool == AHEAD for held in run)  # they were fetched for this
             request.missing += sum(held.pool in (AHEAD, SPARE) for held in run)

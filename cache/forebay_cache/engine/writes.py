@@ -205,7 +205,7 @@ class Writes:
         if count == 1:
             log.add_write(batch, volume.key, lba, version, checksum(view))
         elif count < RUN_BLOCKS_MIN:
-            for i, block_checksum in enumerate(block_checksums(view)):
+            for i, block_checksum in enumerate(block_checksums(view).tolist()):
                 log.add_write(batch, volume.key, lba + i, version, block_checksum)
         else:
             log.add_writes(batch, volume.key, lba, version, block_checksums(view))

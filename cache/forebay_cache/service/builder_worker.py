@@ -89,7 +89,7 @@ def build_part(fd: int, request: BuildRequest, builder: FrameBuilder) -> BuiltPa
         OSError: the device can't be read, or ends too early.
     """
     plain = _read_blocks(fd, request.offsets)
-    found = np.array(block_checksums(plain), np.uint64)
+    found = block_checksums(plain)
     wrong = np.flatnonzero(found != request.checksums)
     if wrong.size:
         return BuiltPart((), (), 0, request.lbas[wrong].tolist(), found[wrong].tolist())
