@@ -9,6 +9,7 @@
 #include "_policy_core.h"
 
 #define SAMPLED_MAX 8192
+#define BLOCKS_AHEAD 4 /* of those used together, counters are asked for so early: else each waits 0.2 us for them */
 
 typedef struct {
     PyObject_HEAD
@@ -83,6 +84,14 @@ static void see(core_t *self, uint64_t key)
     sweep(&self->cache);
 }
 
+/* The counters of a block lie scattered: have the processor bring them while others are counted. */
+static inline void ask_ahead(const core_t *self, uint64_t key)
+{
+    const uint64_t hash = hash_of(&self->sketch, key);
+    for (int row = 0; row < ROWS; row++)
+        __builtin_prefetch(&self->sketch.counters[counter_at(&self->sketch, hash, row) >> 1], 1);
+}
+
 static void use(core_t *self, uint32_t place)
 {
     see(self, self->cache.keys[place]);
@@ -130,8 +139,11 @@ static PyObject *core_hit_run(core_t *self, PyObject *const *arguments, Py_ssize
     uint64_t n[2];
     if (numbers(arguments, given, 2, n) < 0 || !is_place(self, n[0], n[1]))
         return NULL;
-    for (uint64_t i = 0; i < n[1]; i++)
+    for (uint64_t i = 0; i < n[1]; i++) {
+        if (i + BLOCKS_AHEAD < n[1])
+            ask_ahead(self, self->cache.keys[n[0] + i + BLOCKS_AHEAD]);
         use(self, (uint32_t)(n[0] + i));
+    }
     Py_RETURN_NONE;
 }
 
@@ -145,8 +157,11 @@ static PyObject *each_place(core_t *self, PyObject *array, void (*act)(core_t *,
     int fits = 1;
     for (Py_ssize_t i = 0; i < count && fits; i++)
         fits = is_place(self, (uint64_t)places[i], 1);
-    for (Py_ssize_t i = 0; i < count && fits; i++)
+    for (Py_ssize_t i = 0; i < count && fits; i++) {
+        if (act == use && i + BLOCKS_AHEAD < count)
+            ask_ahead(self, self->cache.keys[places[i + BLOCKS_AHEAD]]);
         act(self, (uint32_t)places[i]);
+    }
     PyBuffer_Release(&view);
     return fits ? Py_NewRef(Py_None) : NULL;
 }
@@ -250,8 +265,11 @@ static PyObject *core_written(core_t *self, PyObject *const *arguments, Py_ssize
     }
     for (Py_ssize_t i = 0; i < old_count && fits; i++)
         fits = olds[i] < 0 || is_place(self, (uint64_t)olds[i], 1);
-    for (Py_ssize_t i = 0; i < old_count && fits; i++)
+    for (Py_ssize_t i = 0; i < old_count && fits; i++) {
+        if (i + BLOCKS_AHEAD < old_count)
+            ask_ahead(self, keys[i + BLOCKS_AHEAD]);
         write_block(self, (uint32_t)(first + (uint64_t)i), olds[i], keys[i]);
+    }
     PyBuffer_Release(&held[0]);
     PyBuffer_Release(&held[1]);
     return fits ? Py_NewRef(Py_None) : NULL;

@@ -14,6 +14,7 @@ Invariants:
 Crash: a moved block is found at either place; of equal versions the later record wins.
 """
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -143,7 +144,7 @@ class Reclaim:
         if best is None or best.keep.size > max(good, 0):
             end = 16 * VICTIM_CANDIDATES if self._engine.loading.active else None
             rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, end) if self._is_victim(zone))
-            better = self._best(list(islice(rest, 8 * VICTIM_CANDIDATES)), worthy=False)
+            better = self._best(islice(rest, 8 * VICTIM_CANDIDATES), worthy=False)
             best = min((v for v in (best, better) if v is not None), key=lambda v: v.keep.size, default=None)
         if best is not None and _cost(best.keep.size) > zones.zone_blocks - zones.zone_blocks // VICTIM_GAIN_RATIO:
             return None  # too little would be gained
@@ -161,15 +162,22 @@ class Reclaim:
             and zone not in checkpoints.replay_zones
         )
 
-    def _best(self, candidates: list[int], *, worthy: bool) -> _Victim | None:
+    def _best(self, candidates: Iterable[int], *, worthy: bool) -> _Victim | None:
         best: _Victim | None = None
         for zone in candidates:
+            if worthy and best is not None and self._worthy_count(zone) >= best.keep.size:
+                continue  # it keeps at least these
             keep = self._to_keep(zone, worthy=worthy)
             if best is None or keep.size < best.keep.size:
                 best = _Victim(zone, keep)
             if keep.size == 0:
                 break  # none is better
         return best
+
+    def _worthy_count(self, zone: int) -> int:
+        zones = self._engine.zones
+        worthy = self._engine.policy.worthy(zones.place_at(zone, 0), zones.zone_blocks)
+        return int(np.count_nonzero(worthy))
 
     def _to_keep(self, zone: int, *, worthy: bool) -> PlaceArray:
         engine = self._engine
