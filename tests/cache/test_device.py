@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -266,8 +268,9 @@ def test_small_writes_between_large_ones_stay_in_order(make: Make, tmp_path: Pat
     on_device(make, tmp_path / "device", run)
 
 
-def test_after_a_write_at_once_that_waited_others_go_to_the_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("waits", [True, False])
+def test_when_writes_at_once_wait_others_go_to_the_thread_but_not_for_a_busy_processor(
+    waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads_seen = []
 
@@ -277,10 +280,15 @@ def test_after_a_write_at_once_that_waited_others_go_to_the_thread(
 
     async def run(device: FileDevice) -> None:
         assert await write(device, 0, bytes(BLOCK_SIZE))
-        clock = iter((0, device_module.NEAR_NS_MAX + 1))
-        with monkeypatch.context() as patched:
-            patched.setattr("forebay_cache.service.device.time.perf_counter_ns", lambda: next(clock))
-            assert await write(device, 0, bytes(BLOCK_SIZE))
+        clock, given_away = count(0, device_module.NEAR_NS_MAX + 1), count(7, waits)
+        for _ in range(2):  # the first slow one has the others watched
+            with monkeypatch.context() as patched:
+                patched.setattr("forebay_cache.service.device.time.perf_counter_ns", lambda: next(clock))
+                patched.setattr(
+                    "forebay_cache.service.device.resource.getrusage",
+                    lambda _who: SimpleNamespace(ru_nvcsw=next(given_away)),
+                )
+                assert await write(device, 0, bytes(BLOCK_SIZE))
         for _ in range(device_module.FAR_WRITES + 1):
             assert await write(device, 0, bytes(BLOCK_SIZE))
 
@@ -288,8 +296,8 @@ def test_after_a_write_at_once_that_waited_others_go_to_the_thread(
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwritev", pwritev)
         on_device(uring, tmp_path / "device", run)
-    far = ["device-write"] * device_module.FAR_WRITES
-    assert threads_seen == [here, here, *far, here]
+    there = "device-write" if waits else here
+    assert threads_seen == [here, here, here, *[there] * device_module.FAR_WRITES, here]
 
 
 def test_more_commands_than_a_ring_has_entries_are_all_completed(make: Make, tmp_path: Path) -> None:

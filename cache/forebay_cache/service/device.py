@@ -16,6 +16,7 @@ Crash: what was written is in the page cache and survives the daemon; what a fin
 import asyncio
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -45,10 +46,13 @@ NEAR_SIZE_MAX: Final = (1 + RECORD_ENTRIES_MAX) * BLOCK_SIZE
 """Bytes of a write that is done at once, 130 us: any record."""
 
 NEAR_NS_MAX: Final = 500_000
-"""A write at once that took longer has waited: for memory, or for the disk."""
+"""A write at once that took longer may have waited: for memory, or for the disk. Or others had the processor."""
+
+WATCHED_WRITES: Final = 64
+"""After such a one so many are watched: a thread that waits gives the processor away, which is counted."""
 
 FAR_WRITES: Final = 1024
-"""So many writes go to the thread after one that waited."""
+"""So many writes go to the thread after a watched one that waited."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -100,6 +104,7 @@ class FileDevice:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._far = 0  # jobs with the thread, or done and not completed
         self._far_writes = 0  # that go to the thread because one at once has waited
+        self._watched_writes = 0
         # A daemon thread: a second signal ends the program while a disk hangs.
         self._thread = threading.Thread(target=self._run_jobs, name="device-write", daemon=True)
         self._thread.start()
@@ -202,15 +207,23 @@ class FileDevice:
         return sum(map(len, buffers)) <= NEAR_SIZE_MAX
 
     def _write_near(self, offset: int, buffers: Sequence[Buffer], done: Callable[[bool], None]) -> None:
+        waits = _waits() if self._watched_writes else 0
         began_ns = time.perf_counter_ns()
         error = self._write_fully(offset, buffers)
         if error is not None:
             self._give(lambda: self._stop("write", offset, error, lambda: self._written(done, False)))
             return
         if time.perf_counter_ns() - began_ns > NEAR_NS_MAX:
-            self._far_writes = FAR_WRITES
+            self._slow(waited=self._watched_writes > 0 and _waits() > waits)
+        elif self._watched_writes:
+            self._watched_writes -= 1
         self._order.written()
         self._completions.post_here(partial(done, True))
+
+    def _slow(self, *, waited: bool) -> None:
+        if waited:
+            self._far_writes = FAR_WRITES
+        self._watched_writes = WATCHED_WRITES
 
     def _write_far(self, offset: int, buffers: Sequence[Buffer], done: Callable[[bool], None]) -> None:
         """Write, on the thread."""
@@ -282,6 +295,11 @@ class FileDevice:
     def _tell(self, reason: str) -> None:
         if self.on_failure is not None:
             self.on_failure(reason)
+
+
+def _waits() -> int:
+    """Return how often this thread has waited so far; a microsecond, so only asked where something was slow."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
 def _unwritten(batch: Sequence[Buffer], count: int) -> list[Buffer]:
