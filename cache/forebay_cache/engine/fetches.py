@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from forebay_cache.engine.ports import FetchedPiece, Upstream, UpstreamRefusal
-from forebay_core.extents import Extent, from_blocks
+from forebay_core.extents import Extent, from_blocks, merge
 from forebay_core.units import BLOCK_SIZE, LBA_BITS
 from forebay_wire import messages
 from forebay_wire.limits import READ_BLOCKS_MAX
@@ -178,7 +178,7 @@ class Fetches:
         self._ask(volume, units)
 
     def _ask(self, volume: "CacheVolume", units: list[Unit]) -> None:
-        extents = [unit.extent for unit in units]
+        extents = merge(unit.extent for unit in units)
         self._upstream.fetch(
             volume.id, extents, volume.acknowledged, lambda answer: self._arrived(volume, units, answer)
         )
