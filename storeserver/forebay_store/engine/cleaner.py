@@ -94,6 +94,7 @@ class Cleaner:
         self.damaged: list[DamagedPlace] = []
         self.counts = Counts()
         self.space: Space | None = None
+        self.disk_size = self.live_size = 0  # of all segments in it
         self._copies: dict[SegmentName, tuple[int, int]] = {}  # size and live bytes of copies when they were new
 
     def bar(self, segments: Iterable[SegmentName]) -> None:
@@ -132,6 +133,8 @@ class Cleaner:
         usual = max(1.0, copied_size / max(1, sum(live for _, live in self._copies.values())))
         segments = [one._replace(cost=self._cost(one, usual)) for one in found.segments]
         self.space = found._replace(segments=segments, damaged=frozenset(self.barred))
+        self.disk_size = sum(one.size for one in segments)
+        self.live_size = sum(one.live for one in segments)
 
     def _note_copies(self, found: Space) -> None:
         """Note the copies that this start of the store made: what is in them is older than what lies before them."""

@@ -17,6 +17,7 @@ from forebay_core.errors import ForebayError, NoSpaceError
 from forebay_store.engine.cleaner import Append, Cleaner, Job, Pause, Records, Work
 from forebay_store.engine.cleaning import DamagedPlace
 from forebay_store.engine.ports import Index, SegmentBackend
+from forebay_store.engine.pushback import Pushback
 from forebay_store.engine.space import BUSY, RESTING, DiskRoom, Pressure, Space
 from forebay_store.format.segment import SegmentName
 from forebay_store.limits import (
@@ -73,6 +74,9 @@ class CleanerShell:
         self._written = True  # something, since the last look; at the start nobody knows
         self._fresh_size = 0  # bytes since the last look
         self._look_size = CLEAN_LOOK_SIZE
+        self._pushback = Pushback()
+        self._looked_at: Space | None = None  # when it was last known how much lives
+        self._since_look_size = 0  # bytes that came since
         self._arriving_size = 0  # bytes that were let in and are not answered yet
         self._rested = False  # after a thorough pass nothing was written
         self._quiet_from_s = self._loop.time()
@@ -117,6 +121,30 @@ class CleanerShell:
             yield
         finally:
             self._arriving_size -= size
+
+    async def wait_turn(self, size: int) -> None:
+        """Wait before data is taken if the space grows faster than it is cleaned.
+
+        A look is old when a job takes long: what came since counts as if it made as much dead.
+        """
+        cleaner = self._cleaner
+        if cleaner.space is not self._looked_at:
+            self._looked_at, self._since_look_size = cleaner.space, 0
+        self._since_look_size += size
+        if not self._running:
+            return
+        delay_s = self._pushback.delay_s(
+            size,
+            self._loop.time(),
+            disk_size=cleaner.disk_size + self._since_look_size,
+            live_size=cleaner.live_size,
+            is_disk_low=self._is_disk_low(),
+        )
+        if delay_s:
+            await asyncio.sleep(delay_s)
+
+    def _is_disk_low(self) -> bool:
+        return self._room().free < 2 * self._reserve()
 
     def _reserve(self) -> int:
         space = self._cleaner.space
@@ -198,8 +226,7 @@ class CleanerShell:
                 await self._loop.run_in_executor(self._thread, self._shrink)
             self._error = ""
             if self._cleaner.space is not None:
-                live = sum(one.live for one in self._cleaner.space.segments)
-                self._look_size = max(CLEAN_LOOK_SIZE, int(live * CLEAN_LOOK_SHARE))
+                self._look_size = max(CLEAN_LOOK_SIZE, int(self._cleaner.live_size * CLEAN_LOOK_SHARE))
         except ForebayError as error:
             self._error = str(error)
             _LOG.warning("cleaning ended early: %s", error)
@@ -226,8 +253,7 @@ class CleanerShell:
 
     def _pressure(self, asked: bool) -> Pressure:
         idle = self._loop.time() - self._quiet_from_s >= CLEAN_IDLE_S
-        low = self._room().free < 2 * self._reserve()
-        return RESTING if asked or idle or low else BUSY
+        return RESTING if asked or idle or self._is_disk_low() else BUSY
 
     def _patience(self, asked: bool) -> float:
         """Return how many times the pause to make: more while clients work, none when the space grows out of hand."""

@@ -133,6 +133,8 @@ class StoreShell:
             case messages.GetDamage():
                 return self._scrub.damage(message), ()
             case messages.StagePart():
+                if payload.nbytes:
+                    await self._cleaner.wait_turn(payload.nbytes)
                 with self._cleaner.room_for(payload.nbytes):
                     return await self._change(message, await self._parse(message, payload), (payload,)), ()
             case messages.OpenVolume():
