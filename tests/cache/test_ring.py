@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay_cache.engine.front import IoError
+from forebay_cache.engine.limits import HELD_NS_MAX
 from forebay_cache.engine.policy import make_replay
 from forebay_cache.engine.ring import AHEAD, SPARE, USED, Held, Ring
 from forebay_core.extents import Extent
@@ -220,6 +221,23 @@ def test_a_stop_leaves_what_was_used_on_the_device() -> None:
     stopped: list[bool] = []
     rig.engine.stop(stopped.append)
     rig.run_until(lambda: bool(stopped))
+    rig.restart(power=False)
+    rig.store.away = True
+    for lba in range(0, 20, 2):
+        assert read_block(rig, lba) == content(lba)
+
+
+def test_what_was_used_is_on_the_device_ten_seconds_later_whatever_kills_the_daemon() -> None:
+    rig = full_rig(fill_blocks=2)
+    for lba in range(0, 20, 2):
+        read_block(rig, lba)
+    before_ns = rig.now_ns
+    while rig.now_ns < before_ns + HELD_NS_MAX // 2:
+        rig.tick()
+    assert rig.engine.admission.ring.count(USED) == 10
+    while rig.now_ns < before_ns + HELD_NS_MAX + 50_000_000:
+        rig.tick()
+    settle(rig)
     rig.restart(power=False)
     rig.store.away = True
     for lba in range(0, 20, 2):

@@ -73,6 +73,7 @@ def test_a_cache_that_starts_without_the_store_serves_what_it_has(rig: Rig) -> N
     with rig.nbd("disk") as client:
         client.read(0, MIB)
         client.write(0, b"last" * 1024)
+        rig.wait_status(lambda status: status.cached_bytes >= MIB)  # fetched blocks wait in memory for 10 s at most
     rig.kill_store()
     rig.kill_cache()
     rig.start_cache()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from forebay_cache.engine.limits import (
     AHEAD_BLOCKS_MAX,
+    DECIDED_PER_TICK_MAX,
+    HELD_NS_MAX,
     HOLES_KEPT_MAX,
     QUEUED_BLOCKS_FILL_MAX,
     ZONES_RESERVED,
@@ -93,6 +95,12 @@ class Admission:
         """Blocks change, or left the map: neither what is held nor what is under way of them is true any more."""
         self._engine.fetches.touch(volume, extent)
         self.ring.forget(volume.key << LBA_BITS | extent.start, extent.count)
+
+    def tick(self, now_ns: int) -> None:
+        """Decide about what has waited for long, so that a kill takes little of what is warm."""
+        self.ring.now_ns = now_ns
+        for key in self.ring.waited(HELD_NS_MAX, DECIDED_PER_TICK_MAX):
+            self._decide(key)
 
     def decide_all(self) -> None:
         """Ask for every used block now, because the daemon stops."""

@@ -179,6 +179,7 @@ class CacheEngine:
         self.destage.tick(now_ns, wall_ns)
         self.slowing.tick(now_ns)
         self._protect()
+        self.admission.tick(now_ns)
         self.pace(now_ns)
         self.checkpoints.step()
         self.reclaim.kick()

@@ -94,6 +94,12 @@ RING_BLOCKS_MAX: Final = 4096
 """Fetched blocks that wait in memory before they are written, or not: a hundredth of the cache, at most 16 MiB. Most
 second uses come within it: it saves half of all writes at the same hit ratio (2026-11, four disk traces)."""
 
+HELD_NS_MAX: Final = 10_000_000_000
+"""They wait no longer than that, so a kill makes the cache no colder than it was 10 s before."""
+
+DECIDED_PER_TICK_MAX: Final = 128
+"""Blocks that one tick decides about because they have waited so long: half a millisecond."""
+
 AHEAD_BLOCKS_MAX: Final = 8192
 """Blocks read ahead of all streams that wait in memory to be asked for: 32 MiB."""
 

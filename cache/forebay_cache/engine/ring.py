@@ -15,6 +15,7 @@ Crash: nothing is kept; the store has all of it.
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import islice, takewhile
 from typing import Final
 
 from forebay_core.units import Buffer, Version
@@ -32,13 +33,14 @@ LEAVING: Final = 3
 class Held:
     """One block and where it is."""
 
-    __slots__ = ("checksum", "plain", "pool", "version")
+    __slots__ = ("checksum", "plain", "pool", "since_ns", "version")
 
     def __init__(self, plain: Buffer, version: Version, checksum: int, pool: int) -> None:
         self.plain = plain
         self.version = version
         self.checksum = checksum
         self.pool = pool
+        self.since_ns = 0  # when it came to its pool
 
 
 class Ring:
@@ -46,6 +48,7 @@ class Ring:
 
     def __init__(self, *, used_max: int, spare_max: int, ahead_max: int) -> None:
         self.blocks: Final[dict[int, Held]] = {}
+        self.now_ns = 0
         # Ordered ones, because the first key of a plain dict is found behind all that were removed before it.
         self._pools: Final[tuple[OrderedDict[int, None], ...]] = tuple(OrderedDict() for _ in range(4))
         self._bounds: Final = (used_max, spare_max, ahead_max)
@@ -109,6 +112,12 @@ class Ring:
         while len(pool) > self._bounds[USED]:
             yield next(iter(pool))
 
+    def waited(self, span_ns: int, limit: int) -> list[int]:
+        """Return used blocks that came so long ago or longer, the oldest first, so many at most."""
+        before = self.now_ns - span_ns
+        oldest = islice(self._pools[USED], limit)
+        return list(takewhile(lambda key: self.blocks[key].since_ns <= before, oldest))
+
     def used(self) -> list[int]:
         """Return all used blocks, the oldest first."""
         return list(self._pools[USED])
@@ -116,5 +125,6 @@ class Ring:
     def _enter(self, key: int, number: int) -> None:
         pool = self._pools[number]
         pool[key] = None
+        self.blocks[key].since_ns = self.now_ns
         if number in (SPARE, AHEAD) and len(pool) > self._bounds[number]:
             self.remove(next(iter(pool)))
