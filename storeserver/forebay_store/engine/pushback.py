@@ -1,10 +1,12 @@
-"""Slowing clients down while dead bytes come faster than the cleaner takes them away: a cache sees a slow store.
+"""Slowing clients down before garbage fills the disk, because it comes faster than the cleaner takes it away.
 
-What comes in may take a rate that falls from RATE_MAX to RATE_MIN while the space grows from SPACE_RATIO_PRESSED to
-SPACE_RATIO_FREE times what lives, in equal factors, so that there is no step. Each part of a cut waits for its turn at
-that rate. Reads, trims and commits never wait.
+A cache sees a slow store. What comes in may take a rate that falls from RATE_MAX to RATE_MIN in equal factors, so that
+there is no step, while both grow: the space from SPACE_RATIO_PRESSED to SPACE_RATIO_FREE times what lives, and the
+share of the room beside what lives that dead bytes take, from ROOM_SHARE_MIN to ROOM_SHARE_MAX. Each part of a cut
+waits for its turn at that rate. Reads, trims and commits never wait.
 
-Invariants: nothing waits longer than DELAY_S_MAX, and nothing at all while no cleaner works or little is dead.
+Invariants: nothing waits longer than DELAY_S_MAX, and nothing at all while no cleaner works, little is dead, or the
+disk has room.
 """
 
 from typing import Final
@@ -22,15 +24,22 @@ DEAD_SIZE_MIN: Final = 16 * MIB
 """Dead bytes that are nobody's trouble, whatever their share: a checkpoint that lets them go may be dearer."""
 
 
+ROOM_SHARE_MIN: Final = 0.25
+ROOM_SHARE_MAX: Final = 0.5
+"""Dead bytes over dead and free ones: where there is room, garbage is the cleaner's matter and slows nobody."""
+
+
 class Pushback:
     """The turns of all clients together."""
 
     def __init__(self) -> None:
         self._due_s = 0.0  # when the bytes that were let in so far are through
 
-    def delay_s(self, size: int, now_s: float, *, disk_size: int, live_size: int, is_disk_low: bool) -> float:
+    def delay_s(
+        self, size: int, now_s: float, *, disk_size: int, live_size: int, free_size: int, is_disk_low: bool
+    ) -> float:
         """Return how long a part of `size` bytes is to wait while the cleaner works; segments take `disk_size`."""
-        rate = allowed_rate(disk_size, live_size, is_disk_low=is_disk_low)
+        rate = allowed_rate(disk_size, live_size, free_size, is_disk_low=is_disk_low)
         if rate >= RATE_MAX:
             self._due_s = now_s
             return 0.0
@@ -38,13 +47,15 @@ class Pushback:
         return self._due_s - now_s
 
 
-def allowed_rate(disk_size: int, live_size: int, *, is_disk_low: bool) -> float:
+def allowed_rate(disk_size: int, live_size: int, free_size: int, *, is_disk_low: bool) -> float:
     """Return the bytes per second that all clients together may send."""
-    if disk_size - live_size < DEAD_SIZE_MIN:
+    dead_size = disk_size - live_size
+    if dead_size < DEAD_SIZE_MIN:
         return RATE_MAX
     if is_disk_low:
         return RATE_MIN
     ratio = disk_size / max(1, live_size)
-    pressure = (ratio - SPACE_RATIO_PRESSED) / (SPACE_RATIO_FREE - SPACE_RATIO_PRESSED)
-    factor: float = (RATE_MIN / RATE_MAX) ** min(1.0, max(0.0, pressure))
+    of_space = (ratio - SPACE_RATIO_PRESSED) / (SPACE_RATIO_FREE - SPACE_RATIO_PRESSED)
+    of_room = (dead_size / (dead_size + max(0, free_size)) - ROOM_SHARE_MIN) / (ROOM_SHARE_MAX - ROOM_SHARE_MIN)
+    factor: float = (RATE_MIN / RATE_MAX) ** min(1.0, max(0.0, min(of_space, of_room)))
     return RATE_MAX * factor

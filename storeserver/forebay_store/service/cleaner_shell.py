@@ -123,7 +123,7 @@ class CleanerShell:
             self._arriving_size -= size
 
     async def wait_turn(self, size: int) -> None:
-        """Wait before data is taken if the space grows faster than it is cleaned.
+        """Wait before data is taken if garbage grows faster than it is cleaned, and is about to fill the disk.
 
         A look is old when a job takes long: what came since counts as if it made as much dead.
         """
@@ -138,6 +138,7 @@ class CleanerShell:
             self._loop.time(),
             disk_size=cleaner.disk_size + self._since_look_size,
             live_size=cleaner.live_size,
+            free_size=self._room().free,
             is_disk_low=self._is_disk_low(),
         )
         if delay_s:
