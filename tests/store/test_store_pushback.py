@@ -10,7 +10,9 @@ from forebay_store.engine.pushback import DEAD_SIZE_MIN, DELAY_S_MAX, RATE_MAX, 
 PART = 4 * MIB
 
 
-def delay_s(pushback: Pushback, now_s: float, ratio: float, *, live: int = GIB, free: int = 0, low: bool = False) -> float:
+def delay_s(
+    pushback: Pushback, now_s: float, ratio: float, *, live: int = GIB, free: int = 0, low: bool = False
+) -> float:
     disk = int(live * ratio)
     return pushback.delay_s(PART, now_s, disk_size=disk, live_size=live, free_size=free, is_disk_low=low)
 
