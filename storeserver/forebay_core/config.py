@@ -76,7 +76,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     fill_blocks: int = 4
     read_ahead_size: int = 4 * MIB
     bypass_size: int = 4 * MIB
-    write_price: float = 0.025
+    write_price: float = 0.01
     window_max: float = 0.8
     volume_floor: float = 0.5
     compression_level: int = 1

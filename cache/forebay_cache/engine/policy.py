@@ -39,7 +39,7 @@ _LINK_BYTES: Final = 9  # two links and a state of each place
 class PolicySettings(NamedTuple):
     """What an admin may set: the price of a write in hits, and the largest share that the window may get."""
 
-    write_price: float = 0.025
+    write_price: float = 0.01
     window_max: float = 0.8
 
 
