@@ -54,8 +54,12 @@ def allowed_rate(disk_size: int, live_size: int, free_size: int, *, is_disk_low:
         return RATE_MAX
     if is_disk_low:
         return RATE_MIN
-    ratio = disk_size / max(1, live_size)
-    of_space = (ratio - SPACE_RATIO_PRESSED) / (SPACE_RATIO_FREE - SPACE_RATIO_PRESSED)
     of_room = (dead_size / (dead_size + max(0, free_size)) - ROOM_SHARE_MIN) / (ROOM_SHARE_MAX - ROOM_SHARE_MIN)
-    factor: float = (RATE_MIN / RATE_MAX) ** min(1.0, max(0.0, min(of_space, of_room)))
+    factor: float = (RATE_MIN / RATE_MAX) ** max(0.0, min(space_pressure(disk_size, live_size), of_room))
     return RATE_MAX * factor
+
+
+def space_pressure(disk_size: int, live_size: int) -> float:
+    """Return 0 up to the ratio of disk over live bytes that is meant, and 1 from the one that shall not be passed."""
+    ratio = disk_size / max(1, live_size)
+    return min(1.0, max(0.0, (ratio - SPACE_RATIO_PRESSED) / (SPACE_RATIO_FREE - SPACE_RATIO_PRESSED)))

@@ -17,7 +17,7 @@ from forebay_core.errors import ForebayError, NoSpaceError
 from forebay_store.engine.cleaner import Append, Cleaner, Job, Pause, Records, Work
 from forebay_store.engine.cleaning import DamagedPlace
 from forebay_store.engine.ports import Index, SegmentBackend
-from forebay_store.engine.pushback import Pushback
+from forebay_store.engine.pushback import Pushback, space_pressure
 from forebay_store.engine.space import BUSY, RESTING, DiskRoom, Pressure, Space
 from forebay_store.format.segment import SegmentName
 from forebay_store.limits import (
@@ -30,8 +30,6 @@ from forebay_store.limits import (
     PURGE_PAUSE_S,
     RESERVE_SHARE,
     RESERVE_SIZE_MAX,
-    SPACE_RATIO_FREE,
-    SPACE_RATIO_PRESSED,
 )
 from forebay_wire import messages
 
@@ -259,14 +257,6 @@ class CleanerShell:
     def _patience(self, asked: bool) -> float:
         """Return how many times the pause to make: more while clients work, none when the space grows out of hand."""
         yields = CLEAN_YIELD if self._loop.time() - self._active_s < CLEAN_PAUSE_S else 1.0
-        space = self._cleaner.space
-        if space is None or asked:
+        if asked:
             return yields
-        return yields * patience(space)
-
-
-def patience(space: Space) -> float:
-    """Return 1 up to the ratio of disk over live bytes that is meant, and 0 from the one that shall not be passed."""
-    live = max(1, sum(one.live for one in space.segments))
-    ratio = sum(one.size for one in space.segments) / live
-    return min(1.0, max(0.0, (SPACE_RATIO_FREE - ratio) / (SPACE_RATIO_FREE - SPACE_RATIO_PRESSED)))
+        return yields * (1.0 - space_pressure(self._cleaner.disk_size, self._cleaner.live_size))
