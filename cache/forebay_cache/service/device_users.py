@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from forebay_cache.service.loop_device import devices_of
+from forebay_cache.service.processes import link_target, names_in, openers, pids
+
 SHOWN_MAX: Final = 5
 _SYS_BLOCK: Final = Path("/sys/block")
 
@@ -40,21 +43,16 @@ def _partitions(name: str) -> list[Path]:
 
 def _holders(name: str) -> Iterator[str]:
     for path in (_SYS_BLOCK / name, *_partitions(name)):
-        for holder in _list(path / "holders"):
+        for holder in names_in(path / "holders"):
             yield f"part of {holder}"
-    for loop in _SYS_BLOCK.glob("loop*"):
-        try:
-            backing = (loop / "loop" / "backing_file").read_text().strip()
-        except OSError:
-            continue
-        if backing == f"/dev/{name}" or backing in {f"/dev/{path.name}" for path in _partitions(name)}:
-            yield f"part of {loop.name}"
+        for number in devices_of(Path("/dev", path.name)):
+            yield f"part of loop{number}"
 
 
 def _mounts(numbers: set[int]) -> Iterator[str]:
     """Yield where it is mounted, in whatever mount namespace."""
     seen = set()
-    for pid in _pids():
+    for pid in pids():
         try:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace in seen:
@@ -71,20 +69,15 @@ def _mounts(numbers: set[int]) -> Iterator[str]:
 
 
 def _openers(numbers: set[int]) -> Iterator[str]:
-    for pid in _pids():
-        if any(_is_open(f"/proc/{pid}/fd/{fd}", numbers) for fd in _list(Path(f"/proc/{pid}/fd"))):
-            try:
-                command = Path(f"/proc/{pid}/comm").read_text().strip()
-            except OSError:
-                continue
-            yield f"open in {command} (process {pid})"
+    for pid, name in openers(lambda link: _is_open(link, numbers)):
+        yield f"open in {name} (process {pid})"
 
 
 def _is_open(link: str, numbers: set[int]) -> bool:
+    # Only what lies in /dev is looked at: a file of a server that is gone would not answer.
+    if not link_target(link).startswith("/dev/"):
+        return False
     try:
-        # Only what lies in /dev is looked at: a file of a server that is gone would not answer.
-        if not os.readlink(link).startswith("/dev/"):
-            return False
         status = os.stat(link)
     except OSError:
         return False
@@ -100,14 +93,3 @@ def _swaps(name: str) -> Iterator[str]:
     for line in lines[1:]:
         if line.split()[0] in names:
             yield "used as swap"
-
-
-def _pids() -> list[str]:
-    return [name for name in _list(Path("/proc")) if name.isdigit()]
-
-
-def _list(path: Path) -> list[str]:
-    try:
-        return os.listdir(path)
-    except OSError:
-        return []
