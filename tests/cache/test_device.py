@@ -19,6 +19,7 @@ from forebay_cache.service import device as device_module
 from forebay_cache.service.device import IOV_MAX, NEAR_SIZE_MAX, FileDevice
 from forebay_cache.service.device_file import DeviceFile, drop_pages, open_device
 from forebay_cache.service.failure_mark import FailureMark
+from forebay_cache.service.gathering import rest_of
 from forebay_cache.service.ring_reads import RING_ENTRIES
 from forebay_cache.service.uring import Ring
 from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
@@ -113,7 +114,7 @@ def test_a_write_of_more_buffers_than_one_call_takes_is_whole(make: Make, tmp_pa
 def test_a_short_write_is_continued_where_it_stopped(count: int) -> None:
     buffers = [b"01234", bytearray(b"56789"), memoryview(b"abcdefghijklmno")]
     whole = b"".join(buffers)
-    assert b"".join(device_module._unwritten(buffers, count)) == whole[count:]
+    assert b"".join(rest_of(buffers, count)) == whole[count:]
 
 
 def test_writes_are_carried_out_and_completed_in_order(make: Make, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from forebay_cache.format.record import RECORD_ENTRIES_MAX
 from forebay_cache.service.completions import Completions
 from forebay_cache.service.device_file import DeviceFile
 from forebay_cache.service.failure_mark import FailureMark
+from forebay_cache.service.gathering import rest_of
 from forebay_cache.service.ring_reads import RING_ENTRIES, RingReads
 from forebay_cache.service.ring_syncs import SYNC_ENTRIES, RingSyncs
 from forebay_cache.service.sync_order import SyncOrder
@@ -249,7 +250,7 @@ class FileDevice:
             except OSError as error:
                 return error
             offset += count
-            rest[: len(batch)] = _unwritten(batch, count)
+            rest[: len(batch)] = rest_of(batch, count)
         return None
 
     def _give(self, job: Callable[[], None]) -> None:
@@ -300,14 +301,3 @@ class FileDevice:
 def _waits() -> int:
     """Return how often this thread has waited so far; a microsecond, so only asked where something was slow."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-
-
-def _unwritten(batch: Sequence[Buffer], count: int) -> list[Buffer]:
-    """Return what is left of the buffers behind the first `count` bytes."""
-    for index, buffer in enumerate(batch):
-        view = memoryview(buffer).cast("B")
-        if count < view.nbytes:
-            return [view[count:], *batch[index + 1 :]]
-        count -= view.nbytes
-    assert count == 0
-    return []

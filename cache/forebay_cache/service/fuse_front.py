@@ -29,6 +29,7 @@ from forebay_cache.engine.nbd_client import NbdClient, NbdPeerError, State
 from forebay_cache.format import fuse, nbd
 from forebay_cache.service import fuse_mount
 from forebay_cache.service.fuse_calls import LOCK, READY, SOCKET, VOLUMES, CallServer
+from forebay_cache.service.gathering import rest_of
 from forebay_cache.service.memory_guard import guard_allocations, guard_memory
 from forebay_cache.service.run_folder import NBD_SOCKET
 from forebay_core.errors import ForebayError
@@ -132,7 +133,7 @@ class Line:
             except OSError:
                 self._drop()
                 return
-            _sent(waiting, sent)
+            waiting[:] = rest_of(waiting, sent)
         if self._writing and self._socket is not None:
             self._writing = False
             self._poll.change(self._socket.fileno(), select.EPOLLIN)
@@ -273,17 +274,6 @@ class FuseFront:
 
     def _timeout_s(self) -> float:
         return -1 if all(line.connected for line in self._lines.values()) else RECONNECT_S
-
-
-def _sent(waiting: list[Buffer], count: int) -> None:
-    """Take what was sent from the front of the list."""
-    done = 0
-    while done < len(waiting) and count >= len(waiting[done]):
-        count -= len(waiting[done])
-        done += 1
-    del waiting[:done]
-    if count:
-        waiting[0] = memoryview(waiting[0])[count:]
 
 
 def main(run_dir: Path) -> int:
