@@ -8,7 +8,7 @@ Crash: the rows say which front each volume has; `resume` brings all of them bac
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from forebay_cache.engine.volume import CacheVolume
@@ -18,6 +18,9 @@ from forebay_wire import messages
 
 NAMES: Final = {kind.name.lower(): kind for kind in FrontKind}
 _LOG = logging.getLogger(__name__)
+
+NoteFront = Callable[[CacheVolume, Front], Awaitable[None]]
+"""Logs the front of a volume durably."""
 
 
 class Place(NamedTuple):
@@ -57,6 +60,30 @@ class DeviceFront(Protocol):
 
     async def close(self) -> None:
         """The daemon ends: let everything wait for the next one."""
+
+
+class Steps:
+    """Steps of a front that nobody waits for."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, step: Awaitable[None]) -> None:
+        """Take a step beside everything else."""
+        task = asyncio.ensure_future(step)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def cancel(self) -> None:
+        """Give up what is under way."""
+        for task in self._tasks:
+            task.cancel()
+
+
+def tell_missing(volume: CacheVolume, error: ForebayError) -> None:
+    """Warn of a volume whose device did not come back."""
+    volume.warning = f"its device did not come back: {error}"
+    _LOG.error("volume %s: %s", volume.name, volume.warning)
 
 
 class DeviceFronts:
@@ -132,8 +159,7 @@ class DeviceFronts:
         try:
             await front.resume(volume)
         except ForebayError as error:
-            volume.warning = f"its device did not come back: {error}"
-            _LOG.error("volume %s: %s", volume.name, volume.warning)
+            tell_missing(volume, error)
 
     def _of(self, volume: CacheVolume) -> DeviceFront | None:
         return self._fronts.get(volume.front.kind)

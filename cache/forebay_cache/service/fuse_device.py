@@ -7,7 +7,7 @@ from forebay_cache.engine.fuse_folder import Served
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.volume_note import FrontKind
 from forebay_cache.service import fuse_mount
-from forebay_cache.service.device_fronts import Place
+from forebay_cache.service.device_fronts import Place, Steps
 from forebay_cache.service.file_users import describe_users
 from forebay_cache.service.fuse_keeper import FuseKeeper
 from forebay_core.errors import RefusedError
@@ -23,7 +23,7 @@ class FuseDevice:
 
     def __init__(self, keeper: FuseKeeper) -> None:
         self._keeper = keeper
-        self._telling: set[asyncio.Task[None]] = set()
+        self._steps = Steps()
 
     def check(self) -> None:
         """See DeviceFront."""
@@ -46,9 +46,7 @@ class FuseDevice:
 
     def resized(self, volume: CacheVolume) -> None:
         """See DeviceFront."""
-        task = asyncio.create_task(self.attach(volume))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._steps.start(self.attach(volume))
 
     def place(self, volume: CacheVolume) -> Place:
         """See DeviceFront."""

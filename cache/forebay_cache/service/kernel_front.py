@@ -13,7 +13,7 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
@@ -21,8 +21,8 @@ from typing import Final, TypeVar
 from forebay_cache.engine.kernel_device import Connect, KernelDevice, Mend, State
 from forebay_cache.engine.nbd_negotiation import transmission_flags
 from forebay_cache.engine.volume import CacheVolume
-from forebay_cache.format.volume_note import Front, FrontKind
-from forebay_cache.service.device_fronts import Place
+from forebay_cache.format.volume_note import FrontKind
+from forebay_cache.service.device_fronts import NoteFront, Place, Steps
 from forebay_cache.service.device_links import FOLDER, links_by_udev, make_link, remove_link
 from forebay_cache.service.nbd_netlink import KernelPort
 from forebay_cache.service.nbd_server import NbdServer
@@ -40,8 +40,6 @@ USERS_POLL_S: Final = 0.2
 _POLL_S: Final = 0.02
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-NoteFront = Callable[[CacheVolume, Front], Awaitable[None]]
 
 
 class _Attached:
@@ -75,7 +73,7 @@ class KernelFront:
         self._cache = cache
         self._note = note
         self._attached: dict[str, _Attached] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._steps = Steps()
         self._closing = False
         self._guarded = False
 
@@ -102,7 +100,7 @@ class KernelFront:
             await self._bring(attached)
             # udev may want to read what only the store has, which is not asked before we are there.
             if links_by_udev():
-                self._start(self._name(attached))
+                self._steps.start(self._name(attached))
             else:
                 await self._name(attached)
 
@@ -127,7 +125,7 @@ class KernelFront:
         """See DeviceFront."""
         attached = self._attached.get(volume.name)
         if attached is not None:
-            self._start(self._resize(attached))
+            self._steps.start(self._resize(attached))
 
     def place(self, volume: CacheVolume) -> Place:
         """See DeviceFront."""
@@ -145,8 +143,7 @@ class KernelFront:
                     await self._disconnect(attached)
             if attached.sever is not None:
                 attached.sever()
-        for task in self._tasks:
-            task.cancel()
+        self._steps.cancel()
 
     # --- steps ------------------------------------------------------------------------------------------------
 
@@ -200,11 +197,11 @@ class KernelFront:
             other = device.refused(error.errno or errno.EIO)
             if other is None:
                 _LOG.warning("%s: a fresh socket was refused: %s", attached.path, error)
-                self._start(self._mend(attached))
+                self._steps.start(self._mend(attached))
             return other
         assert number is not None
         if device.done(number):
-            self._start(self._mend(attached))
+            self._steps.start(self._mend(attached))
         return None
 
     async def _settle(self, attached: _Attached) -> None:
@@ -230,7 +227,7 @@ class KernelFront:
         attached.sever = None
         current = self._attached.get(attached.volume.name) is attached
         if attached.device.lost() and current and not self._closing:
-            self._start(self._mend(attached))
+            self._steps.start(self._mend(attached))
 
     async def _mend(self, attached: _Attached) -> None:
         """Give a severed device a fresh socket."""
@@ -296,11 +293,6 @@ class KernelFront:
             if attached.sever is not None:
                 attached.sever()
             self._attached.pop(attached.volume.name, None)
-
-    def _start(self, step: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(step)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 async def _off(call: Callable[..., _T], *arguments: object, wait_s: float | None = None) -> _T:

@@ -7,15 +7,14 @@ both. If the front has died, its devices are dead: they are taken away, and made
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
 from forebay_cache.engine.fuse_folder import Served
 from forebay_cache.engine.volume import CacheVolume
-from forebay_cache.format.volume_note import Front, FrontKind
+from forebay_cache.format.volume_note import FrontKind
 from forebay_cache.service import fuse_mount, loop_device
-from forebay_cache.service.device_fronts import Place
+from forebay_cache.service.device_fronts import NoteFront, Place, Steps, tell_missing
 from forebay_cache.service.device_links import FOLDER, make_link, remove_link
 from forebay_cache.service.device_users import users_of
 from forebay_cache.service.fuse_device import release_file
@@ -25,8 +24,6 @@ from forebay_wire import messages
 
 POLL_S: Final = 0.1
 _LOG = logging.getLogger(__name__)
-
-NoteFront = Callable[[CacheVolume, Front], Awaitable[None]]
 
 
 class _Loop:
@@ -50,7 +47,7 @@ class LoopFront:
         self._note = note
         self._links = links
         self._loops: dict[str, _Loop] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._steps = Steps()
         keeper.restarted.append(self._restore)
 
     def check(self) -> None:
@@ -95,7 +92,7 @@ class LoopFront:
         """See DeviceFront."""
         loop = self._loops.get(volume.name)
         if loop is not None:
-            self._start(self._grow(loop))
+            self._steps.start(self._grow(loop))
 
     def place(self, volume: CacheVolume) -> Place:
         """See DeviceFront."""
@@ -106,8 +103,7 @@ class LoopFront:
 
     async def close(self) -> None:
         """See DeviceFront: a device that nobody uses is taken away, so that nobody comes to wait for no daemon."""
-        for task in self._tasks:
-            task.cancel()
+        self._steps.cancel()
         for loop in self._loops.values():
             async with loop.lock:
                 await self._remove(loop)
@@ -174,7 +170,7 @@ class LoopFront:
     def _restore(self) -> None:
         """The FUSE front died and another one is there: make all devices anew."""
         for loop in self._loops.values():
-            self._start(self._bring_back(loop))
+            self._steps.start(self._bring_back(loop))
 
     async def _bring_back(self, loop: _Loop) -> None:
         async with loop.lock:
@@ -184,13 +180,7 @@ class LoopFront:
             try:
                 await self._bring(loop)
             except ForebayError as error:
-                volume.warning = f"its device did not come back: {error}"
-                _LOG.error("volume %s: %s", volume.name, volume.warning)
-
-    def _start(self, step: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(step)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+                tell_missing(volume, error)
 
 
 def _remove_unused(number: int) -> bool:
