@@ -148,6 +148,21 @@ def transfer_rate(text: str) -> int:
     return rate
 
 
+def above_zero(what: str, below: float) -> Callable[[str], float]:
+    """Return what reads a number between 0 and `below`, both excluded; a complaint calls it `what`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if not 0 < number < below:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} above 0")
+        return number
+
+    return read
+
+
 def store_address(arguments: argparse.Namespace) -> str:
     """Return HOST:PORT of the store from the flag or the environment.
 

@@ -12,7 +12,15 @@ from forebay_tools.analysis.curve import SAMPLES_DEFAULT
 from forebay_tools.analysis.evidence import Evidence
 from forebay_tools.analysis.picture import compose, png, svg
 from forebay_tools.analysis.report import Answer, answer_json, say_answer
-from forebay_tools.arguments import RUN_DIR_VARIABLE, Commands, add_command, add_json, add_run_dir, names_run_dir
+from forebay_tools.arguments import (
+    RUN_DIR_VARIABLE,
+    Commands,
+    above_zero,
+    add_command,
+    add_json,
+    add_run_dir,
+    names_run_dir,
+)
 from forebay_tools.connect import ask_cache
 from forebay_tools.printing import say_json, say_table
 from forebay_wire.messages import GetSample, Sample
@@ -36,8 +44,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("--sizes", metavar="LIST", type=_sizes, help="with --replay: shares (0.05) or sizes (10GiB)")
     parser.add_argument("--samples", metavar="COUNT", type=int, help="blocks of the sample that is taken of traces")
     parser.add_argument("--vms", metavar="COUNT", type=int, default=0, help="what so many more volumes would need")
-    parser.add_argument("--ssd-price", metavar="PRICE", type=_price, help="of a GiB of SSD")
-    parser.add_argument("--miss-cost", metavar="PRICE", type=_price, help="of a million misses")
+    price = above_zero("price", 1e12)
+    parser.add_argument("--ssd-price", metavar="PRICE", type=price, help="of a GiB of SSD")
+    parser.add_argument("--miss-cost", metavar="PRICE", type=price, help="of a million misses")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -131,13 +140,3 @@ def _sizes(text: str) -> list[float]:
         return replaying.parse_sizes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _price(text: str) -> float:
-    try:
-        price = float(text)
-    except ValueError:
-        price = -1.0
-    if not 0 < price < 1e12:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a price above 0")
-    return price

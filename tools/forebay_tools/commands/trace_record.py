@@ -11,7 +11,7 @@ from pathlib import Path
 from forebay_core.errors import ForebayError, StoreUnreachableError, WrongUsageError
 from forebay_core.names import check_name
 from forebay_tools.analysis.trace_record import HEADER, MAGIC, RECORD, encode_name
-from forebay_tools.arguments import Commands, add_command, add_run_dir
+from forebay_tools.arguments import Commands, above_zero, add_command, add_run_dir
 from forebay_tools.connect import cache_client, refuse_older
 from forebay_tools.printing import note, say
 from forebay_wire.client import WireClient
@@ -26,7 +26,9 @@ def add(commands: Commands) -> None:
     parser.add_argument("name", metavar="VOL", nargs="?", help="name of the volume; or --all")
     parser.add_argument("file", metavar="FILE", type=Path, help="file to make")
     parser.add_argument("--all", action="store_true", help="record all attached volumes")
-    parser.add_argument("--seconds", metavar="COUNT", type=_seconds, help="end by itself after so long")
+    parser.add_argument(
+        "--seconds", metavar="COUNT", type=above_zero("number of seconds", 1e9), help="end by itself after so long"
+    )
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
     add_run_dir(parser)
 
@@ -110,13 +112,3 @@ def _made(path: Path, *, force: bool) -> FileIO:
         return path.open("wb" if force else "xb", buffering=0)
     except FileExistsError as error:
         raise ForebayError(f"{path}: exists already; give another name, or --force") from error
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
