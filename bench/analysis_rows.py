@@ -25,8 +25,8 @@ from forebay_tools.analysis.evidence import of_traces
 from forebay_tools.analysis.trace_record import HEADER, MAGIC, RECORD_DTYPE
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
-from servers import Cache, Store, cpu_s, warm_file
-from trace_keys import trace_keys, trace_path
+from servers import cpu_s, start_both, warm_file
+from trace_keys import have_traces, trace_keys, trace_path
 
 TRACES = ("cp_libcachesim", "arc_P2", "arc_P3", "arc_P6", "vmboot", "vmbuild", "vmpy", "vmscan", "vmdb")
 GOALS = {
@@ -62,13 +62,7 @@ class Near(NamedTuple):
 def measure(plan: Plan) -> list[Row]:
     """Return the rows of the analysis."""
     rows = [*_long(plan), _cost(plan)]
-    try:
-        for name in TRACES:
-            trace_path(name)
-    except BenchError as error:
-        print(f"bench: analysis: the rows of traces are left out: {error}", file=sys.stderr)
-        return rows
-    return [*_accuracy(), *rows]
+    return [*_accuracy(), *rows] if have_traces(TRACES, "analysis") else rows
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------
@@ -169,10 +163,7 @@ def _cost(plan: Plan) -> Row:
 
 def _read_us(plan: Plan) -> float:
     with ExitStack() as stack:
-        store = Store(plan.folder / "store")
-        stack.callback(store.stop)
-        cache = Cache(plan.folder / "cache", plan.folder, store=store.address, size="512MiB")
-        stack.callback(cache.stop)
+        store, cache = start_both(stack, plan.folder, "512MiB")
         store.command("volume", "create", "hot", "--size", str(VOLUME_SIZE))
         cache.attach("hot")
         fio.run(cache.uri, Load("write", MIB, 8, 120, VOLUME_SIZE, io_size=VOLUME_SIZE))

@@ -18,7 +18,7 @@ from forebay_tools.connect import cache_client
 from forebay_wire.messages import CacheStatus, GetCacheStatus
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
-from servers import Cache, Store
+from servers import Cache, start_both
 
 CACHE_SIZE = "2GiB"
 HOT, COLD = "hot", "cold"
@@ -58,10 +58,7 @@ class Seen(NamedTuple):
 def measure(plan: Plan) -> list[Row]:
     """Return the rows of destaging."""
     with ExitStack() as stack:
-        store = Store(plan.folder / "store")
-        stack.callback(store.stop)
-        cache = Cache(plan.folder / "cache", plan.folder, store=store.address, size=CACHE_SIZE)
-        stack.callback(cache.stop)
+        store, cache = start_both(stack, plan.folder, CACHE_SIZE)
         for name, size in ((COLD, COLD_SIZE), (HOT, HOT_SIZE)):
             store.command("volume", "create", name, "--size", str(size))
             cache.attach(name)

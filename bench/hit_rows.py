@@ -7,7 +7,7 @@ import fio
 from fio import KIB, MIB, BenchError, Load
 from results import Goal, Row, Sample
 from rounds import Plan, interleave, make_random_file, measure_mebibytes, measure_operations
-from servers import Cache, Peer, Server, Store, drop_file, warm_file
+from servers import Cache, Peer, Server, Store, drop_file, start_both, warm_file
 
 VOLUME_SIZE = 1024 * MIB
 CACHE_SIZE = "1536MiB"
@@ -19,10 +19,7 @@ SEQUENTIAL_GOAL = Goal(0.6, 1.0)
 def measure(plan: Plan) -> list[Row]:
     """Return the rows of cached reads."""
     with ExitStack() as stack:
-        store = Store(plan.folder / "store")
-        stack.callback(store.stop)
-        cache = Cache(plan.folder / "cache", plan.folder, store=store.address, size=CACHE_SIZE)
-        stack.callback(cache.stop)
+        store, cache = start_both(stack, plan.folder, CACHE_SIZE)
         file = plan.folder / "peers.raw"
         make_random_file(file, VOLUME_SIZE)
         nbdkit = Peer("nbdkit", file, plan.folder)

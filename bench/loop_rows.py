@@ -12,7 +12,7 @@ import fio
 from fio import KIB, MIB, BenchError, Load
 from results import OURS, Goal, Row, Sample
 from rounds import Plan, make_random_file
-from servers import START_TIMEOUT_S, Cache, Peer, Store, warm_file
+from servers import START_TIMEOUT_S, Cache, Peer, Store, start_both, warm_file
 
 VOLUME_SIZE = 512 * MIB
 CACHE_SIZE = "1536MiB"
@@ -39,10 +39,7 @@ class Device(NamedTuple):
 def measure(plan: Plan) -> list[Row]:
     """Return the rows of the loop front."""
     with ExitStack() as stack:
-        store = Store(plan.folder / "store")
-        stack.callback(store.stop)
-        cache = Cache(plan.folder / "cache", plan.folder, store=store.address, size=CACHE_SIZE)
-        stack.callback(cache.stop)
+        store, cache = start_both(stack, plan.folder, CACHE_SIZE)
         file = plan.folder / "peer.raw"
         make_random_file(file, VOLUME_SIZE)
         nbdkit = Peer("nbdkit", file, plan.folder)

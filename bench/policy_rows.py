@@ -18,14 +18,14 @@ from statistics import fmean
 
 import numpy as np
 
-from fio import MIB, BenchError
+from fio import MIB
 from forebay_cache.engine.policy import FrequencyPolicy, make_replay, ring_blocks
 from forebay_cache.engine.policy_core import Core, CoreFast
 from forebay_cache.engine.policy_lists import REGION_SHIFT, WINDOW
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
 from servers import anonymous_bytes
-from trace_keys import DISK_TRACES, VM_TRACES, Keys, trace_keys
+from trace_keys import DISK_TRACES, VM_TRACES, Keys, have_traces, trace_keys
 
 SIZES = (0.01, 0.05, 0.1, 0.2, 0.4)
 PUBLISHED = {
@@ -51,11 +51,7 @@ def measure(plan: Plan) -> list[Row]:
     """Return the rows of the policy."""
     rows = [_cpu(plan, "policy-cpu", CoreFast, Goal(15, 6, less_is_better=True)), _cpu(plan, "policy-cpu-pure", Core)]
     rows.append(_memory())
-    try:
-        for name in PUBLISHED:
-            trace_keys(name)
-    except BenchError as error:
-        print(f"bench: policy: the rows of traces are left out: {error}", file=sys.stderr)
+    if not have_traces(PUBLISHED, "policy"):
         return rows
     return [*_traces(min(plan.rounds, int(os.environ.get("BENCH_POLICY_ROUNDS", ROUNDS_DEFAULT)))), *rows]
 
@@ -84,9 +80,10 @@ def _traces(rounds: int) -> list[Row]:
 
 def _replay_all(seed: int) -> dict[str, tuple[float, float]]:
     """Return mean hit ratio and SSD writes per access of each trace; native replays hold no GIL, so all cores work."""
+    keys = {name: trace_keys(name) for name in PUBLISHED}
     cells = [(name, share) for name in PUBLISHED for share in SIZES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda cell: _replay(trace_keys(cell[0]), cell[1], seed), cells))
+        found = list(pool.map(lambda cell: _replay(keys[cell[0]], cell[1], seed), cells))
     by_name = {
         name: [figures for cell, figures in zip(cells, found, strict=True) if cell[0] == name] for name in PUBLISHED
     }

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -169,6 +170,15 @@ class Cache:
     def stop(self) -> None:
         """End it."""
         self._daemon.stop()
+
+
+def start_both(stack: ExitStack, folder: Path, size: str) -> tuple[Store, Cache]:
+    """Start a store and a cache of this size on it; the stack ends them."""
+    store = Store(folder / "store")
+    stack.callback(store.stop)
+    cache = Cache(folder / "cache", folder, store=store.address, size=size)
+    stack.callback(cache.stop)
+    return store, cache
 
 
 def command(*words: str, store: str | None = None, run_dir: str | None = None) -> str:

@@ -23,7 +23,7 @@ from forebay_wire.messages import CreateSnapshot, SnapshotTaken
 from nbd_peer import NbdPeer
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
-from servers import Cache, Store
+from servers import Cache, start_both
 
 VOLUME = "busy"
 VOLUME_SIZE = 1024 * MIB
@@ -50,10 +50,7 @@ def measure(plan: Plan) -> list[Row]:
     )
     without = Row("snapshot-none", "the same where there is none", "ms", Goal(), note)
     with ExitStack() as stack:
-        store = Store(plan.folder / "snapshot-store")
-        stack.callback(store.stop)
-        cache = Cache(plan.folder / "snapshot-cache", plan.folder, store=store.address, size=CACHE_SIZE)
-        stack.callback(cache.stop)
+        store, cache = start_both(stack, plan.folder, CACHE_SIZE)
         store.command("volume", "create", VOLUME, "--size", str(VOLUME_SIZE))
         cache.attach(VOLUME)
         fio.run(cache.uri, Load("write", MIB, 8, 120, VOLUME_SIZE, io_size=VOLUME_SIZE))

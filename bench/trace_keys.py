@@ -1,6 +1,8 @@
 """The traces that the policy is measured with: where they are, and the blocks that they use one after the other."""
 
 import os
+import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +31,17 @@ def trace_path(name: str) -> Path:
     if not path.exists():
         raise BenchError(f"there is no trace {path}; BENCH_TRACES names the folder that has it")
     return path
+
+
+def have_traces(names: Iterable[str], rows: str) -> bool:
+    """Tell whether all these traces are there; if not, say that these rows are left out, and why."""
+    try:
+        for name in names:
+            trace_path(name)
+    except BenchError as error:
+        print(f"bench: {rows}: the rows of traces are left out: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 @cache

@@ -10,7 +10,7 @@ import fio
 from fio import KIB, MIB, BenchError, Load
 from results import Goal, Row, Sample
 from rounds import Plan, interleave, make_random_file, measure_mebibytes, measure_operations
-from servers import Cache, Peer, Server, Store
+from servers import Cache, Peer, Server, Store, start_both
 
 VOLUME_SIZE = 2048 * MIB
 CACHE_SIZE = "1GiB"
@@ -26,10 +26,7 @@ SEQUENTIAL_GOAL = Goal(0.6, 1.0)
 def measure(plan: Plan) -> list[Row]:
     """Return the rows of writes."""
     with ExitStack() as stack:
-        store = Store(plan.folder / "store")
-        stack.callback(store.stop)
-        cache = Cache(plan.folder / "cache", plan.folder, store=store.address, size=CACHE_SIZE)
-        stack.callback(cache.stop)
+        store, cache = start_both(stack, plan.folder, CACHE_SIZE)
         peers = []
         for name in ("nbdkit", "qemu-nbd"):
             file = plan.folder / f"{name}.raw"
