@@ -39,6 +39,7 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 PORT_MAX: Final = 65535
 
 _ADDRESS: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]):(?P<port>[0-9]{1,5})\Z")
+_GROUP: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\Z")
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +64,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     format: bool = False
     nbd: str | None = None
     nbd_allow_remote: bool = False
+    nbd_group: str | None = None
     control: str | None = None
     key_file: Path | None = None
     cut_size_max: int = 256 * MIB
@@ -199,6 +201,13 @@ def _addresses(value: object) -> tuple[str, ...]:
     return tuple(_address(part) for part in parts)
 
 
+def _group(value: object) -> str:
+    match = _GROUP.match(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(value)
+    return match.string
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(value)
@@ -294,6 +303,9 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "format": _flag_setting("make the device a new, empty cache, whatever it holds"),
         "nbd": _address_setting("serve NBD over TCP here as well"),
         "nbd_allow_remote": _flag_setting("let NBD listen beyond loopback, where nothing protects it"),
+        "nbd_group": Setting(
+            _group, "the name of a group", "GROUP", "whose members may open nbd.sock too, and so every attached volume"
+        ),
         "control": _address_setting("answer commands over TCP here as well"),
         "key_file": _path_setting("file with the key of the store"),
         "cut_size_max": _size(1 * MIB, 1 * GIB, "a cut closes when it holds so much"),

@@ -23,6 +23,7 @@ size = "10GiB"
 format = true
 nbd = "127.0.0.1:10809"
 nbd_allow_remote = true
+nbd_group = "kvm"
 control = ":7400"
 key_file = "key"
 cut_size_max = "16MiB"
@@ -103,6 +104,8 @@ def test_unknown_keys_and_tables_are_named_with_what_is_allowed(tmp_path: Path) 
         ('nbd = "localhost:70000"', "0 to 65535"),
         ('nbd = "a b:1"', "HOST:PORT"),
         ("nbd = 7", "HOST:PORT"),
+        ("nbd_group = 107", "the name of a group"),
+        ('nbd_group = "a b"', "the name of a group"),
         ("cut_age_s_max = 0", "0.1 to 3600 seconds"),
         ("cut_age_s_max = nan", "0.1 to 3600 seconds"),
         ("dirty_share_max = 1.0", "0.05 to 0.9"),

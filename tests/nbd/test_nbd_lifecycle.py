@@ -1,6 +1,7 @@
 """Where the server listens, how it stops, how one export is closed under its clients."""
 
 import asyncio
+import os
 import socket
 import stat
 import subprocess
@@ -22,7 +23,7 @@ ESHUTDOWN = 108
 
 
 def test_the_socket_is_for_its_owner_unless_told_otherwise(tmp_path: Path) -> None:
-    for settings, mode in ((None, 0o600), (NbdSettings(socket_mode=0o660), 0o660)):
+    for settings, mode in ((None, 0o600), (NbdSettings(socket_group=os.getgid()), 0o660)):
         with ServerThread(str(tmp_path / "s"), RamVolume("vol", SIZE), settings=settings):
             assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == mode
         assert not (tmp_path / "s").exists()

@@ -39,9 +39,9 @@ from forebay_cache.service.kernel_front import KernelFront
 from forebay_cache.service.loop_front import LoopFront
 from forebay_cache.service.memory_guard import guard_allocations
 from forebay_cache.service.nbd_netlink import NbdNetlink
-from forebay_cache.service.nbd_server import NbdServer
+from forebay_cache.service.nbd_server import NbdServer, NbdSettings
 from forebay_cache.service.opening import recover_device
-from forebay_cache.service.run_folder import RunFolder
+from forebay_cache.service.run_folder import RunFolder, group_number
 from forebay_cache.service.sample_file import SampleFile
 from forebay_cache.service.shell import Shell
 from forebay_cache.service.spinning import SpinningSelector
@@ -83,10 +83,11 @@ def run(settings: CacheSettings) -> int:
     )
     key = read_key(settings.key_file)
     check_reach(settings, key)  # before anything is made
+    group = group_number(settings.nbd_group)
     raise_file_limit(FILES_MAX)
     guard_allocations()  # before there are threads, which inherit it
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    folder = RunFolder(settings.run_dir)
+    folder = RunFolder(settings.run_dir, group)
     try:
         file = open_device(settings.device, settings.size)
         try:
@@ -162,7 +163,7 @@ class _Daemon:
         device.on_failure = self._engine.fail
         self._sample = SampleFile(self._engine, folder.path, identity)
         self._exports = AttachedExports()
-        self._nbd = NbdServer(self._exports)
+        self._nbd = NbdServer(self._exports, NbdSettings(socket_group=folder.group))
         self._fronts = self._make_fronts(identity)
         self._shell = Shell(
             engine=self._engine,

@@ -63,6 +63,7 @@ class CallServer:
             os.unlink(path)  # a dead front's: we hold the lock
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         self._listener.bind(path)
+        os.chmod(path, 0o600)  # the folder may be open to those who use NBD
         self._listener.listen(CALLERS_MAX)
         watch(self._listener.fileno(), self._accept)
 

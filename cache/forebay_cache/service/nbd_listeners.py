@@ -20,8 +20,8 @@ _FIRST_INHERITED_FD: Final = 3
 _FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 
 
-def unix_listener(path: str, mode: int) -> socket.socket:
-    """Return a socket that listens at `path`, with these permission bits; a stale socket there is replaced.
+def unix_listener(path: str, group: int | None) -> socket.socket:
+    """Return a socket that listens at `path`, for its owner and a group; a stale socket there is replaced.
 
     Raises:
         InUseError: another process listens there.
@@ -31,7 +31,9 @@ def unix_listener(path: str, mode: int) -> socket.socket:
     try:
         _remove_stale(path)
         listener.bind(path)
-        os.chmod(path, mode)  # before listen: until then nobody can connect
+        if group is not None:
+            os.chown(path, -1, group)
+        os.chmod(path, 0o600 if group is None else 0o660)  # before listen: until then nobody can connect
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()

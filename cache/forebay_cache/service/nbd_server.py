@@ -55,7 +55,7 @@ class NbdSettings:
     connections_max: int = CONNECTIONS_MAX
     negotiating_max: int = NEGOTIATING_MAX
     budget_bytes: int = BUDGET_SIZE
-    socket_mode: int = 0o600
+    socket_group: int | None = None  # who may open the Unix socket beside its owner
 
 
 class NbdServer:
@@ -81,7 +81,7 @@ class NbdServer:
             InUseError: another process listens there.
             ForebayError: the socket can't be made.
         """
-        self._listen(unix_listener(path, self._settings.socket_mode), socket_inode(path))
+        self._listen(unix_listener(path, self._settings.socket_group), socket_inode(path))
 
     async def listen_tcp(self, host: str, port: int, *, allow_remote: bool = False) -> int:
         """Listen on a TCP address and return the port.

@@ -1,10 +1,13 @@
 """The run directory of a daemon: its lock and its sockets. Only the daemon's user may enter.
 
+A group may be let through to the NBD socket; all else in there stays closed to it by modes of its own.
+
 Invariant: while a RunFolder is open no other daemon uses the directory.
 Crash: the kernel drops the lock; the next daemon replaces the sockets.
 """
 
 import fcntl
+import grp
 import os
 from pathlib import Path
 from typing import Final
@@ -22,8 +25,8 @@ SOCKET_PATH_SIZE_MAX: Final = 107
 class RunFolder:
     """A locked run directory."""
 
-    def __init__(self, path: Path) -> None:
-        """Make the directory if need be, and lock it.
+    def __init__(self, path: Path, group: int | None = None) -> None:
+        """Make the directory if need be, lock it, and let a group through.
 
         Raises:
             InUseError: another daemon uses it.
@@ -31,6 +34,7 @@ class RunFolder:
             ForebayError: the operating system says no.
         """
         self.path = path.absolute()
+        self.group = group
         if len(os.fsencode(self.path / CONTROL_SOCKET)) > SOCKET_PATH_SIZE_MAX:
             raise WrongUsageError(f"{path}: too long for sockets inside; choose a shorter --run-dir")
         try:
@@ -43,6 +47,8 @@ class RunFolder:
         except BlockingIOError:
             os.close(self._lock)
             raise InUseError(f"{path}: another cache daemon uses it; stop that one or choose another") from None
+        if group is not None:
+            self._let_through(group)
 
     @property
     def nbd_socket(self) -> str:
@@ -61,3 +67,26 @@ class RunFolder:
     def close(self) -> None:
         """Unlock the directory."""
         os.close(self._lock)
+
+    def _let_through(self, group: int) -> None:
+        try:
+            os.chown(self.path, -1, group)
+            self.path.chmod(0o710)
+        except OSError as error:
+            os.close(self._lock)
+            reason = f"can't be given to the group of cache.nbd_group ({error.strerror})"
+            raise ForebayError(f"{self.path}: {reason}; run as root or as one of its members") from error
+
+
+def group_number(name: str | None) -> int | None:
+    """Return the number of a group.
+
+    Raises:
+        WrongUsageError: there is none of this name.
+    """
+    if name is None:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise WrongUsageError(f"cache.nbd_group = {name}: no such group; make it (groupadd) or name another") from None
