@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,10 +55,3 @@ def tidy(rig: Rig) -> Iterator[Rig]:
         rig.stop()
         end_front(rig)
         fuse_mount.unmount(rig.run_dir / VOLUMES)
-
-
-def fio(path: Path, *flags: str, size: str = "16m") -> "subprocess.Popen[str]":
-    """Start fio with a checksum in each block of 4 KiB, direct I/O, 16 in flight; it reads all back at last."""
-    words = ["fio", "--name=front", f"--filename={path}", f"--size={size}", "--bs=4k", "--iodepth=16", "--direct=1"]
-    words += ["--ioengine=libaio", "--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"]
-    return subprocess.Popen([*words, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_fuse import end_front, fio, front_pid, fuse_missing, tidy
+from e2e_fuse import end_front, front_pid, fuse_missing, tidy
 from e2e_rig import Rig
 
 from forebay_cache.service import fuse_mount
@@ -125,18 +125,6 @@ def test_a_grown_volume_is_a_grown_file(fuse: Rig) -> None:
         fuse.wait_status(lambda _status: disk(fuse).stat().st_size == 24 * MIB)
         assert os.pwrite(file.fileno(), b"new", 20 * MIB) == 3
         assert os.pread(file.fileno(), 4, 20 * MIB) == b"new\0"
-
-
-def test_kill_of_the_daemon_is_a_wait_for_who_uses_the_file(fuse: Rig) -> None:
-    for kept in (False, True):
-        load = fio(disk(fuse), "--loops=2" if kept else "--loops=3")
-        fuse.wait_status(lambda status: status.volumes[0].dirty_bytes > 64 << 10)
-        fuse.kill_cache()
-        assert load.poll() is None
-        fuse.start_cache()
-        said, _ = load.communicate(timeout=90)
-        assert load.returncode == 0, said
-    assert front_pid(fuse)
 
 
 def test_a_daemon_that_stops_leaves_an_open_file_waiting_for_the_next_one(fuse: Rig) -> None:

@@ -5,12 +5,11 @@ import os
 import random
 import signal
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_fuse import end_front, fio, front_pid, fuse_missing, tidy
+from e2e_fuse import end_front, front_pid, fuse_missing, tidy
 from e2e_rig import Rig
 
 from forebay_cache.service import loop_device
@@ -127,20 +126,6 @@ def test_a_file_system_gives_the_space_of_deleted_files_back_in_the_store(loop: 
 def live_bytes(rig: Rig) -> int:
     status = json.loads(rig.run("status", "--json"))
     return int(status["store"]["live_bytes"])
-
-
-def test_kill_of_the_daemon_is_a_wait_for_who_uses_the_device(loop: Rig) -> None:
-    device = LINK.resolve()
-    load = fio(LINK, "--loops=2", size="24m")
-    loop.wait_status(lambda status: status.volumes[0].dirty_bytes > 64 << 10)
-    loop.kill_cache()
-    again = threading.Timer(2.0, loop.start_cache)  # an outage that is longer than a retry
-    again.start()
-    said, _ = load.communicate(timeout=120)
-    again.join()
-    assert load.returncode == 0, said
-    assert LINK.resolve() == device
-    assert str(LINK) in loop.run("status")
 
 
 def test_a_front_that_is_killed_gets_its_device_back(loop: Rig) -> None:
