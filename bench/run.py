@@ -21,6 +21,7 @@ import analysis_rows
 import clean_rows
 import destage_rows
 import flush_rows
+import guest_rows
 import hit_rows
 import import_row
 import loop_rows
@@ -51,6 +52,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("snapshots-1000", "huge", "trim-full"), scale_rows.measure),
     (("snapshot",), snapshot_rows.measure),
     (("loop",), loop_rows.measure),
+    (("guest", "clones"), guest_rows.measure),
     (("policy",), policy_rows.measure),
     (("analysis",), analysis_rows.measure),
 )
@@ -63,6 +65,8 @@ TOOLS = {
     "dd": "coreutils",
     "nbdfuse": "libnbd-bin",
     "losetup": "mount",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "mmdebstrap": "mmdebstrap",
 }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from vm_guest import run_guest
+from vm_host import HostStore
 from vm_image import CannotError
-from vm_store import HostStore
 
 from forebay_core.units import GIB, MIB
 

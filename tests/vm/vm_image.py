@@ -19,10 +19,11 @@ from typing import Final
 CACHE: Final = Path(os.environ.get("FOREBAY_VM_CACHE") or Path.home() / ".cache" / "forebay-vm")
 KERNEL_PACKAGE: Final = "linux-image-cloud-amd64"
 PROGRAMS: Final = ("fio", "mkfs.ext4", "e2fsck")
-MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_net", "nbd", "ext4", "loop")
+MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_net", "nbd", "ext4", "loop", "crc32c_generic", "libcrc32c")
 PACKAGES: Final = ("lmdb", "msgspec", "numpy", "pyroute2", "sortedcontainers", "xxhash", "zstandard")
 SITE: Final = "/opt/site"
 UDEV: Final = "/sbin/systemd-udevd"
+_PATH: Final = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 _SKIPPED: Final = {
     *("test", "tests", "idlelib", "ensurepip", "tkinter", "turtledemo", "lib2to3", "pydoc_data"),
     "site-packages",
@@ -44,7 +45,7 @@ def kernel() -> Path:
 
 def image(job: Path, arguments: str, folder: Path) -> Path:
     """Return an archive that runs `job`, a Python file, as the guest's only program; it finds /arguments.json."""
-    modules = list(_modules(kernel()))
+    modules = list(modules_for(kernel(), MODULES))
     made_of = (sys.version, sorted(_versions()), [str(path) for path in modules], Path(__file__).read_text())
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()
     base = CACHE / f"base-{key[:16]}.cpio"
@@ -118,9 +119,9 @@ def _unpacked(name: str, package: Callable[[], str]) -> Path:
         fresh = CACHE / f"{name}.{os.getpid()}"
         fresh.mkdir(parents=True)
         try:
-            _run(["apt-get", "download", package()], cwd=fresh)
+            run(["apt-get", "download", package()], cwd=fresh)
             (archive,) = fresh.glob("*.deb")
-            _run(["dpkg-deb", "-x", str(archive), str(fresh)])
+            run(["dpkg-deb", "-x", str(archive), str(fresh)])
             archive.unlink()
             fresh.rename(folder)
         finally:
@@ -129,15 +130,15 @@ def _unpacked(name: str, package: Callable[[], str]) -> Path:
 
 
 def _kernel_name() -> str:
-    shown = _run(["apt-cache", "depends", KERNEL_PACKAGE])
+    shown = run(["apt-cache", "depends", KERNEL_PACKAGE])
     names = [line.split()[1] for line in shown.splitlines() if "Depends: linux-image-" in line]
     if not names:
         raise CannotError(f"apt knows no {KERNEL_PACKAGE}; run apt-get update")
     return names[0]
 
 
-def _modules(folder: Path) -> Iterator[Path]:
-    """Yield the kernel's modules that a guest needs, each behind those that it needs itself."""
+def modules_for(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Yield these modules of an unpacked kernel, each behind those that it needs itself."""
     (root,) = folder.glob("lib/modules/*")
     files = {path.name.removesuffix(".ko").replace("-", "_"): path for path in root.rglob("*.ko")}
     done: set[str] = set()
@@ -149,9 +150,7 @@ def _modules(folder: Path) -> Iterator[Path]:
                 yield from walk(needed)
             yield files[name]
 
-    for name in MODULES:
-        yield from walk(name)
-    for name in ("crc32c_generic", "libcrc32c"):
+    for name in names:
         yield from walk(name)
 
 
@@ -164,11 +163,8 @@ def _needed(module: Path) -> list[str]:
 
 
 def _base_files(modules: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    busybox = _found("busybox")
-    if _libraries([busybox]):
-        raise CannotError("busybox is not the static one; install busybox-static")
-    yield busybox, "/bin/busybox"
-    programs = [_found(name) for name in PROGRAMS]
+    yield static_busybox(), "/bin/busybox"
+    programs = [found(name) for name in PROGRAMS]
     udev = _unpacked("udev", lambda: "udev") / "bin" / "udevadm"
     yield udev, UDEV
     python = Path(os.path.realpath(sys._base_executable))
@@ -262,15 +258,40 @@ echo b >/proc/sysrq-trigger
 """
 
 
-def _found(name: str) -> Path:
-    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+def static_busybox() -> Path:
+    """Return the busybox that needs no libraries.
+
+    Raises:
+        CannotError: there is none.
+    """
+    busybox = found("busybox")
+    if _libraries([busybox]):
+        raise CannotError("busybox is not the static one; install busybox-static")
+    return busybox
+
+
+def found(name: str) -> Path:
+    """Return where a program is.
+
+    Raises:
+        CannotError: it is not installed.
+    """
+    path = shutil.which(name, path=_PATH)
     if path is None:
         raise CannotError(f"{name} is not installed")
     return Path(path)
 
 
-def _run(command: list[str], cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def run(command: list[str], cwd: Path | None = None) -> str:
+    """Run a command and return what it printed.
+
+    Raises:
+        CannotError: it failed.
+    """
+    environment = os.environ | {"PATH": _PATH}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
     if done.returncode:
         raise CannotError(f"{' '.join(command[:3])}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     return done.stdout

@@ -1,0 +1,179 @@
+"""What happens to one Debian guest whose only disk is a volume; each step notes what it saw, the tests judge.
+
+The guest keeps writing files whose names are their checksums (guest/writer) while daemons are killed under it.
+"""
+
+import itertools
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import vm_debian
+from vm_host import HostCache, HostStore
+from vm_image import found
+from vm_machine import Machine, nbd_drive
+
+from forebay_core.units import MIB
+
+VOLUME: Final = "root"
+OUTAGE_S: Final = 10.0
+FILES: Final = "/srv/files"
+LOG: Final = "/run/written"
+BIG: Final = 96 * MIB
+COMPLAINTS: Final = "I.O error|ext4-fs (error|warning)|remounted|aborting|blocked for more"
+PROGRESS_TIMEOUT_S: Final = 60.0
+
+
+@dataclass
+class Check:
+    """A disk that was checked: what e2fsck says after the journal was replayed, and the files on it."""
+
+    code: int
+    complaint: str
+    sums: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Story:
+    """What was seen; times in seconds."""
+
+    booted_s: float = 0.0
+    fetched_blocks: int = 0
+    root: str = ""
+    cache_outage_s: float = 0.0
+    cache_stall_s: float = 0.0
+    written_without_store: int = 0
+    before_snapshot: list[str] = field(default_factory=list)
+    after_snapshot: list[str] = field(default_factory=list)
+    snapshot: Check | None = None
+    in_guest: str = ""
+    complaints: str = ""
+    log: list[str] = field(default_factory=list)
+    mounted: str = ""
+    data_sizes: list[int] = field(default_factory=list)
+    store_sizes: list[int] = field(default_factory=list)
+    end: Check | None = None
+
+
+def tell(folder: Path) -> Story:
+    """Boot a guest from a volume, do everything to it, shut it down."""
+    story = Story()
+    image = vm_debian.disk()
+    with HostStore(folder / "store") as store, HostCache(folder / "cache", store) as cache:
+        store.forebay("volume", "import", VOLUME, str(image))
+        cache.forebay("attach", VOLUME)
+        with Machine(folder / "machine", nbd_drive(cache.socket, VOLUME)) as machine:
+            story.booted_s = machine.booted()
+            story.fetched_blocks = cache.fetched_blocks()
+            story.root = machine.run("cat /proc/self/mounts | grep ' / '")
+            machine.run(f"systemd-run --quiet --unit=writer /usr/local/sbin/writer {FILES} {LOG}")
+            _kill_cache(story, machine, cache)
+            _kill_store(story, machine, store)
+            _snapshot(story, machine, cache, store, folder)
+            _settle(story, machine)
+            _trim(story, machine, cache, store)
+            machine.shut_down()
+        cache.forebay("detach", VOLUME)
+        store.forebay("volume", "export", VOLUME, str(folder / "end.raw"))
+        story.end = check(folder / "end.raw", folder)
+    return story
+
+
+def written(machine: Machine, at_least: int = 0) -> list[str]:
+    """Return the writer's log, once it has so many lines."""
+    until = time.monotonic() + PROGRESS_TIMEOUT_S
+    while True:
+        lines = machine.ask(f"cat {LOG}").text.splitlines()
+        if len(lines) >= at_least:
+            return lines
+        assert time.monotonic() < until, f"the guest's writer does not go on after {lines[-1:]}\n{machine.tail()}"
+
+
+def names(log: list[str]) -> set[str]:
+    """Return the files that are there at the end of a log."""
+    there: set[str] = set()
+    for line in log:
+        sign, name, _ = line.split()
+        there.add(name) if sign == "+" else there.discard(name)
+    return there
+
+
+def longest_pause_s(log: list[str]) -> float:
+    """Return the longest time between two lines of a log."""
+    times = [float(line.split()[2]) for line in log]
+    return max(after - before for before, after in itertools.pairwise(times))
+
+
+def check(disk: Path, folder: Path) -> Check:
+    """Replay the journal of a copy of a disk, check it, and take the writer's files out; the copy is deleted."""
+    e2fsck = found("e2fsck")
+    subprocess.run([e2fsck, "-E", "journal_only", "-y", disk], capture_output=True, check=False)
+    done = subprocess.run([e2fsck, "-f", "-n", disk], capture_output=True, text=True, check=False)
+    result = Check(done.returncode, done.stdout + done.stderr)
+    out = folder / f"{disk.stem}-files"
+    out.mkdir()
+    subprocess.run([found("debugfs"), "-R", f"rdump {FILES} {out}", disk], capture_output=True, check=True)
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "new"]
+    if files:
+        sums = subprocess.run(["sha256sum", *files], capture_output=True, text=True, check=True).stdout
+        result.sums = {Path(name).name: total for total, name in (line.split() for line in sums.splitlines())}
+    disk.unlink()
+    return result
+
+
+def _kill_cache(story: Story, machine: Machine, cache: HostCache) -> None:
+    written(machine, 30)
+    cache.kill()
+    killed = time.monotonic()
+    time.sleep(OUTAGE_S)
+    cache.start()
+    story.cache_outage_s = time.monotonic() - killed
+    log = written(machine, len(written(machine)) + 20)
+    story.cache_stall_s = longest_pause_s(log)
+
+
+def _kill_store(story: Story, machine: Machine, store: HostStore) -> None:
+    """Writes go on while the store is away; what the guest reads then must be in the cache or in the guest, or it waits:
+    so the programs have run before, and here it looks at the file system's bitmaps.
+    """
+    machine.run("dumpe2fs /dev/vda")
+    store.kill()
+    before = len(written(machine))
+    story.written_without_store = len(written(machine, before + 20)) - before
+    store.start()
+
+
+def _snapshot(story: Story, machine: Machine, cache: HostCache, store: HostStore, folder: Path) -> None:
+    """Take a snapshot under the writer, and read it through another cache, as another host would."""
+    story.before_snapshot = written(machine)
+    cache.forebay("snapshot", "create", f"{VOLUME}@live", "--wait")
+    story.after_snapshot = written(machine)
+    with HostCache(folder / "elsewhere", store) as elsewhere:
+        elsewhere.forebay("attach", f"{VOLUME}@live")
+        copy = folder / "live.raw"
+        subprocess.run(["nbdcopy", elsewhere.uri(f"{VOLUME}%40live"), copy], check=True)
+        story.snapshot = check(copy, folder)
+        elsewhere.forebay("detach", f"{VOLUME}@live")
+
+
+def _settle(story: Story, machine: Machine) -> None:
+    """Have the writer end, and everything read back that it wrote."""
+    machine.run(f"touch {LOG}.stop; while systemctl is-active --quiet writer; do sleep 0.2; done")
+    story.log = written(machine)
+    machine.run("sync; echo 3 >/proc/sys/vm/drop_caches")
+    story.in_guest = machine.run(f"cd {FILES} && sha256sum *")
+    story.complaints = machine.ask(f"dmesg | grep -i -E '{COMPLAINTS}'").text.strip()
+    story.mounted = machine.run("cat /proc/self/mounts | grep ' / '")
+
+
+def _trim(story: Story, machine: Machine, cache: HostCache, store: HostStore) -> None:
+    """A large file comes and goes, and fstrim tells: the store gives its space back."""
+    machine.run(f"head -c {BIG} /dev/urandom >/srv/big && sync")
+    for command in ("true", "rm /srv/big && sync && fstrim /"):
+        machine.run(command)
+        cache.forebay("drain", VOLUME)
+        store.forebay("store", "clean", "--wait")
+        story.data_sizes.append(store.data_size(VOLUME))
+        story.store_sizes.append(store.size)
