@@ -135,8 +135,9 @@ def _kill_cache(story: Story, machine: Machine, cache: HostCache) -> None:
 
 
 def _kill_store(story: Story, machine: Machine, store: HostStore) -> None:
-    """Writes go on while the store is away; what the guest reads then must be in the cache or in the guest, or it waits:
-    so the programs have run before, and here it looks at the file system's bitmaps.
+    """Writes go on while the store is away; what the guest has to read for them would wait, unless it is cached.
+
+    So the programs have run before, and it looks at the file system's bitmaps here.
     """
     machine.run("dumpe2fs /dev/vda")
     store.kill()
