@@ -27,6 +27,7 @@ import import_row
 import loop_rows
 import memory_row
 import miss_rows
+import outage_rows
 import policy_rows
 import readahead_rows
 import restart_rows
@@ -53,6 +54,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("snapshot",), snapshot_rows.measure),
     (("loop",), loop_rows.measure),
     (("guest", "clones"), guest_rows.measure),
+    (("outage",), outage_rows.measure),
     (("policy",), policy_rows.measure),
     (("analysis",), analysis_rows.measure),
 )
@@ -62,6 +64,7 @@ TOOLS = {
     "fio": "fio",
     "nbdkit": "nbdkit",
     "qemu-nbd": "qemu-utils",
+    "qemu-storage-daemon": "qemu-utils",
     "dd": "coreutils",
     "nbdfuse": "libnbd-bin",
     "losetup": "mount",

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from fio import BenchError
 from forebay_tools.demo_daemon import DemoDaemon
 from results import OURS
+from service_manager import ServiceManager
 
 Found = TypeVar("Found")
 
@@ -106,10 +107,17 @@ class Store:
 
 
 class Cache:
-    """`forebay cache serve` on a file; `uri` is that of the volume attached last."""
+    """`forebay cache serve` on a file, as a service of a manager if there is one; `uri` is the last volume's."""
 
     def __init__(
-        self, file: Path, folder: Path, *, store: str, size: str | None = None, more: tuple[str, ...] = ()
+        self,
+        file: Path,
+        folder: Path,
+        *,
+        store: str,
+        size: str | None = None,
+        more: tuple[str, ...] = (),
+        manager: ServiceManager | None = None,
     ) -> None:
         self.name = OURS
         self.file = file
@@ -120,7 +128,8 @@ class Cache:
         words += ["--log-level", "warning", *(() if size is None else ("--size", size)), *more]
         self.log = folder / "cache.log"
         self._words = _daemon_words("cache", words)
-        self._daemon = DemoDaemon(self._words, self.log, "READY")
+        self._manager = manager
+        self._daemon = self._start()
 
     @property
     def pid(self) -> int:
@@ -131,6 +140,11 @@ class Cache:
         """Use a volume that is attached already."""
         self.volume = volume
         self.uri = f"nbd+unix:///{volume}?socket={self.run_dir / 'nbd.sock'}"
+
+    @property
+    def ready(self) -> str:
+        """What it said when it was ready."""
+        return self._daemon.ready
 
     @property
     def socket(self) -> Path:
@@ -145,8 +159,12 @@ class Cache:
         """Start it again after `kill`; `meanwhile` runs while it starts."""
         with ThreadPoolExecutor(1) as beside:
             found = beside.submit(meanwhile)
-            self._daemon = DemoDaemon(self._words, self.log, "READY")
+            self._daemon = self._start()
             return found.result()
+
+    def _start(self) -> DemoDaemon:
+        words, descriptors = self._manager.begin(self._words) if self._manager is not None else (self._words, [])
+        return DemoDaemon(words, self.log, "READY", descriptors)
 
     def attach(self, volume: str) -> None:
         """Attach a volume and use it."""

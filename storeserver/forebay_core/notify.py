@@ -1,4 +1,6 @@
-"""Tells systemd, if it started us, that the service is ready and that it still lives (the protocol of sd_notify)."""
+"""Tells systemd, if it started us, that the service is ready and that it still lives (the protocol of sd_notify).
+
+It also keeps sockets for us while we are away, and hands them to the next start as LISTEN_FDS."""
 
 import asyncio
 import logging
@@ -10,18 +12,30 @@ _TURNS_PER_PERIOD: Final = 3
 _LOG = logging.getLogger(__name__)
 
 
-def notify(state: str) -> None:
-    """Send a state such as `READY=1` to the socket that NOTIFY_SOCKET names; without it, do nothing."""
+def notify(state: str, *descriptors: int) -> bool:
+    """Send a state such as `READY=1` to the socket that NOTIFY_SOCKET names; tell whether there is one that took it."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
-        return
+        return False
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             channel.connect(address)
-            channel.send(state.encode())
+            socket.send_fds(channel, [state.encode()], descriptors)
     except OSError as error:
         _LOG.warning("systemd could not be told %s: %s", state, error)
+        return False
+    return True
+
+
+def keep(name: str, descriptor: int) -> bool:
+    """Have a descriptor kept open from the end of this process to its next start; tell whether somebody may do it."""
+    return notify(f"FDSTORE=1\nFDNAME={name}", descriptor)
+
+
+def let_go(name: str) -> None:
+    """Have a descriptor kept no longer."""
+    notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
 class Watchdog:

@@ -14,8 +14,8 @@ STOP_TIMEOUT_S: Final = 60.0
 class DemoDaemon:
     """A running daemon; what it logs goes to a file. `ready` is what follows the prefix in its ready line."""
 
-    def __init__(self, words: Sequence[str], log: Path, prefix: str) -> None:
-        """Start it and wait until it is ready.
+    def __init__(self, words: Sequence[str], log: Path, prefix: str, descriptors: Sequence[int] = ()) -> None:
+        """Start it, with these descriptors open, and wait until it is ready.
 
         Raises:
             ForebayError: it ended instead; the text has the last line it logged.
@@ -23,7 +23,12 @@ class DemoDaemon:
         self.log = log
         with log.open("a") as stderr:
             self._child = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                pass_fds=descriptors,
             )
         assert self._child.stdout is not None
         line = self._child.stdout.readline()

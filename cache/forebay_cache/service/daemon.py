@@ -227,10 +227,12 @@ class _Daemon:
         """
         settings = self._settings
         places = [f"READY nbd=unix:{self._folder.nbd_socket}"]
-        await self._nbd.listen_unix(self._folder.nbd_socket)
-        await self._fronts.resume(self._engine.attached())
-        if inherited := await self._nbd.listen_inherited(allow_remote=settings.nbd_allow_remote):
+        nbd_socket = self._folder.nbd_socket
+        inherited = await self._nbd.listen_inherited(own=nbd_socket, allow_remote=settings.nbd_allow_remote)
+        await self._nbd.listen_unix(nbd_socket)
+        if inherited:
             places.append(f"nbd=inherited:{inherited}")
+        await self._fronts.resume(self._engine.attached())
         if settings.nbd is not None:
             address = parse_address(settings.nbd)
             port = await self._nbd.listen_tcp(address.host, address.port, allow_remote=settings.nbd_allow_remote)

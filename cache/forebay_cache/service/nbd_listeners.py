@@ -1,6 +1,7 @@
 """The sockets on which NBD clients knock: Unix, TCP, or inherited from systemd.
 
-Crash: a socket file stays behind; the next start finds that nobody listens on it and replaces it.
+Crash: a socket file stays behind. If systemd kept the socket, the next start inherits it with all who knocked
+meanwhile; else it finds that nobody listens there and replaces it.
 """
 
 import asyncio
@@ -31,9 +32,7 @@ def unix_listener(path: str, group: int | None) -> socket.socket:
     try:
         _remove_stale(path)
         listener.bind(path)
-        if group is not None:
-            os.chown(path, -1, group)
-        os.chmod(path, 0o600 if group is None else 0o660)  # before listen: until then nobody can connect
+        open_to(path, group)  # before listen: until then nobody can connect
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
@@ -43,6 +42,20 @@ def unix_listener(path: str, group: int | None) -> socket.socket:
         raise
     listener.setblocking(False)
     return listener
+
+
+def open_to(path: str, group: int | None) -> None:
+    """Let the owner of a socket connect, and the members of a group.
+
+    Raises:
+        ForebayError: the operating system says no.
+    """
+    try:
+        if group is not None:
+            os.chown(path, -1, group)
+        os.chmod(path, 0o600 if group is None else 0o660)
+    except OSError as error:
+        raise ForebayError(f"NBD socket {path}: {error}") from error
 
 
 async def tcp_listener(host: str, port: int, *, allow_remote: bool) -> socket.socket:

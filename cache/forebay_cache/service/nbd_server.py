@@ -32,12 +32,18 @@ from forebay_cache.service.nbd_buffers import BufferPool
 from forebay_cache.service.nbd_connection import NbdConnection, Shared
 from forebay_cache.service.nbd_listeners import (
     inherited_listeners,
+    open_to,
     remove_own_socket,
     socket_inode,
     tcp_listener,
     unix_listener,
 )
+from forebay_core.notify import keep, let_go
 from forebay_core.units import MIB
+
+KEPT_NAME: Final = "nbd"
+"""What systemd calls the Unix socket that it keeps while the daemon is away: who knocks then waits, and is not sent
+away. A qemu that is sent away tries again after 1, 2, 4, 8, 16 s (5 s too late for an outage of 10)."""
 
 _SEND_BUFFER_SIZE: Final = 1 * MIB
 _SO_SNDBUFFORCE: Final = 32
@@ -75,13 +81,24 @@ class NbdServer:
         self._closing = False
 
     async def listen_unix(self, path: str) -> None:
-        """Listen on a Unix socket at `path`.
+        """Listen on a Unix socket at `path`: on the one that systemd kept of the last start, or a new one.
 
         Raises:
             InUseError: another process listens there.
             ForebayError: the socket can't be made.
         """
-        self._listen(unix_listener(path, self._settings.socket_group), socket_inode(path))
+        group = self._settings.socket_group
+        listener = next((one for one in self._listeners if one.getsockname() == path), None)
+        if listener is not None and socket_inode(path) is None:  # nobody finds it any more
+            self._leave(listener)
+            let_go(KEPT_NAME)
+            listener = None
+        if listener is None:
+            listener = unix_listener(path, group)
+        else:
+            open_to(path, group)
+        kept = keep(KEPT_NAME, listener.fileno())
+        self._listen(listener, None if kept else socket_inode(path))
 
     async def listen_tcp(self, host: str, port: int, *, allow_remote: bool = False) -> int:
         """Listen on a TCP address and return the port.
@@ -94,8 +111,8 @@ class NbdServer:
         self._listen(listener, None)
         return int(listener.getsockname()[1])
 
-    async def listen_inherited(self, *, allow_remote: bool = False) -> int:
-        """Listen on the sockets that systemd passed (LISTEN_FDS); return how many.
+    async def listen_inherited(self, *, own: str = "", allow_remote: bool = False) -> int:
+        """Listen on the sockets that systemd passed (LISTEN_FDS); return how many there are beside that at `own`.
 
         Raises:
             WrongUsageError: the variables are malformed, or a socket is none that NBD clients may connect to.
@@ -103,7 +120,7 @@ class NbdServer:
         listeners = inherited_listeners(os.environ, os.getpid(), allow_remote=allow_remote)
         for listener in listeners:
             self._listen(listener, None)
-        return len(listeners)
+        return sum(listener.getsockname() != own for listener in listeners)
 
     def connection_count(self, name: str) -> int:
         """Return how many clients have this export open."""
@@ -140,11 +157,9 @@ class NbdServer:
     async def close(self, grace_s: float = CLOSE_GRACE_S) -> None:
         """Stop: no new clients; what is in flight is finished, or answered ESHUTDOWN after `grace_s`; then close."""
         self._closing = True
-        for listener, inode in self._listeners.items():
-            self._loop.remove_reader(listener.fileno())
+        for listener, inode in list(self._listeners.items()):
             remove_own_socket(listener, inode)
-            listener.close()
-        self._listeners.clear()
+            self._leave(listener)
         await _close_all(list(self._connections), grace_s)
         if self._stall_timer is not None:
             self._stall_timer.cancel()
@@ -179,6 +194,11 @@ class NbdServer:
     def _listen(self, listener: socket.socket, inode: tuple[int, int] | None) -> None:
         self._listeners[listener] = inode
         self._loop.add_reader(listener.fileno(), partial(self._accept, listener))
+
+    def _leave(self, listener: socket.socket) -> None:
+        self._loop.remove_reader(listener.fileno())
+        listener.close()
+        del self._listeners[listener]
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
