@@ -44,7 +44,7 @@ class FamilyStore(SimulatedStore):
 
     def add_head(self, volume: VolumeId, origin: VolumeId) -> None:
         head = SimulatedStore(self.rng)
-        head.queue = self.queue
+        head.queue, head.daemons = self.queue, self.daemons
         self.heads[volume] = head
         if origin:
             self.origins[volume] = origin
@@ -86,6 +86,8 @@ class FamilyStore(SimulatedStore):
         return FetchedPiece(Extent(lba, 1), content, version, (checksum(content),) if content is not None else ())
 
     def fetch(self, volume, extents, min_version, done) -> None:
+        done = self.to_asker(done)
+
         def act() -> None:
             if volume not in self.heads and volume not in self.snapshots:
                 gone = UpstreamRefusal(messages.NO_SUCH_SNAPSHOT, "no such snapshot")
@@ -98,6 +100,8 @@ class FamilyStore(SimulatedStore):
         self.queue.append(act)
 
     def allocation(self, volume, extent, done, *, through) -> None:
+        done = self.to_asker(done)
+
         def act() -> None:
             pieces = []
             for lba in range(extent.start, min(extent.end, extent.start + 700)):
@@ -110,6 +114,7 @@ class FamilyStore(SimulatedStore):
         self.queue.append(act)
 
     def changed(self, volume, since, start, done) -> None:
+        done = self.to_asker(done)
         extents = self.since.get((volume, since))
         if extents is None:
             self.queue.append(lambda: done(UpstreamRefusal(messages.NO_SUCH_SNAPSHOT, "no such snapshot")))
@@ -172,6 +177,7 @@ class CloneRig(Rig):
 
     def view(self, volume_id: VolumeId) -> StoreView:
         head = self.family.heads[volume_id]
+        head.open()
         origin = self.family.origins.get(volume_id, VolumeId(b""))
         name = volume_id.decode().replace(" ", "-")
         return StoreView(volume_id, name, self.size, head.epoch, head.version, STORE_ID, origin)

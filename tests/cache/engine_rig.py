@@ -27,6 +27,7 @@ STORE_ID = StoreId(b"s" * 16)
 FIRST_CONTENT = 0  # blocks of a new volume are holes
 CHUNK_PLACES = 96  # of a checkpoint: more than a zone, less than two, so that small devices have many chunks
 SWEEP_STEP_BLOCKS = 8  # so that most trims take several steps
+LATE_MAX = 6  # requests of a dead daemon that arrive before the next one opens its volumes
 
 
 class SimulatedDevice:
@@ -121,11 +122,23 @@ class SimulatedDevice:
         self.unsynced = []
 
 
+class Daemons:
+    """Who speaks to a store: `newest` is the number of the daemon that lives; the others are dead."""
+
+    def __init__(self) -> None:
+        self.newest = 0
+
+
 class SimulatedStore:
-    """Head of one volume: block -> (bytes, version), and the rules of cuts."""
+    """Head of one volume: block -> (bytes, version), and the rules of cuts and sessions.
+
+    A dead daemon hears no answer. What it had sent may still arrive, until the next one opens the volume.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
+        self.daemons = Daemons()
+        self.session = 0  # the daemon that opened the volume last
         self.blocks: dict[int, tuple[bytes | None, Version]] = {}
         self.version = Version(0)
         self.epoch = Epoch(1)
@@ -141,7 +154,27 @@ class SimulatedStore:
     def plain(self) -> dict[int, bytes]:
         return {lba: content for lba, (content, _) in self.blocks.items() if content is not None}
 
+    def open(self) -> None:
+        """Begin a session of the daemon that lives, which ends those before it."""
+        self.session = self.daemons.newest
+
+    def arrives(self, daemon: int) -> bool:
+        """Tell whether the store listens to what a daemon sent, dead or not."""
+        return daemon >= self.session
+
+    def to_asker(self, done) -> Callable[..., None]:
+        """Return what answers the daemon that lives now, as long as it does."""
+        asker = self.daemons.newest
+
+        def answer(*words: object) -> None:
+            if asker == self.daemons.newest:
+                done(*words)
+
+        return answer
+
     def fetch(self, volume, extents, min_version, done) -> None:
+        done = self.to_asker(done)
+
         def act() -> None:
             assert self.version >= min_version
             pieces = []
@@ -157,6 +190,7 @@ class SimulatedStore:
         self.queue.append(act)
 
     def allocation(self, volume, extent, done, *, through) -> None:
+        done = self.to_asker(done)
         pieces = [
             FetchedPiece(Extent(lba, 1), b"" if self.blocks.get(lba, (None,))[0] is not None else None, Version(0), ())
             for lba in range(extent.start, extent.end)
@@ -164,7 +198,11 @@ class SimulatedStore:
         self.queue.append(lambda: done(pieces))
 
     def stage(self, cut: CutIdentity, index: int, frames, holes, done) -> None:
+        sender, done = self.daemons.newest, self.to_asker(done)
+
         def act() -> None:
+            if not self.arrives(sender):
+                return
             blocks = [(int.from_bytes(frame[:8], "little"), frame[8:]) for frame in frames]
             self.staged.setdefault(cut.attempt, {})[index] = (blocks, list(holes))
             done(None)
@@ -172,7 +210,11 @@ class SimulatedStore:
         self.queue.append(act)
 
     def commit(self, cut: CutIdentity, part_count: int, committed_ns: int, end, done) -> None:
+        sender, done = self.daemons.newest, self.to_asker(done)
+
         def act() -> None:
+            if not self.arrives(sender):
+                return
             last = make_version(cut.epoch, cut.last)
             if cut.epoch != self.epoch:
                 done(UpstreamRefusal(messages.FENCED, "fenced"))
@@ -198,7 +240,7 @@ class SimulatedStore:
             if self.rng.random() >= self.lose_acknowledgements:
                 done(None)
             else:
-                self.queue.append(lambda: self.commit(cut, part_count, committed_ns, end, done))
+                self.queue.append(act)  # it asks again
 
         self.queue.append(act)
 
@@ -285,6 +327,7 @@ class Rig:
         for offset, content in self.device.unsynced:
             self.device.durable[offset : offset + len(content)] = content
         self.device.unsynced.clear()
+        self.store.daemons.newest += 1
         superblock = choose(self.device.bytes[:BLOCK_SIZE], self.device.bytes[BLOCK_SIZE : 2 * BLOCK_SIZE])
         recovered = recover(self.device.read_whole, superblock)
         self.engine = CacheEngine(
@@ -303,6 +346,7 @@ class Rig:
         self.alarm_ns = due_ns
 
     def attach(self) -> None:
+        self.store.open()
         view = StoreView(VOLUME_ID, "v", self.size, self.store.epoch, self.store.version, STORE_ID)
         known = self.engine.by_id(VOLUME_ID)
         if known is not None and known.attached:
@@ -316,12 +360,14 @@ class Rig:
         self.volume = got[0]
 
     def restart(self, *, power: bool) -> None:
-        self.store.queue.clear()
+        """End the daemon and start one; of what it had sent, a little is done before the volume is opened again."""
         if power:
             self.device.cut_power()
         else:
             self.device.kill()
         self.start()
+        for _ in range(self.rng.randrange(LATE_MAX)):
+            self.store.step()
         self.attach()
 
     def step(self) -> bool:

@@ -22,7 +22,7 @@ class TwoStores(SimulatedStore):
     def __init__(self, rng: random.Random, note: Callable[[VolumeId, int], None]) -> None:
         super().__init__(rng)
         self.second = SimulatedStore(rng)
-        self.second.queue = self.queue
+        self.second.queue, self.second.daemons = self.queue, self.daemons
         self.note = note
 
     def fetch(self, volume, extents, min_version, done) -> None:

@@ -101,6 +101,7 @@ class CacheKilled(Handover):
 
     def crash(self) -> None:
         self.requests.clear()
+        self.store.queue.clear()
         self.restart(power=self.power)
         check_books(self.engine)
         found = self.states.index(self.content())
