@@ -26,7 +26,7 @@ from forebay_tools.analysis.trace_record import HEADER, MAGIC, RECORD_DTYPE
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
 from servers import cpu_s, start_both, warm_file
-from trace_keys import have_traces, trace_keys, trace_path
+from trace_keys import have_traces, trace_path, trace_requests
 
 TRACES = ("cp_libcachesim", "arc_P2", "arc_P3", "arc_P6", "vmboot", "vmbuild", "vmpy", "vmscan", "vmdb")
 GOALS = {
@@ -89,12 +89,12 @@ def _accuracy() -> list[Row]:
 
 def _near(name: str, samples: int) -> Near:
     points = of_traces([trace_path(name)], samples).curve.points()
-    keys = trace_keys(name)
+    requests = trace_requests(name)
     errors = []
     for point in points:
         replay = make_replay(point.size_blocks)
-        replay.feed(keys)
-        errors.append(abs(point.hit_ratio - replay.figures()["hits"] / keys.size))
+        replay.feed_requests(requests.firsts, requests.counts, requests.writes)
+        errors.append(abs(point.hit_ratio - replay.figures()["hits"] / requests.accesses))
     return Near(fmean(errors), fmean(error <= point.band for error, point in zip(errors, points, strict=True)))
 
 

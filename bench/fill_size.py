@@ -116,7 +116,7 @@ def replay(requests: list[Request], capacity: int) -> list[Cost]:
             known = {key for key, held in zip(around.tolist(), policy.holds(around), strict=True) if held}
             for fill in fills:
                 fill.read(missing, known)
-        policy.feed(keys)
+        policy.feed_requests(keys[:1], np.array([keys.size], np.uint64), np.array([request.is_write]))
     figures = policy.figures()
     accesses = figures["accesses"]
     return [

@@ -25,7 +25,7 @@ from forebay_cache.engine.policy_lists import REGION_SHIFT, WINDOW
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
 from servers import anonymous_bytes
-from trace_keys import DISK_TRACES, VM_TRACES, Keys, have_traces, trace_keys
+from trace_keys import DISK_TRACES, VM_TRACES, Requests, have_traces, trace_requests
 
 SIZES = (0.01, 0.05, 0.1, 0.2, 0.4)
 PUBLISHED = {
@@ -80,19 +80,19 @@ def _traces(rounds: int) -> list[Row]:
 
 def _replay_all(seed: int) -> dict[str, tuple[float, float]]:
     """Return mean hit ratio and SSD writes per access of each trace; native replays hold no GIL, so all cores work."""
-    keys = {name: trace_keys(name) for name in PUBLISHED}
+    requests = {name: trace_requests(name) for name in PUBLISHED}
     cells = [(name, share) for name in PUBLISHED for share in SIZES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(lambda cell: _replay(keys[cell[0]], cell[1], seed), cells))
+        found = list(pool.map(lambda cell: _replay(requests[cell[0]], cell[1], seed), cells))
     by_name = {
         name: [figures for cell, figures in zip(cells, found, strict=True) if cell[0] == name] for name in PUBLISHED
     }
     return {name: (fmean(hit for hit, _ in row), fmean(wrote for _, wrote in row)) for name, row in by_name.items()}
 
 
-def _replay(keys: Keys, share: float, seed: int) -> tuple[float, float]:
-    replay = make_replay(max(1, int(np.unique(keys).size * share)), seed=seed)
-    replay.feed(keys)
+def _replay(requests: Requests, share: float, seed: int) -> tuple[float, float]:
+    replay = make_replay(max(1, int(requests.distinct_blocks * share)), seed=seed)
+    replay.feed_requests(requests.firsts, requests.counts, requests.writes)
     figures = replay.figures()
     return figures["hits"] / figures["accesses"], figures["writes"] / figures["accesses"]
 

@@ -1,16 +1,17 @@
-"""The traces that the policy is measured with: where they are, and the blocks that they use one after the other."""
+"""The traces that the policy is measured with: where they are, and what they ask for."""
 
 import os
 import sys
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fio import BenchError
-from forebay_tools.analysis.survey import HASHES, Sampler
+from forebay_tools.analysis.replaying import DistinctBlocks
 from forebay_tools.analysis.traces import read_trace
 
 DISK_TRACES = ("cp_libcachesim", "arc_P2", "arc_P3", "arc_P6")
@@ -44,9 +45,23 @@ def have_traces(names: Iterable[str], rows: str) -> bool:
     return True
 
 
+class Requests(NamedTuple):
+    """The requests of a trace in their order: first key, blocks, whether a write; and how many blocks these are."""
+
+    firsts: Keys
+    counts: Keys
+    writes: npt.NDArray[np.bool_]
+    accesses: int
+    distinct_blocks: int
+
+
 @cache
-def trace_keys(name: str) -> Keys:
-    """Return the key of each block that a trace accesses, in order."""
-    sampler = Sampler()
-    parts = [keys for part in read_trace(trace_path(name)) for keys in sampler.take(part.batch, HASHES)[0]]
-    return np.concatenate(parts)
+def trace_requests(name: str) -> Requests:
+    """Return what a trace asks for."""
+    batches = [part.batch for part in read_trace(trace_path(name))]
+    distinct = DistinctBlocks()
+    for batch in batches:
+        distinct.add(batch)
+    firsts, counts = (np.concatenate([batch[at] for batch in batches]) for at in (0, 1))
+    writes = np.concatenate([batch.writes for batch in batches])
+    return Requests(firsts, counts, writes, int(counts.sum()), distinct.count)

@@ -29,7 +29,20 @@ typedef struct {
     chooser_t chooser;
     int is_lru;
     int64_t accesses, entries, volume_hits[VOLUME_SLOTS], group_misses[MISS_GROUPS];
+    int64_t bypass, ahead;
+    streams_t *streams[VOLUME_SLOTS]; /* made when they are needed; keys are their positions, so sharing one is no harm */
 } replay_t;
+
+typedef struct {
+    PyObject_HEAD
+    streams_t streams;
+} one_streams_t;
+
+typedef struct {
+    PyObject_HEAD
+    int64_t bypass, ahead;
+    streams_t *streams[VOLUME_SLOTS];
+} marker_t;
 
 /* --- arguments */
 
@@ -74,13 +87,13 @@ static int is_place(const core_t *self, uint64_t place, uint64_t count)
 
 /* --- Core: what the engine tells of places */
 
-static void see(core_t *self, uint64_t key)
+static void see(core_t *self, uint64_t key, int passes)
 {
     const uint64_t hash = hash_of(&self->sketch, key);
     self->accesses++;
     if (sample_hash(key, SAMPLE_SEED) < self->sample_limit && self->sampled_count < SAMPLED_MAX)
-        self->sampled[self->sampled_count++] = key;
-    observe(&self->chooser, &self->sketch, &self->cache, key, hash);
+        self->sampled[self->sampled_count++] = passes ? key | PASSES : key;
+    observe(&self->chooser, &self->sketch, &self->cache, key, hash, passes);
     sweep(&self->cache);
 }
 
@@ -94,7 +107,7 @@ static inline void ask_ahead(const core_t *self, uint64_t key)
 
 static void use(core_t *self, uint32_t place)
 {
-    see(self, self->cache.keys[place]);
+    see(self, self->cache.keys[place], 0);
     if (region_of(&self->cache, place) >= WINDOW)
         touch(&self->cache, place, NULL);
     else
@@ -180,11 +193,11 @@ static PyObject *core_removed(core_t *self, PyObject *const *arguments, Py_ssize
 
 static PyObject *core_missed(core_t *self, PyObject *const *arguments, Py_ssize_t given)
 {
-    uint64_t n[2];
-    if (numbers(arguments, given, 2, n) < 0)
+    uint64_t n[3];
+    if (numbers(arguments, given, 3, n) < 0)
         return NULL;
     for (uint64_t i = 0; i < n[1]; i++)
-        see(self, n[0] + i);
+        see(self, n[0] + i, n[2] != 0);
     Py_RETURN_NONE;
 }
 
@@ -195,6 +208,14 @@ static PyObject *core_admits(core_t *self, PyObject *argument)
         return NULL;
     const int count = frequency(&self->sketch, hash_of(&self->sketch, key));
     return PyBool_FromLong(admits(&self->cache, count, (key >> LBA_BITS) % VOLUME_SLOTS));
+}
+
+static PyObject *core_passes_over(core_t *self, PyObject *argument)
+{
+    uint64_t key;
+    if (number(argument, &key) < 0)
+        return NULL;
+    return PyBool_FromLong(passes_over(&self->cache, frequency(&self->sketch, hash_of(&self->sketch, key))));
 }
 
 static PyObject *core_frequency(core_t *self, PyObject *argument)
@@ -230,7 +251,7 @@ static PyObject *core_moved(core_t *self, PyObject *const *arguments, Py_ssize_t
 static void write_block(core_t *self, uint32_t place, int64_t old, uint64_t key)
 {
     self->cache.volume_of_zero = key >> LBA_BITS;
-    see(self, key);
+    see(self, key, 0);
     if (old >= 0)
         transplant(self, (uint32_t)old, place);
     if (region_of(&self->cache, place) >= WINDOW) {
@@ -449,15 +470,65 @@ failed:
     return NULL;
 }
 
+/* --- requests and their streams */
+
+typedef struct {
+    Py_buffer held[3];
+    const uint64_t *firsts, *counts;
+    const uint8_t *writes;
+    Py_ssize_t count;
+} requests_t;
+
+static void drop_requests(requests_t *requests)
+{
+    for (int i = 0; i < 3; i++)
+        PyBuffer_Release(&requests->held[i]);
+}
+
+static int take_requests(PyObject *const *arguments, Py_ssize_t given, requests_t *requests)
+{
+    Py_ssize_t counts = 0;
+    memset(requests, 0, sizeof *requests);
+    if (given != 3) {
+        PyErr_SetString(PyExc_TypeError, "3 arguments were expected");
+        return -1;
+    }
+    requests->firsts = items(arguments[0], &requests->held[0], &requests->count);
+    requests->counts = requests->firsts ? items(arguments[1], &requests->held[1], &counts) : NULL;
+    if (requests->counts && PyObject_GetBuffer(arguments[2], &requests->held[2], PyBUF_SIMPLE) == 0) {
+        requests->writes = requests->held[2].buf;
+        if (counts == requests->count && requests->held[2].len == counts)
+            return 0;
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+    }
+    drop_requests(requests);
+    return -1;
+}
+
+static streams_t *streams_of(streams_t **by_slot, uint64_t key)
+{
+    streams_t **slot = &by_slot[(key >> LBA_BITS) % VOLUME_SLOTS];
+    if (*slot == NULL)
+        *slot = calloc(1, sizeof(streams_t));
+    return *slot;
+}
+
+static void end_streams(streams_t **by_slot)
+{
+    for (int slot = 0; slot < VOLUME_SLOTS; slot++)
+        free(by_slot[slot]);
+}
+
 /* --- Replay: a whole cache by keys */
 
-static void replay_key(replay_t *self, uint64_t key)
+/* One access; returns whether the store had to bring the block. */
+static int replay_key(replay_t *self, uint64_t key, int passes)
 {
     cache_t *cache = &self->keyed.cache;
     self->accesses++;
     const uint64_t hash = hash_of(&self->sketch, key);
     if (!self->is_lru) {
-        observe(&self->chooser, &self->sketch, cache, key, hash);
+        observe(&self->chooser, &self->sketch, cache, key, hash, passes);
         const uint64_t volume = (key >> LBA_BITS) % VOLUME_SLOTS;
         if (!cache->floored[volume]) {
             cache->floored[volume] = 1;
@@ -465,10 +536,33 @@ static void replay_key(replay_t *self, uint64_t key)
             cache->floor = self->entries > 1 ? cache->capacity / (2 * self->entries) : 0;
         }
     }
-    if (access_key(&self->keyed, key))
+    const int outcome = access_key(&self->keyed, key, passes && !self->is_lru);
+    if (outcome != MISSED)
         self->volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS]++;
     else
         self->group_misses[hash % MISS_GROUPS]++;
+    return outcome != HIT;
+}
+
+/* One request; returns -1 if there is no memory. */
+static int replay_request(replay_t *self, uint64_t first, uint64_t count, int is_write)
+{
+    const int64_t start = (int64_t)first, end = start + (int64_t)count;
+    int64_t missed = 0, ahead;
+    if (is_write || self->is_lru) {
+        for (uint64_t i = 0; i < count; i++)
+            replay_key(self, first + i, 0);
+        return 0;
+    }
+    streams_t *streams = streams_of(self->streams, first);
+    if (streams == NULL)
+        return -1;
+    const int passes = self->bypass && missed_before(streams, start, end) > self->bypass;
+    for (uint64_t i = 0; i < count; i++)
+        missed += replay_key(self, first + i, passes);
+    if (missed)
+        read_stream(streams, start, end, missed, self->ahead, &ahead);
+    return 0;
 }
 
 static PyObject *replay_feed(replay_t *self, PyObject *array)
@@ -480,10 +574,24 @@ static PyObject *replay_feed(replay_t *self, PyObject *array)
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < count; i++)
-        replay_key(self, keys[i]);
+        replay_key(self, keys[i] & ~PASSES, (keys[i] & PASSES) != 0);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&view);
     Py_RETURN_NONE;
+}
+
+static PyObject *replay_feed_requests(replay_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    requests_t requests;
+    int failed = 0;
+    if (take_requests(arguments, given, &requests) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < requests.count && !failed; i++)
+        failed = replay_request(self, requests.firsts[i] & ~PASSES, requests.counts[i], requests.writes[i]) < 0;
+    Py_END_ALLOW_THREADS
+    drop_requests(&requests);
+    return failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
 }
 
 static PyObject *replay_volume_hits(replay_t *self, PyObject *nothing)
@@ -530,17 +638,19 @@ static void replay_free(replay_t *self)
     end_keyed(&self->keyed);
     end_chooser(&self->chooser);
     free(self->sketch.counters);
+    end_streams(self->streams);
     type->tp_free(self);
     Py_DECREF(type);
 }
 
 static PyObject *replay_new(PyTypeObject *type, PyObject *arguments, PyObject *named)
 {
-    unsigned long long capacity, ring_max, entries, seed;
+    unsigned long long capacity, ring_max, entries, seed, bypass, ahead;
     double price, window_max;
     int is_lru;
     (void)named;
-    if (!PyArg_ParseTuple(arguments, "KKKKddp", &capacity, &ring_max, &entries, &seed, &price, &window_max, &is_lru))
+    if (!PyArg_ParseTuple(
+            arguments, "KKKKddKKp", &capacity, &ring_max, &entries, &seed, &price, &window_max, &bypass, &ahead, &is_lru))
         return NULL;
     if (capacity < 1 || capacity > 0xF0000000u || ring_max > capacity || entries < 1 || entries > 0xFFFFFF) {
         PyErr_SetString(PyExc_ValueError, "no cache has this size");
@@ -551,11 +661,14 @@ static PyObject *replay_new(PyTypeObject *type, PyObject *arguments, PyObject *n
         return NULL;
     cache_t *cache = &self->keyed.cache;
     self->is_lru = is_lru;
-    int failed = begin_keyed(&self->keyed, (int64_t)capacity, &self->sketch) < 0;
+    ring_max = ring_max > 0 || is_lru ? ring_max : 1;
+    self->bypass = (int64_t)bypass;
+    self->ahead = (int64_t)ahead;
+    int failed = begin_keyed(&self->keyed, (int64_t)capacity, (int64_t)ring_max, &self->sketch) < 0;
     if (is_lru) {
         cache->window_max = (int64_t)capacity;
     } else if (!failed) {
-        cache->ring_max = ring_max > 0 ? (int64_t)ring_max : 1;
+        cache->ring_max = (int64_t)ring_max;
         cache->volume_counts = calloc(VOLUME_SLOTS, 8);
         cache->floored = calloc(VOLUME_SLOTS, 1);
         failed = cache->volume_counts == NULL || cache->floored == NULL
@@ -571,6 +684,85 @@ static PyObject *replay_new(PyTypeObject *type, PyObject *arguments, PyObject *n
         return PyErr_NoMemory();
     }
     return (PyObject *)self;
+}
+
+/* --- Streams: those of one volume, for the engine */
+
+static PyObject *streams_missed_before(one_streams_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    uint64_t n[2];
+    if (numbers(arguments, given, 2, n) < 0)
+        return NULL;
+    return PyLong_FromLongLong(missed_before(&self->streams, (int64_t)n[0], (int64_t)(n[0] + n[1])));
+}
+
+static PyObject *streams_read(one_streams_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    uint64_t n[4];
+    int64_t ahead;
+    if (numbers(arguments, given, 4, n) < 0)
+        return NULL;
+    const int64_t count = read_stream(
+        &self->streams, (int64_t)n[0], (int64_t)(n[0] + n[1]), (int64_t)n[2], (int64_t)n[3], &ahead);
+    if (count == 0)
+        Py_RETURN_NONE;
+    return Py_BuildValue("(LL)", (long long)ahead, (long long)count);
+}
+
+static void plain_free(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* --- Marker: which requests are part of a long stream, where nothing is cached */
+
+static PyObject *marker_new(PyTypeObject *type, PyObject *arguments, PyObject *named)
+{
+    unsigned long long bypass, ahead;
+    (void)named;
+    if (!PyArg_ParseTuple(arguments, "KK", &bypass, &ahead))
+        return NULL;
+    marker_t *self = (marker_t *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        self->bypass = (int64_t)bypass;
+        self->ahead = (int64_t)ahead;
+    }
+    return (PyObject *)self;
+}
+
+static void marker_free(marker_t *self)
+{
+    end_streams(self->streams);
+    plain_free((PyObject *)self);
+}
+
+static PyObject *marker_mark(marker_t *self, PyObject *const *arguments, Py_ssize_t given)
+{
+    requests_t requests;
+    if (take_requests(arguments, given, &requests) < 0)
+        return NULL;
+    PyObject *answer = PyBytes_FromStringAndSize(NULL, 8 * requests.count);
+    uint64_t *marked = answer ? (uint64_t *)PyBytes_AS_STRING(answer) : NULL;
+    for (Py_ssize_t i = 0; i < requests.count && marked; i++) {
+        const int64_t start = (int64_t)requests.firsts[i], count = (int64_t)requests.counts[i];
+        int64_t ahead;
+        marked[i] = requests.firsts[i];
+        if (requests.writes[i])
+            continue;
+        streams_t *streams = streams_of(self->streams, requests.firsts[i]);
+        if (streams == NULL) {
+            Py_CLEAR(answer);
+            PyErr_NoMemory();
+            break;
+        }
+        if (self->bypass && missed_before(streams, start, start + count) > self->bypass)
+            marked[i] |= PASSES;
+        read_stream(streams, start, start + count, count, self->ahead, &ahead);
+    }
+    drop_requests(&requests);
+    return answer;
 }
 
 /* --- sampling */
@@ -620,7 +812,7 @@ end:
 
 static PyMethodDef core_methods[] = {
     {"hit", ONE(core_hit)}, {"hits", ONE(core_hits)}, {"hit_run", FAST(core_hit_run)}, {"missed", FAST(core_missed)},
-    {"admits", ONE(core_admits)}, {"frequency", ONE(core_frequency)}, {"entered", ONE(core_entered)},
+    {"admits", ONE(core_admits)}, {"passes_over", ONE(core_passes_over)}, {"frequency", ONE(core_frequency)}, {"entered", ONE(core_entered)},
     {"moved", FAST(core_moved)}, {"written", FAST(core_written)}, {"removed", FAST(core_removed)},
     {"restore", FAST(core_restore)}, {"follow", ONE(core_follow)}, {"set_floor", FAST(core_set_floor)},
     {"take_sample", ONE(core_take_sample)}, {"figures", NONE(core_figures)}, {"blocks", NONE(core_blocks)},
@@ -628,18 +820,32 @@ static PyMethodDef core_methods[] = {
 };
 
 static PyMethodDef replay_methods[] = {
-    {"feed", ONE(replay_feed)}, {"holds", ONE(replay_holds)}, {"volume_hits", NONE(replay_volume_hits)},
+    {"feed", ONE(replay_feed)}, {"feed_requests", FAST(replay_feed_requests)}, {"holds", ONE(replay_holds)}, {"volume_hits", NONE(replay_volume_hits)},
     {"group_misses", NONE(replay_group_misses)}, {"figures", NONE(replay_figures)},
     {"blocks", NONE(replay_blocks)}, {NULL, NULL, 0, NULL},
 };
+
+static PyMethodDef streams_methods[] = {
+    {"missed_before", FAST(streams_missed_before)}, {"read", FAST(streams_read)}, {NULL, NULL, 0, NULL},
+};
+
+static PyMethodDef marker_methods[] = {{"mark", FAST(marker_mark)}, {NULL, NULL, 0, NULL}};
 
 static PyType_Slot core_slots[] = {
     {Py_tp_new, core_new}, {Py_tp_dealloc, core_free}, {Py_tp_methods, core_methods}, {0, NULL}};
 static PyType_Slot replay_slots[] = {
     {Py_tp_new, replay_new}, {Py_tp_dealloc, replay_free}, {Py_tp_methods, replay_methods}, {0, NULL}};
+static PyType_Slot streams_slots[] = {{Py_tp_dealloc, plain_free}, {Py_tp_methods, streams_methods}, {0, NULL}};
+static PyType_Slot marker_slots[] = {
+    {Py_tp_new, marker_new}, {Py_tp_dealloc, marker_free}, {Py_tp_methods, marker_methods}, {0, NULL}};
 static PyType_Spec core_spec = {"forebay_cache._policy.Core", sizeof(core_t), 0, Py_TPFLAGS_DEFAULT, core_slots};
 static PyType_Spec replay_spec = {
     "forebay_cache._policy.Replay", sizeof(replay_t), 0, Py_TPFLAGS_DEFAULT, replay_slots};
+
+static PyType_Spec streams_spec = {
+    "forebay_cache._policy.Streams", sizeof(one_streams_t), 0, Py_TPFLAGS_DEFAULT, streams_slots};
+static PyType_Spec marker_spec = {
+    "forebay_cache._policy.Marker", sizeof(marker_t), 0, Py_TPFLAGS_DEFAULT, marker_slots};
 
 static PyMethodDef functions[] = {{"sample_runs", FAST(sample_runs)}, {NULL, NULL, 0, NULL}};
 
@@ -647,14 +853,20 @@ static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, .m_name = "forebay_cache._policy", .m_size = -1, .m_methods = functions,
 };
 
+static int add_type(PyObject *module, const char *name, PyType_Spec *spec)
+{
+    PyObject *type = PyType_FromSpec(spec);
+    const int failed = type == NULL || PyModule_AddObjectRef(module, name, type) < 0;
+    Py_XDECREF(type);
+    return failed ? -1 : 0;
+}
+
 PyMODINIT_FUNC PyInit__policy(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    PyObject *core = PyType_FromSpec(&core_spec), *replay = PyType_FromSpec(&replay_spec);
-    if (module == NULL || core == NULL || replay == NULL || PyModule_AddObjectRef(module, "Core", core) < 0
-        || PyModule_AddObjectRef(module, "Replay", replay) < 0)
+    if (module != NULL
+        && (add_type(module, "Core", &core_spec) < 0 || add_type(module, "Replay", &replay_spec) < 0
+            || add_type(module, "Streams", &streams_spec) < 0 || add_type(module, "Marker", &marker_spec) < 0))
         Py_CLEAR(module);
-    Py_XDECREF(core);
-    Py_XDECREF(replay);
     return module;
 }

@@ -10,10 +10,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "_streams.h"
+
 #define BUCKETS 16
 #define LIST_WINDOW 16
 #define LIST_RING 17
-#define LISTS 18
+#define LIST_PASSING 18
+#define LISTS 19
 #define COUNT_MAX 15
 #define ROWS 4
 #define COUNTERS_PER_BLOCK 24
@@ -37,6 +40,11 @@
 #define OUTSIDE 1 /* known, not worth keeping; in a miniature: in the ring */
 #define WINDOW 2
 #define MAIN 3
+#define PASSING 4 /* outside of the cache: read in a long stream, in memory for a while */
+
+#define MISSED 0
+#define HIT 1
+#define HIT_PASSING 2 /* in memory, but for a long stream alone: the store had to bring it */
 
 static const double PLAN_WINDOWS[PLANS] = {0.0, 0.0, 0.03, 0.1, 0.2, 0.4, 0.8};
 static const int PLAN_MARGIN_FROM[PLANS] = {0, 3, 3, 3, 3, 3, 3};
@@ -45,6 +53,7 @@ static const uint64_t ROW_FACTORS[ROWS] = {
 #define MINIATURE_FACTOR 0xA0761D6478BD642Fu
 #define SAMPLE_FACTOR 0xE7037ED1A0B428DBu
 #define SAMPLE_SEED 0x5A17u /* the same in each life, so that a sample outlives the daemon */
+#define PASSES ((uint64_t)1 << 63) /* set in a key: the block was read in a long stream */
 
 typedef struct {
     uint8_t *counters; /* two in each byte, the even one in the low half */
@@ -57,7 +66,7 @@ typedef struct {
     uint8_t *states;
     const uint64_t *keys;
     uint32_t slots;
-    int64_t capacity, window_max, ring_max, window_count, ring_count, count, hits, writes, accesses;
+    int64_t capacity, window_max, ring_max, window_count, ring_count, passing_count, count, hits, writes, accesses;
     uint64_t swept, random;
     int margin_from;
     const sketch_t *sketch;
@@ -90,7 +99,7 @@ static inline uint64_t mix(uint64_t x)
     return x ^ x >> 33;
 }
 
-static inline uint64_t sample_hash(uint64_t key, uint64_t seed) { return mix(key ^ seed) * SAMPLE_FACTOR; }
+static inline uint64_t sample_hash(uint64_t key, uint64_t seed) { return mix((key & ~PASSES) ^ seed) * SAMPLE_FACTOR; }
 
 static inline uint64_t hash_of(const sketch_t *sketch, uint64_t key) { return mix(key ^ sketch->seed); }
 
@@ -306,6 +315,16 @@ static int admits(cache_t *cache, int count, uint64_t volume)
     return victim == 0 || may_replace(cache, count, volume, victim);
 }
 
+/* Whether a block of this count that is read in a long stream is not to come in: it would have to beat the victim by
+   more than one, whatever the plan. While there is room nothing is passed over. */
+static int passes_over(cache_t *cache, int count)
+{
+    if (cache->count < cache->capacity)
+        return 0;
+    const uint32_t victim = find_victim(cache);
+    return count <= 1 + (victim ? bucket_of(cache, victim) : 0);
+}
+
 static void leave_ring(cache_t *cache, keyed_t *keyed)
 {
     const uint32_t slot = oldest(cache, LIST_RING);
@@ -472,19 +491,24 @@ static uint32_t new_slot(keyed_t *keyed, uint64_t key)
     return slot;
 }
 
-/* One access; returns whether it was a hit. */
-static int access_key(keyed_t *keyed, uint64_t key)
+/* A block that passes by is held in memory beside the cache, as one that came with another is. */
+static void hold_passing(keyed_t *keyed, uint32_t slot)
 {
     cache_t *cache = &keyed->cache;
-    cache->accesses++;
-    sweep(cache);
-    uint32_t slot = find_slot(keyed, key);
-    if (slot) {
-        cache->hits++;
-        touch(cache, slot, keyed);
-        return 1;
-    }
-    slot = new_slot(keyed, key);
+    set_state(cache, slot, PASSING, 0);
+    link_last(cache, LIST_PASSING, slot);
+    if (++cache->passing_count <= cache->ring_max)
+        return;
+    const uint32_t first = oldest(cache, LIST_PASSING);
+    unlink_slot(cache, first);
+    cache->passing_count--;
+    free_slot(keyed, first);
+}
+
+/* A block that is in no list of the cache comes to it. */
+static void bring_in(keyed_t *keyed, uint32_t slot)
+{
+    cache_t *cache = &keyed->cache;
     if (cache->ring_max > 0) {
         put_in(cache, slot, OUTSIDE, 0);
     } else {
@@ -492,7 +516,40 @@ static int access_key(keyed_t *keyed, uint64_t key)
         put_in(cache, slot, WINDOW, 0);
     }
     settle(cache, keyed);
-    return 0;
+}
+
+/* A block is used that is not in the cache, and not in memory unless `slot` holds it as one that passed by. */
+static void bring(keyed_t *keyed, uint32_t slot, uint64_t key, int passes)
+{
+    cache_t *cache = &keyed->cache;
+    const int is_over = passes && passes_over(cache, frequency(cache->sketch, hash_of(cache->sketch, key)));
+    if (slot == 0) {
+        slot = new_slot(keyed, key);
+        if (is_over)
+            hold_passing(keyed, slot);
+        else
+            bring_in(keyed, slot);
+    } else if (!is_over) {
+        unlink_slot(cache, slot);
+        cache->passing_count--;
+        bring_in(keyed, slot);
+    }
+}
+
+/* One access, as part of a long stream or not. */
+static int access_key(keyed_t *keyed, uint64_t key, int passes)
+{
+    cache_t *cache = &keyed->cache;
+    cache->accesses++;
+    sweep(cache);
+    const uint32_t slot = find_slot(keyed, key);
+    cache->hits += slot != 0;
+    if (slot && region_of(cache, slot) != PASSING) {
+        touch(cache, slot, keyed);
+        return HIT;
+    }
+    bring(keyed, slot, key, passes);
+    return slot ? HIT_PASSING : MISSED;
 }
 
 static int begin_cache(cache_t *cache, uint32_t slots, int64_t capacity, const sketch_t *sketch)
@@ -519,9 +576,9 @@ static void end_cache(cache_t *cache)
     free(cache->floored);
 }
 
-static int begin_keyed(keyed_t *keyed, int64_t capacity, const sketch_t *sketch)
+static int begin_keyed(keyed_t *keyed, int64_t capacity, int64_t ring_max, const sketch_t *sketch)
 {
-    const uint32_t slots = (uint32_t)capacity + SETTLE_STEPS_MAX + 2;
+    const uint32_t slots = (uint32_t)(capacity + ring_max) + SETTLE_STEPS_MAX + 3;
     uint64_t size = 16;
     while (size < (uint64_t)slots + slots / 2)
         size *= 2;
@@ -578,10 +635,10 @@ static int begin_chooser(
         chooser->plan_max--;
     chooser->plan = chooser->plan_max < PLAN_AT_START ? chooser->plan_max : PLAN_AT_START;
     for (int plan = 0; plan <= chooser->plan_max; plan++) {
-        if (begin_keyed(&chooser->minis[plan], mini, sketch) < 0)
+        const int64_t ring = larger(1, share_of(mini, (double)ring_max / (double)capacity));
+        if (begin_keyed(&chooser->minis[plan], mini, ring, sketch) < 0)
             return -1;
-        const int64_t ring = share_of(mini, (double)ring_max / (double)capacity);
-        chooser->minis[plan].cache.ring_max = ring > 0 ? ring : 1;
+        chooser->minis[plan].cache.ring_max = ring;
         follow_plan(&chooser->minis[plan].cache, plan);
     }
     return 0;
@@ -618,7 +675,7 @@ static int choose(chooser_t *chooser)
 }
 
 /* An access of the whole cache: count it, age, show it to the miniatures. */
-static void observe(chooser_t *chooser, sketch_t *sketch, cache_t *whole, uint64_t key, uint64_t hash)
+static void observe(chooser_t *chooser, sketch_t *sketch, cache_t *whole, uint64_t key, uint64_t hash, int passes)
 {
     int halved;
     count_access(sketch, hash, &halved);
@@ -629,7 +686,7 @@ static void observe(chooser_t *chooser, sketch_t *sketch, cache_t *whole, uint64
     }
     if (hash * MINIATURE_FACTOR <= chooser->limit)
         for (int plan = 0; plan <= chooser->plan_max; plan++)
-            access_key(&chooser->minis[plan], key);
+            access_key(&chooser->minis[plan], key, passes);
     if (--chooser->until_score <= 0) {
         chooser->until_score = whole->capacity / SCORES_PER_CAPACITY + 1;
         if (choose(chooser))

@@ -77,7 +77,7 @@ class CacheSettings(msgspec.Struct, frozen=True, kw_only=True):
     zone_size: int = 4 * MIB
     fill_blocks: int = 4
     read_ahead_size: int = 4 * MIB
-    bypass_size: int = 4 * MIB
+    bypass_size: int = 256 * KIB
     write_price: float = 0.01
     window_max: float = 0.8
     volume_floor: float = 0.5
@@ -321,7 +321,7 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "bypass_size": _size(
             0,
             1 * GIB,
-            "a sequential read that missed so much leaves only blocks in the cache that were used before; 0: never",
+            "a sequential read of a full cache that missed so much keeps only blocks that are used often; 0: never",
         ),
         "write_price": _number(
             0, 1, " hits", "hits that a block written to the SSD must bring: more saves the SSD, less serves reads"

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from forebay_cache.engine import policy_core
 from forebay_cache.engine.policy import FrequencyPolicy, PolicySettings, make_replay
-from forebay_cache.engine.policy_core import Core, Replay, sample_runs
-from forebay_cache.engine.policy_lists import LIST_RING, LIST_WINDOW, MAIN, OUTSIDE, REGION_SHIFT, WINDOW
+from forebay_cache.engine.policy_core import Core, Marker, MarkerFast, Replay, sample_runs
+from forebay_cache.engine.policy_lists import LIST_PASSING, LIST_RING, LIST_WINDOW, MAIN, OUTSIDE, REGION_SHIFT, WINDOW
+from forebay_cache.format.sample_file import PASSES
 
 native = policy_core._policy
 needs_native = pytest.mark.skipif(native is None, reason="there is no compiler here")
@@ -97,18 +98,48 @@ def test_both_twins_replay_alike(
     rng = random.Random(seed)
     keys = [rng.randrange(1, 3) << 40 | int(rng.paretovariate(0.6)) % 300 for _ in range(1500)]
     twins = [
-        kind(capacity, max(1, capacity // 10), entries, seed, price, window_max, is_lru)
+        kind(capacity, max(1, capacity // 10), entries, seed, price, window_max, 6, 16, is_lru)
         for kind in (native.Replay, Replay)
     ]
+    passing = [key | PASSES if key % 5 == 0 else key for key in keys[:500]]
+    firsts, counts, writes = requests(rng)
     for twin in twins:
-        twin.feed(np.array(keys, np.uint64))
+        twin.feed(np.array(passing, np.uint64))
+        twin.feed_requests(firsts, counts, writes)
+        twin.feed(np.array(keys[500:], np.uint64))
     assert twins[0].figures() == twins[1].figures()
     assert twins[0].blocks() == twins[1].blocks()
     assert twins[0].volume_hits() == twins[1].volume_hits()
     assert twins[0].group_misses() == twins[1].group_misses()
     held = {key for listed in twins[0].blocks() for key in listed}
+    assert len(twins[0].blocks()[LIST_PASSING]) <= max(1, capacity // 10)
     assert {twin.holds(np.array(keys, np.uint64)) for twin in twins} == {bytes(key in held for key in keys)}
     assert sum(np.frombuffer(twins[0].volume_hits(), np.int64).tolist()) == twins[0].figures()["hits"]
+
+
+def requests(rng: random.Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some streams of requests of two volumes, which go on, break off and overtake each other."""
+    ends, rows = [1 << 40, 2 << 40, 2 << 40 | 150], []
+    for _ in range(300):
+        which, count = rng.randrange(3), rng.randrange(1, 9)
+        start = ends[which] if rng.random() < 0.8 else rng.randrange(1, 3) << 40 | rng.randrange(300)
+        ends[which] = start + count
+        rows.append((start, count, rng.random() < 0.2))
+    firsts, counts, writes = zip(*rows, strict=True)
+    return np.array(firsts, np.uint64), np.array(counts, np.uint64), np.array(writes, np.bool_)
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(5))
+def test_both_twins_mark_the_same_requests(seed: int) -> None:
+    firsts, counts, writes = requests(random.Random(seed))
+    marked = np.frombuffer(Marker(20, 64).mark(firsts, counts, writes), np.uint64)
+    assert MarkerFast(20, 64).mark(firsts, counts, writes) == marked.tobytes()
+    passing = marked >= np.uint64(PASSES)
+    assert 0 < passing.sum() < passing.size
+    assert not (passing & writes).any()
+    assert ((marked & np.uint64(PASSES - 1)) == firsts).all()
+    assert not (np.frombuffer(MarkerFast(0, 64).mark(firsts, counts, writes), np.uint64) != firsts).any()
 
 
 class Device:
@@ -137,8 +168,8 @@ class Device:
             self._put(key, place)
             self.core.moved(found, place)
         elif how == 3 and found < 0:
-            self.core.missed(key, 1)
-            if self.core.admits(key):
+            self.core.missed(key, 1, key % 3 == 0)
+            if self.core.admits(key) and not (key % 3 == 0 and self.core.passes_over(key)):
                 self._empty(place)
                 self._put(key, place)
                 self.core.entered(place)
@@ -237,7 +268,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="plan"):
         core.follow(7)
     with pytest.raises(ValueError, match="size"):
-        native.Replay(0, 0, 10, 0, 0.0, 0.8, False)
+        native.Replay(0, 0, 10, 0, 0.0, 0.8, 0, 0, False)
+    replay = native.Replay(5, 1, 10, 0, 0.0, 0.8, 0, 0, False)
+    for counts, writes in ((keys[:7], states), (keys, states[:7]), (keys, keys)):
+        with pytest.raises(ValueError, match="fit"):
+            replay.feed_requests(keys, counts, writes)
+        with pytest.raises(ValueError, match="fit"):
+            native.Marker(5, 5).mark(keys, counts, writes)
 
 
 # --- over places ------------------------------------------------------------------------------------------------

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay_cache.engine.limits import STREAM_STEP_MIN, STREAMS_MAX
-from forebay_cache.engine.streams import Streams
+from forebay_cache.engine.streams import Streams, StreamsFast
 from forebay_core.extents import Extent
 
 AHEAD_MAX = 1024
 
 
 def read(streams: Streams, start: int, count: int = 8, *, ahead_max: int = AHEAD_MAX) -> Extent | None:
-    return streams.read(Extent(start, count), count, ahead_max=ahead_max)
+    ahead = streams.read(start, count, count, ahead_max)
+    return None if ahead is None else Extent(*ahead)
 
 
 def test_the_second_read_in_a_row_begins_small_and_the_steps_double() -> None:
@@ -103,11 +104,11 @@ def test_what_a_stream_missed_is_counted_for_each_of_several() -> None:
     streams = Streams()
     for turn in range(20):
         read(streams, turn * 8)
-        streams.read(Extent((1 << 30) + turn * 8, 8), 3, ahead_max=0)
+        streams.read((1 << 30) + turn * 8, 8, 3, 0)
         read(streams, (1 << 20) + turn * 999)
-    assert streams.missed_before(Extent(160, 8)) == 160
-    assert streams.missed_before(Extent((1 << 30) + 160, 8)) == 60
-    assert streams.missed_before(Extent(1 << 25, 8)) == 0
+    assert streams.missed_before(160, 8) == 160
+    assert streams.missed_before((1 << 30) + 160, 8) == 60
+    assert streams.missed_before(1 << 25, 8) == 0
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -121,3 +122,19 @@ def test_whatever_is_read_the_bounds_hold(reads: list[tuple[int, int]], ahead_ma
         if ahead is not None:
             assert 0 < ahead.count <= max(ahead_max, STREAM_STEP_MIN)
             assert ahead.end > start
+
+
+@pytest.mark.skipif(StreamsFast is Streams, reason="there is no compiler here")
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3000), st.integers(1, 40), st.integers(0, 40)), max_size=150),
+    st.sampled_from([0, 16, 100, 1024]),
+)
+def test_both_twins_find_the_same_streams(reads: list[tuple[int, int, int, int]], ahead_max: int) -> None:
+    twins = [Streams(), StreamsFast()]
+    ends: dict[int, int] = {}
+    for which, jump, count, missed in reads:
+        start = ends.get(which, which + 1 << 20) + (jump if jump > 2000 else jump % 3 - 1)
+        ends[which] = start + count
+        assert len({twin.missed_before(start, count) for twin in twins}) == 1
+        assert len({twin.read(start, count, missed, ahead_max) for twin in twins}) == 1

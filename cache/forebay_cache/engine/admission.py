@@ -76,7 +76,7 @@ class Admission:
         """Held blocks from `key` on were asked for; `passing`: as part of a long sequential read."""
         for at, held in enumerate(run, key):
             if held.pool in (SPARE, AHEAD) and self.ring.blocks.get(at) is held:
-                pool = USED if not passing or self._was_used(at) else SPARE
+                pool = SPARE if passing and self._passes_over(at) else USED
                 if pool != held.pool:
                     self.ring.move(at, pool)
         self._settle()
@@ -113,12 +113,12 @@ class Admission:
         if unit.is_asked(lba):
             return USED
         if unit.is_passing(lba):
-            return USED if self._was_used(unit.volume.key << LBA_BITS | lba) else SPARE
+            return SPARE if self._passes_over(unit.volume.key << LBA_BITS | lba) else USED
         return AHEAD if unit.ahead else SPARE
 
-    def _was_used(self, key: int) -> bool:
-        """Tell whether a block was used before, now that one more use of it is counted."""
-        return self._engine.policy.frequency(key) > 1
+    def _passes_over(self, key: int) -> bool:
+        """Tell whether a block that passes by in a long stream is not worth a write, now that its use is counted."""
+        return self._engine.policy.passes_over(key)
 
     def _settle(self) -> None:
         for key in self.ring.fallen():

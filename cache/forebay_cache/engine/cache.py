@@ -57,6 +57,7 @@ from forebay_cache.engine.restoring import restore
 from forebay_cache.engine.sample import AccessSample
 from forebay_cache.engine.slowing import Slowing
 from forebay_cache.engine.sources import Sources
+from forebay_cache.engine.streams import BYPASS_BLOCKS, READ_AHEAD_BLOCKS
 from forebay_cache.engine.sweeping import Sweeps
 from forebay_cache.engine.use_counts import UseCounts
 from forebay_cache.engine.volume import CacheVolume
@@ -75,8 +76,8 @@ class EngineSettings(NamedTuple):
     cut_age_ns_max: int = 10_000_000_000
     dirty_share_max: float = 0.6
     fill_blocks: int = 4
-    read_ahead_blocks: int = 1024  # of one volume; 0: none
-    bypass_blocks: int = 1024  # misses of a stream from which on it passes by; 0: never
+    read_ahead_blocks: int = READ_AHEAD_BLOCKS  # of one volume; 0: none
+    bypass_blocks: int = BYPASS_BLOCKS  # misses of a stream from which on it passes by; 0: never
     retry_ns: int = 2_000_000_000
     limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one

@@ -27,6 +27,7 @@ from forebay_cache.engine.limits import (
 )
 from forebay_cache.engine.policy_core import PLANS, CoreFast, Figures, Replay, ReplayFast
 from forebay_cache.engine.policy_lists import REGION_SHIFT, WINDOW
+from forebay_cache.engine.streams import BYPASS_BLOCKS, READ_AHEAD_BLOCKS
 
 U64Array = npt.NDArray[np.uint64]
 U8Array = npt.NDArray[np.uint8]
@@ -90,9 +91,9 @@ class FrequencyPolicy:
         """Distinct places were hit."""
         self._core.hits(places)
 
-    def missed(self, key: int, count: int) -> None:
-        """Consecutive blocks were read that are not cached."""
-        self._core.missed(key, count)
+    def missed(self, key: int, count: int, *, passes: bool = False) -> None:
+        """Consecutive blocks were read that are not cached; as part of a long stream that passes by, or not."""
+        self._core.missed(key, count, passes)
 
     def admits(self, key: int) -> bool:
         """Tell whether a block that was fetched is worth a write."""
@@ -100,6 +101,11 @@ class FrequencyPolicy:
         self.admitted_blocks += admitted
         self.refused_blocks += not admitted
         return admitted
+
+    def passes_over(self, key: int) -> bool:
+        """Tell whether a block that passes by is not to come in, now that its use is counted."""
+        over: bool = self._core.passes_over(key)
+        return over
 
     def frequency(self, key: int) -> int:
         """Return how often a block was used lately, 0 to 15."""
@@ -174,8 +180,9 @@ def make_replay(
     is_lru: bool = False,
     replay: type[Replay] = ReplayFast,
     rate: float = 1.0,
+    bypass_blocks: int = BYPASS_BLOCKS,
 ) -> Replay:
-    """Return the policy over so many blocks, to be driven by keys; or an LRU to compare it with.
+    """Return the policy over so many blocks, to be driven by requests or keys; or an LRU to compare it with.
 
     With a `rate` it is a miniature, of a cache of `capacity` blocks, that sees so much of the blocks.
     """
@@ -187,5 +194,7 @@ def make_replay(
         seed,
         settings.write_price,
         settings.window_max,
+        bypass_blocks,
+        READ_AHEAD_BLOCKS,
         is_lru,
     )

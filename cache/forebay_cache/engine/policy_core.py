@@ -12,6 +12,7 @@ Invariants: see `policy_lists`.
 Crash: see `policy_lists`. Miniatures start empty, with the plan that the restored window hints at.
 """
 
+import enum
 from collections.abc import Iterator
 from typing import Final, NamedTuple, TypedDict
 
@@ -33,12 +34,15 @@ from forebay_cache.engine.policy_lists import (
     MAIN,
     MINIATURE_FACTOR,
     OUTSIDE,
+    PASSING,
     REGION_SHIFT,
     WINDOW,
     Sketch,
     SlotCache,
     sample_hash,
 )
+from forebay_cache.engine.streams import StreamTable
+from forebay_cache.format.sample_file import PASSES
 from forebay_core.units import LBA_BITS
 
 try:
@@ -88,36 +92,59 @@ def share_of(capacity: int, share: float) -> int:
     return int(capacity * share + 0.5)
 
 
+class Outcome(enum.Enum):
+    """What an access found; HIT_PASSING is in memory, but for a long stream alone: the store had to bring it."""
+
+    MISSED = 0
+    HIT = 1
+    HIT_PASSING = 2
+
+
 class _Keyed:
     """A cache that gives slots to keys itself."""
 
-    def __init__(self, capacity: int, sketch: Sketch) -> None:
-        slots = capacity + SETTLE_STEPS_MAX + 2
+    def __init__(self, capacity: int, ring_max: int, sketch: Sketch) -> None:
+        slots = capacity + ring_max + SETTLE_STEPS_MAX + 3
         self.keys: Final = np.zeros(slots, np.uint64).data
         self._slot_of: Final[dict[int, int]] = {}
         self._unused: Final = list(range(slots - 1, 0, -1))
         states = np.zeros(slots, np.uint8).data
         self.cache: Final = SlotCache(slots, capacity, keys=self.keys, states=states, sketch=sketch, on_gone=self._free)
+        self.cache.ring_max = ring_max
 
-    def access(self, key: int) -> bool:
-        """Use a block; tell whether that was a hit."""
+    def access(self, key: int, *, passes: bool) -> Outcome:
+        """Use a block, as part of a long stream or not."""
         cache = self.cache
         cache.accesses += 1
         cache.sweep()
         slot = self._slot_of.get(key, 0)
-        if slot:
-            cache.hits += 1
+        cache.hits += slot != 0
+        if slot and cache.region(slot) != PASSING:
             cache.touch(slot)
-            return True
-        slot = self._slot_of[key] = self._unused.pop()
-        self.keys[slot] = key
+            return Outcome.HIT
+        self._bring(slot, key, passes=passes)
+        return Outcome.HIT_PASSING if slot else Outcome.MISSED
+
+    def _bring(self, slot: int, key: int, *, passes: bool) -> None:
+        """A block is used that is not in the cache, and not in memory unless `slot` holds it as one that passed by."""
+        cache = self.cache
+        is_new = slot == 0
+        is_over = passes and cache.passes_over(cache.frequency(key))
+        if is_new:
+            slot = self._slot_of[key] = self._unused.pop()
+            self.keys[slot] = key
+        if is_over:
+            if is_new:
+                cache.hold_passing(slot)
+            return
+        if not is_new:
+            cache.leave_passing(slot)
         if cache.ring_max > 0:
             cache.put_in(slot, OUTSIDE, 0)
         else:
             cache.writes += 1
             cache.put_in(slot, WINDOW, 0)
         cache.settle()
-        return False
 
     def holds(self, key: int) -> bool:
         """Tell whether a block is here."""
@@ -143,12 +170,12 @@ class _Chooser:
         self.plan_max = max(i for i, plan in enumerate(PLANS) if i == 0 or plan.window <= window_max)
         self.plan = min(PLAN_AT_START, self.plan_max)
         self._scores: list[float] = []
-        self._minis = [_Keyed(mini, sketch) for _ in range(self.plan_max + 1)]
+        ring = max(1, share_of(mini, ring_max / capacity))
+        self._minis = [_Keyed(mini, ring, sketch) for _ in range(self.plan_max + 1)]
         for plan, keyed in enumerate(self._minis):
-            keyed.cache.ring_max = max(1, share_of(mini, ring_max / capacity))
             follow_plan(keyed.cache, plan)
 
-    def observe(self, whole: SlotCache, key: int, hashed: int) -> None:
+    def observe(self, whole: SlotCache, key: int, hashed: int, *, passes: bool) -> None:
         """Count an access of the whole cache: age, show it to the miniatures, and score them now and then."""
         if self._sketch.count(hashed):
             whole.halve()
@@ -156,7 +183,7 @@ class _Chooser:
                 keyed.cache.halve()
         if hashed * MINIATURE_FACTOR & _U64 <= self._limit:
             for keyed in self._minis:
-                keyed.access(key)
+                keyed.access(key, passes=passes)
         self._until_score -= 1
         if self._until_score <= 0:
             self._until_score = whole.capacity // SCORES_PER_CAPACITY + 1
@@ -257,14 +284,18 @@ class Core:
         for place in range(first, first + count):
             self.hit(place)
 
-    def missed(self, key: int, count: int) -> None:
-        """Consecutive blocks were used that are not cached."""
+    def missed(self, key: int, count: int, passes: bool, /) -> None:
+        """Consecutive blocks were used that are not cached; as part of a long stream that passes by, or not."""
         for one in range(key, key + count):
-            self._see(one)
+            self._see(one, passes=passes)
 
     def admits(self, key: int) -> bool:
         """Tell whether a block that was fetched is worth a write."""
         return self._cache.admits(self.frequency(key), (key >> LBA_BITS) % VOLUME_SLOTS)
+
+    def passes_over(self, key: int) -> bool:
+        """Tell whether a block that passes by is not to come in, now that its use is counted."""
+        return self._cache.passes_over(self.frequency(key))
 
     def frequency(self, key: int) -> int:
         """Return how often a block was used lately."""
@@ -335,7 +366,10 @@ class Core:
         self._cache.floor = floor
 
     def take_sample(self, limit: int) -> bytes:
-        """Return the keys used since the last call whose hash was below the limit then given; set the next limit."""
+        """Return the keys used since the last call whose hash was below the limit then given; set the next limit.
+
+        PASSES is set in those that were missed in a long stream.
+        """
         sampled = np.array(self._sampled, np.uint64).tobytes()
         self._sample_limit, self._sampled = limit, []
         return sampled
@@ -348,12 +382,12 @@ class Core:
         """Return the places of each list, the oldest first."""
         return [self._cache.blocks(number) for number in range(LISTS)]
 
-    def _see(self, key: int) -> None:
+    def _see(self, key: int, *, passes: bool = False) -> None:
         hashed = self._sketch.hash_of(key)
         self._accesses += 1
         if sample_hash(key) < self._sample_limit and len(self._sampled) < SAMPLED_MAX:
-            self._sampled.append(key)
-        self._chooser.observe(self._cache, key, hashed)
+            self._sampled.append(key | PASSES if passes else key)
+        self._chooser.observe(self._cache, key, hashed, passes=passes)
         self._cache.sweep()
 
     def _restore(self, place: int, state: int) -> None:
@@ -389,44 +423,62 @@ class Replay:
         seed: int,
         price: float,
         window_max: float,
+        bypass: int,
+        ahead: int,
         is_lru: bool,
         /,
     ) -> None:
+        """`bypass` and `ahead` are the blocks from which on a stream passes by, and that one has read ahead."""
         if not (capacity > 0 and ring_max <= capacity and entries > 0):
             raise ValueError("no cache has this size")
         self._sketch = Sketch(capacity, seed)
-        self._keyed = _Keyed(capacity, self._sketch)
+        ring_max = 0 if is_lru else max(1, ring_max)
+        self._keyed = _Keyed(capacity, ring_max, self._sketch)
+        self._streams = StreamTable(bypass, ahead)
         self._accesses = 0
         self._volume_hits = [0] * VOLUME_SLOTS
         self._group_misses = [0] * MISS_GROUPS
-        self._chooser = _Chooser(self._sketch, capacity, max(1, ring_max), entries, price, window_max)
+        self._chooser = _Chooser(self._sketch, capacity, ring_max, entries, price, window_max)
         self._is_lru = is_lru
         cache = self._keyed.cache
         if is_lru:
             cache.window_max = capacity
             self._chooser.plan = 0
         else:
-            cache.ring_max = max(1, ring_max)
             cache.volume_counts = [0] * VOLUME_SLOTS
             follow_plan(cache, self._chooser.plan)
 
     def feed(self, keys: U64Array) -> None:
-        """Use blocks one after the other."""
-        cache = self._keyed.cache
+        """Use blocks one after the other; PASSES may be set in their keys."""
         for key in keys.tolist():
-            self._accesses += 1
-            hashed = self._sketch.hash_of(key)
-            if not self._is_lru:
-                self._chooser.observe(cache, key, hashed)
-                volume = (key >> LBA_BITS) % VOLUME_SLOTS
-                if volume not in cache.floored:
-                    cache.floored.add(volume)
-                    volumes = len(cache.floored)
-                    cache.floor = cache.capacity // (2 * volumes) if volumes > 1 else 0
-            if self._keyed.access(key):
-                self._volume_hits[(key >> LBA_BITS) % VOLUME_SLOTS] += 1
-            else:
-                self._group_misses[hashed % MISS_GROUPS] += 1
+            self._use(key & ~PASSES, passes=key >= PASSES)
+
+    def feed_requests(self, firsts: U64Array, counts: U64Array, writes: npt.NDArray[np.bool_], /) -> None:
+        """Serve requests one after the other, as the daemon does: streams of reads are found by what they miss."""
+        for first, count, is_write in zip(firsts.tolist(), counts.tolist(), writes.tolist(), strict=True):
+            passes = not is_write and self._streams.passes(first, count)
+            missed = sum([self._use(key, passes=passes) for key in range(first, first + count)])
+            if missed and not is_write:
+                self._streams.missed(first, count, missed)
+
+    def _use(self, key: int, *, passes: bool) -> bool:
+        """Use a block; tell whether the store had to bring it."""
+        cache = self._keyed.cache
+        self._accesses += 1
+        hashed = self._sketch.hash_of(key)
+        volume = (key >> LBA_BITS) % VOLUME_SLOTS
+        if not self._is_lru:
+            self._chooser.observe(cache, key, hashed, passes=passes)
+            if volume not in cache.floored:
+                cache.floored.add(volume)
+                volumes = len(cache.floored)
+                cache.floor = cache.capacity // (2 * volumes) if volumes > 1 else 0
+        outcome = self._keyed.access(key, passes=passes and not self._is_lru)
+        if outcome is Outcome.MISSED:
+            self._group_misses[hashed % MISS_GROUPS] += 1
+        else:
+            self._volume_hits[volume] += 1
+        return outcome is not Outcome.HIT
 
     def holds(self, keys: U64Array) -> bytes:
         """Return a byte for each block: 1 if it is in the cache or waits in memory."""
@@ -472,6 +524,27 @@ def _runs(firsts: U64Array, counts: U64Array) -> Iterator[tuple[int, int]]:
     return zip(firsts.tolist(), counts.tolist(), strict=True)
 
 
+class Marker:
+    """Finds the requests that are part of a long stream, as if nothing was cached: for samples, which lose streams."""
+
+    def __init__(self, bypass: int, ahead: int, /) -> None:
+        self._streams = StreamTable(bypass, ahead)
+
+    def mark(self, firsts: U64Array, counts: U64Array, writes: npt.NDArray[np.bool_], /) -> bytes:
+        """Return the keys of requests, PASSES set in those that pass by, as u64."""
+        marked = firsts.copy()
+        for at, (first, count, is_write) in enumerate(
+            zip(firsts.tolist(), counts.tolist(), writes.tolist(), strict=True)
+        ):
+            if is_write:
+                continue
+            if self._streams.passes(first, count):
+                marked[at] |= np.uint64(PASSES)
+            self._streams.missed(first, count, count)
+        return marked.tobytes()
+
+
 CoreFast: type[Core] = Core if _policy is None else _policy.Core
 ReplayFast: type[Replay] = Replay if _policy is None else _policy.Replay
+MarkerFast: type[Marker] = Marker if _policy is None else _policy.Marker
 sample_runs_fast = sample_runs if _policy is None else _policy.sample_runs

@@ -32,18 +32,21 @@ from forebay_cache.engine.limits import (
     VICTIMS_SKIPPED_MAX,
     VOLUME_SLOTS,
 )
+from forebay_cache.format.sample_file import PASSES
 from forebay_core.units import LBA_BITS
 
 BUCKETS: Final = COUNT_MAX + 1
 LIST_WINDOW: Final = 16
 LIST_RING: Final = 17
-LISTS: Final = 18
+LIST_PASSING: Final = 18
+LISTS: Final = 19
 ROWS: Final = 4
 REGION_SHIFT: Final = 5
 COUNT_MASK: Final = 31
 OUTSIDE: Final = 1  # known, but not worth keeping; in a miniature: in the ring
 WINDOW: Final = 2
 MAIN: Final = 3
+PASSING: Final = 4  # outside of the cache: read in a long stream, in memory for a while
 
 _U64: Final = (1 << 64) - 1
 _ROW_FACTORS: Final = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
@@ -63,7 +66,7 @@ def mix(value: int) -> int:
 
 def sample_hash(key: int, seed: int = SAMPLE_SEED) -> int:
     """Return what is compared with the limit of a spatial sample."""
-    return mix(key ^ seed) * SAMPLE_FACTOR & _U64
+    return mix(key & ~PASSES ^ seed) * SAMPLE_FACTOR & _U64
 
 
 class Sketch:
@@ -142,7 +145,7 @@ class SlotCache:
         self.keys: Final = keys
         self.states: Final = states
         self.window_max = self.ring_max = 0
-        self.window_count = self.ring_count = self.count = 0
+        self.window_count = self.ring_count = self.passing_count = self.count = 0
         self.hits = self.writes = self.accesses = 0
         self.margin_from = 0
         self.volume_counts: list[int] | None = None
@@ -192,7 +195,11 @@ class SlotCache:
 
     def count_of(self, slot: int) -> int:
         """Return the frequency of a slot's block."""
-        return self._sketch.frequency(self._sketch.hash_of(self.keys[slot]))
+        return self.frequency(self.keys[slot])
+
+    def frequency(self, key: int) -> int:
+        """Return the frequency of any block."""
+        return self._sketch.frequency(self._sketch.hash_of(key))
 
     # --- changes ----------------------------------------------------------------------------------------------
 
@@ -255,6 +262,32 @@ class SlotCache:
             return True
         victim = self._find_victim()
         return victim == 0 or self._may_replace(count, volume, victim)
+
+    def passes_over(self, count: int) -> bool:
+        """Tell whether a block of this count that is read in a long stream is not to come in.
+
+        It would have to beat the victim by more than one, whatever the plan. While there is room nothing is
+        passed over.
+        """
+        if self.count < self.capacity:
+            return False
+        victim = self._find_victim()
+        return count <= 1 + (self.bucket(victim) if victim else 0)
+
+    def hold_passing(self, slot: int) -> None:
+        """Hold a block that passes by, in memory; it must be in no list."""
+        self.set_state(slot, PASSING, 0)
+        self._link_last(LIST_PASSING, slot)
+        self.passing_count += 1
+        if self.passing_count > self.ring_max:
+            first = self.oldest(LIST_PASSING)
+            self.leave_passing(first)
+            self._on_gone(first)
+
+    def leave_passing(self, slot: int) -> None:
+        """A block that passed by is wanted elsewhere, or was held for long enough."""
+        self._unlink(slot)
+        self.passing_count -= 1
 
     def settle(self) -> None:
         """Bring the lists back to their bounds, a few steps at a time."""

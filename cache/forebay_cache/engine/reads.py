@@ -372,7 +372,7 @@ class Reads:
         """Read blocks that are not on the device: those that are held in memory from there, the rest from the store."""
         key = volume.key << LBA_BITS | part.start
         if request.purpose is Purpose.READ and not volume.temporary:
-            self._engine.policy.missed(key, part.count)
+            self._engine.policy.missed(key, part.count, passes=request.passing)
         at = part.start
         for first, run in self._engine.admission.ring.runs(key, part.count):
             held = Extent(first & LBA_MAX, len(run))

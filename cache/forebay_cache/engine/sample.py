@@ -27,12 +27,13 @@ from forebay_cache.engine.limits import (
 )
 from forebay_cache.engine.policy_core import U64Array, sample_runs_fast
 from forebay_cache.engine.policy_lists import SAMPLE_SEED
-from forebay_core.units import LBA_BITS
+from forebay_cache.format.sample_file import PASSES, volumes_of
 
 HASHES: Final = 1 << 64
 _ESTIMATE_SHIFT: Final = 6
 """Different blocks are counted among one in so many of the sample: 64."""
 
+_KEY_MASK: Final = np.uint64(PASSES - 1)
 _ONES: Final = np.ones(SAMPLE_SEGMENT_KEYS, np.uint64)
 
 
@@ -114,7 +115,7 @@ class AccessSample:
     def forget(self, volume_key: int) -> None:
         """Leave out a volume that is not known any more."""
         for segment in self._segments:
-            others = segment.used[segment.used >> np.uint64(LBA_BITS) != volume_key]
+            others = segment.used[volumes_of(segment.used) != volume_key]
             if others.size < segment.count:
                 segment.replace(others)
 
@@ -143,7 +144,7 @@ class AccessSample:
         if len(self._segments) <= SAMPLE_SEGMENTS_MAX:
             return
         few = _sampled([segment.few for segment in self._segments], self.limit >> _ESTIMATE_SHIFT)
-        if np.unique(few).size << _ESTIMATE_SHIFT >= 2 * SAMPLE_BLOCKS_MIN:
+        if np.unique(few & _KEY_MASK).size << _ESTIMATE_SHIFT >= 2 * SAMPLE_BLOCKS_MIN:
             self.limit >>= 1
             self._shrinking = self._shrink()
         else:

@@ -24,7 +24,7 @@ from forebay_cache.engine.limits import HOLES_KEPT_MAX
 from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.rates import NOT_SET, Shaper
 from forebay_cache.engine.slowing import UNBOUNDED
-from forebay_cache.engine.streams import Streams
+from forebay_cache.engine.streams import Streams, StreamsFast
 from forebay_cache.format import cut_end
 from forebay_cache.format.cut_end import CutEnd
 from forebay_cache.format.volume_note import (
@@ -105,7 +105,7 @@ class CacheVolume:
         self.appended_max = UNBOUNDED  # see Slowing
         self.hit_blocks = 0
         self.miss_blocks = 0
-        self.streams = Streams()
+        self.streams: Streams = StreamsFast()
         self.snapshot = False  # it never changes: served read-only, and what clones read through to; see Sources
         self.temporary = False  # a snapshot that no clone needs
         self.origin = VolumeId(b"")  # id of the snapshot that it reads through to; empty: none

@@ -20,6 +20,9 @@ Volume, 24 bytes, little-endian:
     ------  ----  ----  ----------  ------------------------------------------------------------
          0     8  u64   volume_key  upper bits of the keys
          8    16  16s   volume_id   whose it was: a key may be another volume's one day
+
+The highest bit of a key is set where the block was missed in a long stream of reads (PASSES). Volumes are numbered from
+1 on, so theirs do not reach it.
 """
 
 import struct
@@ -39,6 +42,7 @@ U64Array = npt.NDArray[np.uint64]
 HEADER: Final = struct.Struct("<8s16sQQQIIQQ")
 VOLUME: Final = struct.Struct("<Q16s")
 MAGIC: Final = b"FBSAMPL1"
+PASSES: Final = 1 << 63
 KEYS_MAX: Final = 1 << 20
 FILE_SIZE_MAX: Final = HEADER.size + VOLUME_COUNT_MAX * VOLUME.size + KEYS_MAX * 8
 _SUM: Final = struct.Struct("<Q")
@@ -88,5 +92,11 @@ def decode_sample(content: bytes, *, place: str) -> SavedSample:
         raise CorruptionError(place=place, what="header", expected="as its table says", found=content[: HEADER.size])
     volumes = dict(VOLUME.iter_unpack(content[HEADER.size : keys_at]))
     keys = np.frombuffer(content, "<u8", offset=keys_at).astype(np.uint64)
-    known = np.isin(keys >> np.uint64(LBA_BITS), np.array(list(volumes), np.uint64))
+    known = np.isin(volumes_of(keys), np.array(list(volumes), np.uint64))
     return SavedSample(device, limit, accesses, span_ns, volumes, [keys[known]])
+
+
+def volumes_of(keys: U64Array) -> U64Array:
+    """Return the volume key of each sampled key."""
+    volumes: U64Array = (keys & np.uint64(PASSES - 1)) >> np.uint64(LBA_BITS)
+    return volumes

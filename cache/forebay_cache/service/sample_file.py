@@ -16,9 +16,8 @@ from typing import Final
 import numpy as np
 
 from forebay_cache.engine.cache import CacheEngine
-from forebay_cache.format.sample_file import FILE_SIZE_MAX, SavedSample, decode_sample, encode_sample
+from forebay_cache.format.sample_file import FILE_SIZE_MAX, SavedSample, decode_sample, encode_sample, volumes_of
 from forebay_core.errors import CorruptionError
-from forebay_core.units import LBA_BITS
 
 NAME: Final = "sample"
 SAVE_S: Final = 30.0
@@ -60,7 +59,7 @@ class SampleFile:
         volumes = self._engine.volumes
         same = [key for key, one in found.volumes.items() if key in volumes and volumes[key].id == one]
         keys = np.concatenate(found.parts)
-        keys = keys[np.isin(keys >> np.uint64(LBA_BITS), np.array(same, np.uint64))]
+        keys = keys[np.isin(volumes_of(keys), np.array(same, np.uint64))]
         self._engine.sample.restore(keys, limit=found.limit, accesses=found.accesses, span_ns=found.span_ns)
 
     def start(self) -> None:

@@ -8,6 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from forebay_cache.engine.policy import PolicySettings
+from forebay_cache.engine.policy_core import MarkerFast
+from forebay_cache.engine.streams import BYPASS_BLOCKS, READ_AHEAD_BLOCKS
+from forebay_cache.format.sample_file import PASSES
 from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE, LBA_BITS
 from forebay_tools.analysis.accesses import Batch
@@ -67,16 +70,18 @@ class Looks(Protocol):
 
 
 class _Feeding:
-    """Shows the sampled blocks of batches to a curve."""
+    """Shows the sampled blocks of batches to a curve, and which of them pass by in a long stream."""
 
     def __init__(self, curve: Curve) -> None:
         self._curve = curve
+        self._marker = MarkerFast(BYPASS_BLOCKS, READ_AHEAD_BLOCKS)
         self._sampler = Sampler()
         self._limit = int(curve.rate * HASHES)
 
     def add(self, batch: Batch) -> None:
         """Look at a batch."""
-        parts, blocks = self._sampler.take(batch, self._limit)
+        marked = np.frombuffer(self._marker.mark(batch.keys, batch.counts, batch.writes), np.uint64)
+        parts, blocks = self._sampler.take(batch._replace(keys=marked), self._limit)
         for keys in parts:
             self._curve.show(keys, accesses=blocks)
             blocks = 0
@@ -119,7 +124,7 @@ def of_sample(sample: Sample, payload: memoryview) -> Evidence:
     if not keys.size:
         raise ForebayError("the cache daemon has seen no access yet; ask again when its volumes were used for a while")
     rate = min(1.0, sample.limit / HASHES)
-    blocks, counts = np.unique(keys, return_counts=True)
+    blocks, counts = np.unique(keys & np.uint64(PASSES - 1), return_counts=True)
     settings = PolicySettings(sample.write_price_ppm / 1e6, sample.window_max_ppm / 1e6)
     curve = Curve(max(1, round(blocks.size / rate)), rate, settings)
     progress = Progress("analyzing", keys.nbytes, sys.stderr, lines=False)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from forebay_cache.engine.policy_core import MISS_GROUPS
 from forebay_cache.engine.policy_lists import SAMPLE_FACTOR, SAMPLE_SEED
+from forebay_cache.format.sample_file import PASSES
 from forebay_tools.analysis.accesses import U64Array
 
 HASHES: Final = 1 << 64
@@ -24,7 +25,7 @@ def groups(keys: U64Array) -> npt.NDArray[np.int64]:
 
 
 def _mixed(keys: U64Array) -> U64Array:
-    mixed = keys ^ np.uint64(SAMPLE_SEED)
+    mixed = keys & np.uint64(PASSES - 1) ^ np.uint64(SAMPLE_SEED)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         mixed = (mixed ^ mixed >> np.uint64(33)) * np.uint64(factor)
     return mixed ^ mixed >> np.uint64(33)

@@ -55,14 +55,12 @@ class WholeReplay:
     """Drives a policy of each size with every access."""
 
     def __init__(self, sizes: Sequence[int], settings: PolicySettings) -> None:
-        self._sampler = Sampler()
         self._caches = [(size, make_replay(size, settings=settings)) for size in sizes]
 
     def add(self, batch: Batch) -> None:
         """Show a batch to all."""
-        for keys in self._sampler.take(batch, HASHES)[0]:
-            for _, cache in self._caches:
-                cache.feed(keys)
+        for _, cache in self._caches:
+            cache.feed_requests(batch.keys, batch.counts, batch.writes)
 
     def results(self) -> list[Replayed]:
         """Return what they did, in the order of the sizes given."""

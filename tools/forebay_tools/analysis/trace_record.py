@@ -11,7 +11,7 @@ Each request behind it, little-endian:
     ------  ----  ----  -----------  ------------------------------
          0     4  u32   time_ms      milliseconds since the start, modulo 2^32
          4     4  u32   count_op     blocks in the lower 31 bits; the highest bit is set for a write
-         8     8  u64   key          volume in the upper 24 bits, index of the first block in the lower 40
+         8     8  u64   key          volume, below 2^23, in the upper 24 bits, index of the first block in the lower 40
 
 A row with a count_op of 0 names the volume in the upper 24 bits of its key: its time_ms is how many bytes of UTF-8 (1
 to 255) follow, in whole rows padded with zeros.
@@ -32,7 +32,7 @@ RECORD: Final = struct.Struct("<IIQ")
 RECORD_DTYPE: Final = np.dtype([("time_ms", "<u4"), ("count_op", "<u4"), ("key", "<u8")])
 WRITE_BIT: Final = 1 << 31
 COUNT_MASK: Final = WRITE_BIT - 1
-VOLUME_MAX: Final = (1 << 64 - LBA_BITS) - 1
+KEY_MAX: Final = (1 << 63) - 1
 NAME_SIZE_MAX: Final = 255
 
 assert HEADER.size == RECORD.size == RECORD_DTYPE.itemsize == 16

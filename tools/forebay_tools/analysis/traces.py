@@ -35,6 +35,7 @@ from forebay_tools.analysis.text_traces import SECTOR_SIZE, detect_text, read_te
 from forebay_tools.analysis.trace_record import (
     COUNT_MASK,
     HEADER,
+    KEY_MAX,
     MAGIC,
     RECORD,
     RECORD_DTYPE,
@@ -143,8 +144,11 @@ def _batch(name: str, number: int, rows: npt.NDArray[np.void]) -> Batch:
     keys = rows["key"].astype(np.uint64)
     counts = (rows["count_op"] & np.uint32(COUNT_MASK)).astype(np.uint64)
     ends = (keys & np.uint64(LBA_MAX)) + counts
-    if rows.size and not (counts.min() > 0 and counts.max() <= REQUEST_BLOCKS_MAX and ends.max() <= LBA_MAX):
-        bad = np.flatnonzero((counts == 0) | (counts > REQUEST_BLOCKS_MAX) | (ends > LBA_MAX))
+    keys_max = np.uint64(KEY_MAX)
+    if rows.size and not (
+        counts.min() > 0 and counts.max() <= REQUEST_BLOCKS_MAX and ends.max() <= LBA_MAX and keys.max() <= keys_max
+    ):
+        bad = np.flatnonzero((counts == 0) | (counts > REQUEST_BLOCKS_MAX) | (ends > LBA_MAX) | (keys > keys_max))
         raise TraceError(name, number + int(bad[0]) + 1, "no disk is asked for so many blocks there")
     writes = (rows["count_op"] & np.uint32(WRITE_BIT)) != 0
     return Batch(keys, counts, writes, rows["time_ms"].astype(np.uint64))
