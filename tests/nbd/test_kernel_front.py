@@ -351,3 +351,38 @@ def test_a_link_that_leads_to_another_device_is_left_alone(play, tmp_path) -> No
         assert os.readlink(tmp_path / "links" / "vm1") == "/dev/null"
 
     play(scenario)
+
+
+def test_a_volume_that_is_abandoned_ends_its_device_although_somebody_uses_it(play) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.fronts.attach(rig.volume)
+        rig.kernel.held_by = ["mounted at /srv"]
+        rig.fronts.suspend(rig.volume)
+        await rig.fronts.abandon("vm1", rig.volume.front)
+        assert not rig.kernel.rows[0].connected and os.listdir(rig.front._links) == []
+
+    play(scenario)
+
+
+def test_a_start_ends_devices_of_its_own_that_no_volume_claims_and_no_others(play, caplog) -> None:
+    async def scenario(rig: Rig) -> None:
+        own = f"forebay/{CACHE.hex()}"
+        rig.kernel.rows = {
+            number: Found(number, True, identifier, MIB)
+            for number, identifier in enumerate((f"{own}/vm1", f"{own}/gone", f"forebay/{'ab' * 16}/vm1", "somebody's"))
+        }
+        await rig.front.end_strays(["vm1"])
+        assert [row.number for row in rig.kernel.rows.values() if row.connected] == [0, 2, 3]
+        assert "nbd-client -d /dev/nbd2" in caplog.text and "nbd0" not in caplog.text and "nbd3" not in caplog.text
+
+    play(scenario)
+
+
+def test_a_start_goes_on_when_the_kernel_does_not_end_a_stray(play, caplog) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.kernel.rows[0] = Found(0, True, f"forebay/{CACHE.hex()}/gone", MIB)
+        rig.kernel.refusals = [errno.EPERM]
+        await rig.front.end_strays([])
+        assert "/dev/nbd0 can't be disconnected" in caplog.text
+
+    play(scenario)

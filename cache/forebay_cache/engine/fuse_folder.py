@@ -52,6 +52,7 @@ class FuseFolder:
         self.names: dict[str, VolumeFile] = {}
         self._owner = (uid, gid)
         self.nodes: dict[int, VolumeFile] = {}
+        self.deserted = False  # the last file that somebody had open was shown no more, and is closed
         self._node = fuse.ROOT_NODE
 
     def serve(self, name: str, served: Served) -> VolumeFile:
@@ -78,6 +79,7 @@ class FuseFolder:
         file.openings -= 1
         if not file.openings and self.names.get(file.name) is not file:
             self.nodes.pop(file.node, None)
+            self.deserted = not self.nodes
 
     def find(self, node: int) -> VolumeFile | None:
         """Return the file of a node."""

@@ -24,7 +24,7 @@ from forebay_cache.engine.policy import PolicySettings
 from forebay_cache.engine.rates import NO_LIMIT, Limit, changed_limit
 from forebay_cache.engine.recovery import Recovered
 from forebay_cache.engine.volume import CacheVolume
-from forebay_cache.format.volume_note import Front
+from forebay_cache.format.volume_note import Front, FrontKind
 from forebay_cache.service.builder import ProcessBuilder
 from forebay_cache.service.completions import outcome
 from forebay_cache.service.control import ControlServer
@@ -164,7 +164,8 @@ class _Daemon:
         self._sample = SampleFile(self._engine, folder.path, identity)
         self._exports = AttachedExports()
         self._nbd = NbdServer(self._exports, NbdSettings(socket_group=folder.group))
-        self._fronts = self._make_fronts(identity)
+        self._kernel = KernelFront(NbdNetlink(), self._nbd, cache=identity, note=self._note_front)
+        self._fronts = self._make_fronts()
         self._shell = Shell(
             engine=self._engine,
             session=self._session,
@@ -178,11 +179,10 @@ class _Daemon:
         )
         self._control = ControlServer(self._shell, key=key, device=identity)
 
-    def _make_fronts(self, identity: DeviceId) -> DeviceFronts:
-        kernel = KernelFront(NbdNetlink(), self._nbd, cache=identity, note=self._note_front)
+    def _make_fronts(self) -> DeviceFronts:
         keeper = FuseKeeper(self._folder.path)
         # Loop devices are over files: whatever is told to all is told to them first.
-        return DeviceFronts([kernel, LoopFront(keeper, note=self._note_front), FuseDevice(keeper)])
+        return DeviceFronts([self._kernel, LoopFront(keeper, note=self._note_front), FuseDevice(keeper)])
 
     async def serve(self) -> int:
         """Serve until a signal; return the exit code."""
@@ -233,6 +233,8 @@ class _Daemon:
         if inherited:
             places.append(f"nbd=inherited:{inherited}")
         await self._fronts.resume(self._engine.attached())
+        attached = self._engine.attached()
+        await self._kernel.end_strays([one.name for one in attached if one.front.kind is FrontKind.KERNEL])
         if settings.nbd is not None:
             address = parse_address(settings.nbd)
             port = await self._nbd.listen_tcp(address.host, address.port, allow_remote=settings.nbd_allow_remote)

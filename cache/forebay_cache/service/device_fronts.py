@@ -8,7 +8,8 @@ Crash: the rows say which front each volume has; `resume` brings all of them bac
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from forebay_cache.engine.volume import CacheVolume
@@ -50,7 +51,10 @@ class DeviceFront(Protocol):
         """Take it away once nobody uses it; if somebody still does after `timeout_s`, refuse and say who."""
 
     def suspend(self, volume: CacheVolume) -> None:
-        """The volume stops being served for a while; `attach` follows."""
+        """The volume stops being served for a while; `attach` follows, or `abandon`."""
+
+    async def abandon(self, name: str, front: Front) -> None:
+        """A suspended volume is not served any more: take away what it had; who uses that gets errors, not waits."""
 
     def resized(self, volume: CacheVolume) -> None:
         """The volume became larger."""
@@ -68,16 +72,24 @@ class Steps:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, step: Awaitable[None]) -> None:
-        """Take a step beside everything else."""
-        task = asyncio.ensure_future(step)
+    def start(self, step: Coroutine[object, object, None], failure: str) -> None:
+        """Take a step beside everything else; if it fails, `failure` and the reason are a line of the log."""
+        task = asyncio.create_task(step)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._ended, failure))
 
     def cancel(self) -> None:
         """Give up what is under way."""
         for task in self._tasks:
             task.cancel()
+
+    def _ended(self, failure: str, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, (ForebayError, OSError)):
+            _LOG.error("%s: %s", failure, error)
+        elif error is not None:  # a bug
+            task.get_loop().call_exception_handler({"message": failure, "exception": error})
 
 
 def tell_missing(volume: CacheVolume, error: ForebayError) -> None:
@@ -134,6 +146,15 @@ class DeviceFronts:
         """See DeviceFront."""
         if (front := self._of(volume)) is not None:
             front.suspend(volume)
+
+    async def abandon(self, name: str, front: Front) -> None:
+        """See DeviceFront; that this does not work either is only told."""
+        kind = self._fronts.get(front.kind)
+        try:
+            if kind is not None:
+                await kind.abandon(name, front)
+        except ForebayError as error:
+            _LOG.error("volume %s: what it was seen by is left over: %s", name, error)
 
     def resized(self, volume: CacheVolume) -> None:
         """See DeviceFront."""

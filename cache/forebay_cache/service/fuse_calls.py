@@ -2,6 +2,7 @@
 
     {"serve": NAME, "size": BYTES, "read_only": BOOL}   show a volume, or tell its new size     {"open": COUNT}
     {"release": NAME}    show it no longer, unless somebody has it open                         {"open": COUNT}
+    {"release": NAME, "hide": true}   the same, even if somebody has it open                    {"open": COUNT}
     {"end": true}        end, unless somebody has something open                                {"open": COUNT}
 
 The front ends when nothing is shown and nothing is open any more. Only who may enter the run directory can connect.
@@ -34,6 +35,7 @@ class Call(msgspec.Struct, omit_defaults=True):
     size: int = 0
     read_only: bool = False
     release: str = ""
+    hide: bool = False
     end: bool = False
 
 
@@ -123,7 +125,7 @@ class CallServer:
         if call.release:
             file = folder.names.get(call.release)
             openings = file.openings if file is not None else 0
-            if not openings:
+            if call.hide or not openings:
                 folder.release(call.release)
                 self.ended = not folder.nodes
             return CallAnswer(openings)

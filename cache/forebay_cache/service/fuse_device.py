@@ -5,7 +5,7 @@ from typing import Final
 
 from forebay_cache.engine.fuse_folder import Served
 from forebay_cache.engine.volume import CacheVolume
-from forebay_cache.format.volume_note import FrontKind
+from forebay_cache.format.volume_note import Front, FrontKind
 from forebay_cache.service import fuse_mount
 from forebay_cache.service.device_fronts import Place, Steps
 from forebay_cache.service.file_users import describe_users
@@ -42,11 +42,15 @@ class FuseDevice:
         await release_file(self._keeper, volume.name, timeout_s)
 
     def suspend(self, volume: CacheVolume) -> None:
-        """See DeviceFront: who has the file open gets errors until `resume`, as the volume has stopped."""
+        """See DeviceFront: who has the file open gets errors until `attach`, as the volume has stopped."""
+
+    async def abandon(self, name: str, front: Front) -> None:
+        """See DeviceFront."""
+        await self._keeper.hide(name)
 
     def resized(self, volume: CacheVolume) -> None:
         """See DeviceFront."""
-        self._steps.start(self.attach(volume))
+        self._steps.start(self.attach(volume), f"volume {volume.name}: its file does not see its new size")
 
     def place(self, volume: CacheVolume) -> Place:
         """See DeviceFront."""

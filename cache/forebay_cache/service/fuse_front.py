@@ -204,7 +204,7 @@ class FuseFront:
 
     def run(self) -> None:
         """Serve until the mount is gone, or nothing is to be served any more."""
-        while not (self.ended or self.requests.ended or self._calls.ended):
+        while not (self.ended or self.requests.ended or self._calls.ended or self.folder.deserted):
             self._poll.turn(self._timeout_s())
             for line in self._lines.values():
                 if line.client.outgoing:

@@ -86,6 +86,18 @@ class FuseKeeper:
                 await self._gone()
             return openings
 
+    async def hide(self, name: str) -> None:
+        """Show a volume no longer, whether somebody has it open or not.
+
+        Raises:
+            ForebayError: the front does not answer.
+        """
+        async with self._alone:
+            self._served.pop(name, None)
+            openings = await self._call(Call(release=name, hide=True)) if self._writer is not None else 0
+            if not self._served and not openings:
+                await self._gone()
+
     async def close(self) -> None:
         """The daemon ends: so does the front, unless somebody has something open, who waits for the next daemon."""
         async with self._alone:

@@ -13,15 +13,15 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from forebay_cache.engine.kernel_device import Connect, KernelDevice, Mend, State
+from forebay_cache.engine.kernel_device import Connect, Found, KernelDevice, Mend, State
 from forebay_cache.engine.nbd_negotiation import transmission_flags
 from forebay_cache.engine.volume import CacheVolume
-from forebay_cache.format.volume_note import FrontKind
+from forebay_cache.format.volume_note import Front, FrontKind
 from forebay_cache.service.device_fronts import NoteFront, Place, Steps
 from forebay_cache.service.device_links import FOLDER, links_by_udev, make_link, remove_link
 from forebay_cache.service.nbd_netlink import KernelPort
@@ -35,6 +35,9 @@ NODE_WAIT_S: Final = 5.0
 
 KERNEL_WAIT_S: Final = 20.0
 """How long the kernel may take to answer a message; a start does not wait longer for a device."""
+
+PREFIX: Final = "forebay/"
+"""What the identifiers of our devices begin with; the cache's and the volume's name follow."""
 
 USERS_POLL_S: Final = 0.2
 _POLL_S: Final = 0.02
@@ -100,7 +103,7 @@ class KernelFront:
             await self._bring(attached)
             # udev may want to read what only the store has, which is not asked before we are there.
             if links_by_udev():
-                self._steps.start(self._name(attached))
+                self._steps.start(self._name(attached), f"{attached.path} gets no name")
             else:
                 await self._name(attached)
 
@@ -121,11 +124,34 @@ class KernelFront:
         if attached is not None and attached.sever is not None:
             attached.sever()
 
+    async def abandon(self, name: str, front: Front) -> None:
+        """See DeviceFront."""
+        found = await _off(self._port.devices)
+        for device in found:
+            if device.identifier == self._identifier(name):
+                await self._end(device)
+
+    async def end_strays(self, served: Collection[str]) -> None:
+        """Disconnect devices of this cache that belong to no volume served by them: nobody will ever answer there.
+
+        Devices of other caches may be served by other daemons of this host; which of them nobody serves is not known.
+        """
+        names = {self._identifier(name) for name in served}
+        own = self._identifier("")
+        for device in await _off(self._port.devices):
+            if device.identifier.startswith(own) and device.identifier not in names:
+                await self._end(device)
+            elif device.identifier.startswith(PREFIX) and device.identifier not in names:
+                path, whose = f"/dev/nbd{device.number}", device.identifier.removeprefix(PREFIX)
+                _LOG.warning(
+                    "%s is of another cache, %s; if that is gone for good: nbd-client -d %s", path, whose, path
+                )
+
     def resized(self, volume: CacheVolume) -> None:
         """See DeviceFront."""
         attached = self._attached.get(volume.name)
         if attached is not None:
-            self._steps.start(self._resize(attached))
+            self._steps.start(self._resize(attached), f"{attached.path} does not see its new size")
 
     def place(self, volume: CacheVolume) -> Place:
         """See DeviceFront."""
@@ -150,7 +176,7 @@ class KernelFront:
     def _add(self, volume: CacheVolume) -> _Attached:
         front = volume.front
         device = KernelDevice(
-            f"forebay/{self._cache.hex()}/{volume.name}",
+            self._identifier(volume.name),
             size=volume.size,
             block_size=front.block_size,
             flags=transmission_flags(volume),
@@ -158,6 +184,20 @@ class KernelFront:
         )
         attached = self._attached[volume.name] = _Attached(volume, device)
         return attached
+
+    def _identifier(self, name: str) -> str:
+        return f"{PREFIX}{self._cache.hex()}/{name}"
+
+    async def _end(self, device: Found) -> None:
+        """Disconnect a device that nobody is to serve any more."""
+        path, name = f"/dev/nbd{device.number}", device.identifier.rpartition("/")[2]
+        _LOG.error("%s: volume %s is not served by it any more: it ends, and whoever uses it gets errors", path, name)
+        try:
+            await _off(self._port.disconnect, device.number, wait_s=KERNEL_WAIT_S)
+        except OSError as error:
+            _LOG.error("%s can't be disconnected (%s); end it yourself: nbd-client -d %s", path, error, path)
+            return
+        await _off(remove_link, name, path, self._links)
 
     async def _guard(self) -> None:
         """With the first device, once."""
@@ -197,11 +237,11 @@ class KernelFront:
             other = device.refused(error.errno or errno.EIO)
             if other is None:
                 _LOG.warning("%s: a fresh socket was refused: %s", attached.path, error)
-                self._steps.start(self._mend(attached))
+                self._mend_soon(attached)
             return other
         assert number is not None
         if device.done(number):
-            self._steps.start(self._mend(attached))
+            self._mend_soon(attached)
         return None
 
     async def _settle(self, attached: _Attached) -> None:
@@ -227,7 +267,10 @@ class KernelFront:
         attached.sever = None
         current = self._attached.get(attached.volume.name) is attached
         if attached.device.lost() and current and not self._closing:
-            self._steps.start(self._mend(attached))
+            self._mend_soon(attached)
+
+    def _mend_soon(self, attached: _Attached) -> None:
+        self._steps.start(self._mend(attached), f"{attached.path} has no socket; whoever uses it waits")
 
     async def _mend(self, attached: _Attached) -> None:
         """Give a severed device a fresh socket."""

@@ -12,7 +12,7 @@ from typing import Final
 
 from forebay_cache.engine.fuse_folder import Served
 from forebay_cache.engine.volume import CacheVolume
-from forebay_cache.format.volume_note import FrontKind
+from forebay_cache.format.volume_note import Front, FrontKind
 from forebay_cache.service import fuse_mount, loop_device
 from forebay_cache.service.device_fronts import NoteFront, Place, Steps, tell_missing
 from forebay_cache.service.device_links import FOLDER, make_link, remove_link
@@ -86,13 +86,22 @@ class LoopFront:
             self._loops.pop(volume.name, None)
 
     def suspend(self, volume: CacheVolume) -> None:
-        """See DeviceFront: who uses the device gets errors until `resume`, as the volume has stopped."""
+        """See DeviceFront: who uses the device gets errors until `attach`, as the volume has stopped."""
+
+    async def abandon(self, name: str, front: Front) -> None:
+        """See DeviceFront; a device that somebody has open goes when he closes it."""
+        self._loops.pop(name, None)
+        number = front.number - 1
+        if await asyncio.to_thread(loop_device.backing_of, number) == str(self._keeper.path(name)):
+            await asyncio.to_thread(loop_device.remove, number)
+            await asyncio.to_thread(remove_link, name, loop_device.path_of(number), self._links)
+        await self._keeper.hide(name)
 
     def resized(self, volume: CacheVolume) -> None:
         """See DeviceFront."""
         loop = self._loops.get(volume.name)
         if loop is not None:
-            self._steps.start(self._grow(loop))
+            self._steps.start(self._grow(loop), f"volume {volume.name}: its device does not see its new size")
 
     def place(self, volume: CacheVolume) -> Place:
         """See DeviceFront."""
@@ -159,18 +168,15 @@ class LoopFront:
 
     async def _grow(self, loop: _Loop) -> None:
         async with loop.lock:
-            try:
-                volume = loop.volume
-                await self._keeper.serve(volume.name, Served(volume.size, volume.read_only))
-                if loop.number is not None:
-                    await asyncio.to_thread(loop_device.adopt_size, loop.number)
-            except ForebayError as error:
-                _LOG.error("volume %s: its device does not see its new size: %s", loop.volume.name, error)
+            volume = loop.volume
+            await self._keeper.serve(volume.name, Served(volume.size, volume.read_only))
+            if loop.number is not None:
+                await asyncio.to_thread(loop_device.adopt_size, loop.number)
 
     def _restore(self) -> None:
         """The FUSE front died and another one is there: make all devices anew."""
         for loop in self._loops.values():
-            self._steps.start(self._bring_back(loop))
+            self._steps.start(self._bring_back(loop), f"volume {loop.volume.name}: its device did not come back")
 
     async def _bring_back(self, loop: _Loop) -> None:
         async with loop.lock:

@@ -159,17 +159,13 @@ class Shell:
                 return self._place(volume)
             if volume is not None and not volume.snapshot:
                 wanted = wanted._replace(number=volume.front.number if volume.front.kind is wanted.kind else 0)
-                self._fronts.suspend(volume)
-                await self._leave(volume)
+                return await self._take_over(volume, read_only=read_only, front=wanted)
             if is_snapshot_name(name):
                 volume = await self._snapshots.attach(name, front=wanted)
                 await self._cut_ends.learn(volume)
             else:
                 volume = await self._open(name, read_only=read_only, take_over=take_over, front=wanted)
-            self._exports.add(volume)
-            await self._attach_front(volume)
-            _LOG.info("attached volume %s, epoch %d", name, volume.epoch)
-            return self._place(volume)
+            return await self._show(volume)
 
     async def detach(self, name: str, *, leave_dirty: bool, timeout_ms: int = 0) -> None:
         """Destage (unless `leave_dirty`), stop serving, give the volume back.
@@ -295,13 +291,29 @@ class Shell:
         if refusal is not None and refusal.code == messages.WRONG_STORE:
             raise refusal
 
-    async def _attach_front(self, volume: CacheVolume) -> None:
-        """Make the device of a volume that was just opened; if that fails the volume is given back."""
+    async def _take_over(self, stopped: CacheVolume, *, read_only: bool, front: Front) -> Attached:
+        """Open a volume again that has stopped; its device stays if it is to be the same, and this works."""
+        self._fronts.suspend(stopped)
+        name, before = stopped.name, stopped.front
+        try:
+            if front.kind is not before.kind:
+                await self._fronts.abandon(name, before)
+            await self._leave(stopped)
+            return await self._show(await self._open(name, read_only=read_only, take_over=True, front=front))
+        except BaseException:
+            await asyncio.shield(self._fronts.abandon(name, before))
+            raise
+
+    async def _show(self, volume: CacheVolume) -> Attached:
+        """Serve a volume that was just opened and make its device; if that fails the volume is given back."""
+        self._exports.add(volume)
         try:
             await self._fronts.attach(volume)
         except ForebayError:
             await self._give_back(volume, leave_dirty=volume.has_changes)
             raise
+        _LOG.info("attached volume %s, epoch %d", volume.name, volume.epoch)
+        return self._place(volume)
 
     async def _give_back(self, volume: CacheVolume, *, leave_dirty: bool) -> None:
         self._exports.remove(volume.name)
