@@ -20,7 +20,7 @@ test: packages venv-dev
 	@$(BIN)/python -m pytest -m "not soak"
 
 soak: packages venv-dev
-	@$(BIN)/python -m pytest -m soak --timeout 0
+	@PYTHONPATH=tests $(BIN)/python -m pytest -p soak_progress -m soak --timeout 0
 
 bench: packages venv-dev
 	@$(BIN)/python bench/run.py
