@@ -34,9 +34,10 @@ class Progress:
             with self._path.open("a") as file:
                 file.write(f"{report.nodeid}\n")
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Begin anew when nothing is left."""
-        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        over = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if over and not session.config.option.collectonly:
             self._path.unlink(missing_ok=True)
 
 
