@@ -16,6 +16,9 @@ from vm_image import CACHE, Archive, CannotError, found, kernel, modules_for, ru
 SUITE: Final = "bookworm"
 PACKAGES: Final = ("systemd-sysv", "udev", "e2fsprogs")
 SIZE: Final = 1 << 30
+LABEL: Final = "guest"
+"""By which it finds its disk among others."""
+
 LEFT_OUT: Final = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 PORT: Final = "forebay.agent"
 """Name of the machine's port over which the agent is asked."""
@@ -68,7 +71,7 @@ def _make_disk(path: Path) -> None:
         _settle(root)
         with path.open("wb") as file:
             file.truncate(SIZE)
-        run([str(found("mkfs.ext4")), "-q", "-F", "-L", "guest", "-d", str(root), str(path)])
+        run([str(found("mkfs.ext4")), "-q", "-F", "-L", LABEL, "-d", str(root), str(path)])
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
@@ -85,7 +88,7 @@ def _settle(root: Path) -> None:
     (wants / "agent.service").symlink_to("/etc/systemd/system/agent.service")
     (root / "etc/machine-id").write_text("f0" * 16 + "\n")
     (root / "etc/hostname").write_text("guest\n")
-    (root / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 1\n")
+    (root / "etc/fstab").write_text(f"LABEL={LABEL} / ext4 defaults 0 1\n")
 
 
 def _make_first(path: Path) -> None:
@@ -109,7 +112,7 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 {loads}
-mount -t ext4 -o ro /dev/vda /root
+mount -t ext4 -o ro "$(findfs LABEL={LABEL})" /root
 for name in proc sys dev; do mount --move /$name /root/$name; done
 exec switch_root /root /sbin/init
 """

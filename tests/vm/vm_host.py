@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from forebay_cache.service.nbd_holder import end_holder
+
 MAIN: Final = (sys.executable, "-m", "forebay_tools.main")
 STORE_READY: Final = "store listening on "
 CACHE_READY: Final = "READY"
@@ -89,17 +91,23 @@ class HostStore(_Daemon):
 class HostCache(_Daemon):
     """A cache process in a folder of its own."""
 
-    def __init__(self, folder: Path, store: HostStore, size: str = "512MiB") -> None:
+    def __init__(self, folder: Path, store: HostStore, size: str = "512MiB", flags: tuple[str, ...] = ()) -> None:
         folder.mkdir()
         super().__init__(folder / "cache.log")
         self.run_dir = folder / "run"
         self._store = store
         self._words = ["cache", "serve", "--device", str(folder / "cache"), "--size", size]
-        self._words += ["--run-dir", str(self.run_dir), "--store", store.address, "--cut-age-s-max", "1"]
+        self._words += ["--run-dir", str(self.run_dir), "--store", store.address, "--cut-age-s-max", "1", *flags]
 
     def __enter__(self) -> "HostCache":
         self.start()
         return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        end_holder(self.run_dir, str(self.socket))
 
     def start(self) -> None:
         """Start it on what it left."""
@@ -117,6 +125,10 @@ class HostCache(_Daemon):
     def forebay(self, *words: str) -> str:
         """Run a command about this cache or its store; return what it printed."""
         return _command(words, {"FOREBAY_STORE": self._store.address, "FOREBAY_RUN_DIR": str(self.run_dir)})
+
+    def attach_device(self, volume: str, front: str) -> Path:
+        """Attach a volume as a block device, and return its path."""
+        return Path(json.loads(self.forebay("attach", volume, "--front", front))["path"])
 
     def fetched_blocks(self) -> int:
         """Return how many blocks it read from the store since its start."""
