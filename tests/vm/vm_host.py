@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from forebay_cache.service.nbd_holder import end_holder
+from service_manager import ServiceManager
 
 MAIN: Final = (sys.executable, "-m", "forebay_tools.main")
 STORE_READY: Final = "store listening on "
@@ -42,9 +43,9 @@ class _Daemon:
         """What it logged."""
         return self._log.read_text(errors="replace")
 
-    def _start(self, words: list[str], ready: str) -> str:
+    def _start(self, words: list[str], ready: str, descriptors: Sequence[int] = ()) -> str:
         with self._log.open("ab") as log:
-            self._child = subprocess.Popen([*MAIN, *words], stdout=subprocess.PIPE, stderr=log, text=True)
+            self._child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, pass_fds=descriptors)
         assert self._child.stdout is not None
         line = self._child.stdout.readline()
         assert line.startswith(ready), self.said
@@ -65,7 +66,7 @@ class HostStore(_Daemon):
 
     def start(self) -> None:
         """Start it, where it listened before."""
-        words = ["store", "serve", "--data", str(self.data), "--listen", self.address]
+        words = [*MAIN, "store", "serve", "--data", str(self.data), "--listen", self.address]
         self.address = self._start(words, STORE_READY)
 
     @property
@@ -89,12 +90,13 @@ class HostStore(_Daemon):
 
 
 class HostCache(_Daemon):
-    """A cache process in a folder of its own."""
+    """A cache process in a folder of its own, whose socket is kept while it is away, as systemd does."""
 
     def __init__(self, folder: Path, store: HostStore, size: str = "512MiB", flags: tuple[str, ...] = ()) -> None:
         folder.mkdir()
         super().__init__(folder / "cache.log")
         self.run_dir = folder / "run"
+        self._manager = ServiceManager(folder)
         self._store = store
         self._words = ["cache", "serve", "--device", str(folder / "cache"), "--size", size]
         self._words += ["--run-dir", str(self.run_dir), "--store", store.address, "--cut-age-s-max", "1", *flags]
@@ -106,12 +108,13 @@ class HostCache(_Daemon):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.kill()
-        end_holder(self.run_dir, str(self.socket))
+        super().__exit__(kind, error, trace)
+        self._manager.close()
 
     def start(self) -> None:
         """Start it on what it left."""
-        self._start(self._words, CACHE_READY)
+        words, descriptors = self._manager.begin([*MAIN, *self._words])
+        self._start(words, CACHE_READY, descriptors)
 
     @property
     def socket(self) -> Path:
