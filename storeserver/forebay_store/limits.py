@@ -60,6 +60,12 @@ SCAN_ENTRIES_MAX: Final = 65536
 PURGE_ENTRIES_MAX: Final = 4096
 """Entries of a deleted volume or snapshot that one record removes, or moves to an older snapshot."""
 
+TRIM_ENTRIES_MAX: Final = 4096
+"""Entries of the head that one change trims at once; the rest is hidden, and swept in steps."""
+
+SWEEP_ENTRIES_MAX: Final = 4096
+"""Entries of the head that one such step changes."""
+
 DISPLACED_PER_ROW_MAX: Final = 240
 """Entries of the history in one row of `displaced`: with it a row stays within a page of LMDB."""
 

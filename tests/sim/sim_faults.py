@@ -31,7 +31,7 @@ from forebay_cache.service.store_session import StoreSession
 from forebay_core.extents import Extent
 from forebay_core.units import sequence_of
 from forebay_store.engine import apply as store_apply
-from forebay_store.engine import changes, moving, reading
+from forebay_store.engine import changes, moving, reading, views
 from forebay_store.engine.store import StoreEngine
 from forebay_store.format.part import PART_ENTRY
 from forebay_store.service.shell import StoreShell
@@ -90,16 +90,20 @@ def cut_applied_out_of_order() -> None:
 def cut_half_applied() -> None:
     apply_part = store_apply._apply_part
 
-    def half(change, part):
+    def half(change, trimming, part):
         kept = part.entries[: len(part.entries) // PART_ENTRY.size // 2 * PART_ENTRY.size]
-        apply_part(change, part._replace(entries=kept))
+        apply_part(change, trimming, part._replace(entries=kept))
 
     store_apply._apply_part = half
 
 
 def holes_of_a_cut_forgotten() -> None:
     apply_part = store_apply._apply_part
-    store_apply._apply_part = lambda change, part: apply_part(change, part._replace(holes=b""))
+    store_apply._apply_part = lambda change, trimming, part: apply_part(change, trimming, part._replace(holes=b""))
+
+
+def blocks_that_a_trim_hid_shown_until_they_are_swept() -> None:
+    views._swept_head = views._head
 
 
 def checksum_not_checked() -> None:
@@ -404,6 +408,7 @@ PLANTED = (
     Planted(checksum_not_checked, "media", 60),
     Planted(torn_data_accepted, "power", 40),
     Planted(lost_write_taken_for_the_end, "media", 60),
+    Planted(blocks_that_a_trim_hid_shown_until_they_are_swept, "all"),
     Planted(trim_not_logged, "all"),
     Planted(trim_not_replayed, "all"),
     Planted(old_epoch_accepted, "fencing", 40),

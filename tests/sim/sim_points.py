@@ -32,7 +32,7 @@ from sim_guest import COUNTS
 from sim_guest import KINDS as KINDS_OF_REQUEST
 from sim_judges import check_rebuilt
 from sim_run import MS, Profile, Scenario
-from sim_store import STORE, SimIndex, StoreHost
+from sim_store import STORE, SimIndex, StoreHost, small_steps
 from sim_world import SimLoop
 
 OPERATIONS = 200
@@ -308,7 +308,8 @@ def run_points(
 ) -> AllPoints:
     """Take each point, or those with `only` in their text; with `stop_early` until a promise is broken."""
     run = AllPoints(seed, workload, every, only, stop_early=stop_early)
-    run.collect()
+    with small_steps():
+        run.collect()
     return run
 
 
@@ -327,7 +328,8 @@ def main() -> int:
     if options.point is not None:
         one = OnePoint(options.seed, options.workload, options.point, Crash(options.kind, options.who))
         try:
-            one.run()
+            with small_steps():
+                one.run()
         finally:
             print("\n".join(one.world.trail))
         return 0

@@ -22,7 +22,7 @@ from sim_cache import CacheHost
 from sim_guest import Guest, LeftBehind
 from sim_judges import Branch, Official, StoreJudge, check_rebuilt
 from sim_net import Network
-from sim_store import STORE, SimIndex, StoreHost
+from sim_store import STORE, SimIndex, StoreHost, small_steps
 from sim_world import SimLoop, Violation, World
 
 from forebay_cache.engine.cache import EngineSettings
@@ -299,7 +299,6 @@ class Scenario:
         damaged = bool(self.world.excuses)
         self.judge.shown(self.store.index, self.store.backend, all_of_it=True, damaged=damaged)
         if not damaged:
-            self.world.run(self.store.applied_all, limit_s=60)  # the store may be between a segment and its rows
             check_rebuilt(self.store.index, self.store.backend, SimIndex(), store=STORE)
         for host in self.caches:
             if host.running:
@@ -590,7 +589,8 @@ def run_seed(seed: int, profile: str = "") -> Scenario:
     """Run one seed; raises what it violates."""
     scenario = Scenario(seed, PROFILES[profile or choose_profile(seed)])
     try:
-        scenario.run()
+        with small_steps():
+            scenario.run()
     except BaseException as error:
         error.add_note("what happened last:\n" + "\n".join(scenario.world.trail))
         error.add_note(

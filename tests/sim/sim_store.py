@@ -6,7 +6,8 @@ may take the newest transaction back. `StoreHost` stands for `service/daemon.py`
 server.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from sim_index import DictIndex, Result
@@ -16,11 +17,11 @@ from sim_world import Died, SimLoop, World
 from forebay_core.config import StoreSettings
 from forebay_core.errors import CorruptionError, ForebayError, NoSpaceError
 from forebay_core.units import Buffer
+from forebay_store.engine import background, sweeping
 from forebay_store.engine.cleaner import delete_leaving
 from forebay_store.engine.ports import BackendError, IndexWriter, SegmentExistsError, SegmentMissingError
 from forebay_store.engine.replay import replay
 from forebay_store.engine.space import DiskRoom
-from forebay_store.engine.volumes import read_applied
 from forebay_store.format.damage_file import ScrubState, decode_damage, encode_damage
 from forebay_store.format.reports import Reports, decode_reports, encode_reports
 from forebay_store.format.segment import parse_name
@@ -35,6 +36,20 @@ from forebay_wire.peer import Peer
 STORE = b"store-simulated!"
 KEY = b"a key of the simulator, 32 bytes"
 SECTOR = 512
+
+
+TRIM_ENTRIES, SWEEP_ENTRIES = 4, 3
+
+
+@contextmanager
+def small_steps() -> Iterator[None]:
+    """Let stores take trims and rollbacks in steps of a few entries, as large ones do with large volumes."""
+    usual = sweeping.TRIM_ENTRIES_MAX, background.SWEEP_ENTRIES_MAX
+    sweeping.TRIM_ENTRIES_MAX, background.SWEEP_ENTRIES_MAX = TRIM_ENTRIES, SWEEP_ENTRIES  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        sweeping.TRIM_ENTRIES_MAX, background.SWEEP_ENTRIES_MAX = usual  # type: ignore[misc]
 
 
 class SimFolder:
@@ -359,12 +374,6 @@ class StoreHost:
     def broken(self) -> bool:
         """Whether it needs a restart to go on."""
         return self.shell is not None and bool(self.shell._engine.error)
-
-    def applied_all(self) -> bool:
-        """Whether the index shows the newest segment; it never does so before the segment is there."""
-        names = self.backend.list()
-        with self.index.view() as reader:
-            return not names or read_applied(reader).text == names[-1]
 
     def accept(self, sock: SimSocket) -> None:
         """Serve a client on its socket."""

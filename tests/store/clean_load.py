@@ -66,9 +66,10 @@ class CleanLoad:
         attempt = self.random.getrandbits(60)
         state = dict(self.heads[name])
         parts = self.random.randint(1, 2)
+        written: set[int] = set()  # whose data counts, whatever the holes of the same cut say
         for index in range(parts):
             holes = Extent(self.random.randrange(BLOCKS - 4), self.random.randint(1, 4))
-            for lba in range(holes.start, holes.end):
+            for lba in set(range(holes.start, holes.end)) - written:
                 state.pop(lba, None)
             payload = b""
             for _ in range(self.random.randint(1, 3)):
@@ -78,6 +79,7 @@ class CleanLoad:
                 blocks = plain(seed, count)
                 for at in range(count):
                     state[start + at] = blocks[at * BLOCK_SIZE : (at + 1) * BLOCK_SIZE]
+                    written.add(start + at)
             self.twin.ask(messages.StagePart(*key, attempt, index, pack([holes])), payload)
         if not commit:
             return

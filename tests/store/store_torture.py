@@ -184,8 +184,9 @@ class Cache:
         key = (volume.id, opened.epoch, opened.session, self.random.getrandbits(60))
         content, blocks = dict(volume.content), volume.blocks
         parts = self.random.randrange(4)
+        written: set[int] = set()  # whose data counts, whatever the holes of the same cut say
         for index in range(parts):
-            holes, frames = self.part(volume, content)
+            holes, frames = self.part(volume, content, written)
             await self.ask(messages.StagePart(*key, index, pack(holes)), frames)
         first = sequence_of(volume.version) + 1
         last = first + self.random.randrange(3)
@@ -200,15 +201,16 @@ class Cache:
         commit = messages.CommitCut(*key, parts, first, last, 1, **closing)  # type: ignore[arg-type]
         await self.change(commit, self.becoming(volume, make_version(opened.epoch, last), blocks, content))
 
-    def part(self, volume: Volume, content: Content) -> tuple[list[Extent], list[bytes]]:
+    def part(self, volume: Volume, content: Content, written: set[int]) -> tuple[list[Extent], list[bytes]]:
         holes = merge(self.extent(volume, 30) for _ in range(self.random.randrange(3)))
-        for lba in [lba for hole in holes for lba in range(hole.start, hole.end)]:
+        for lba in {lba for hole in holes for lba in range(hole.start, hole.end)} - written:
             content.pop(lba, None)
         frames: list[bytes] = []
         for _ in range(self.random.randrange(8)):
             extent, seed = self.extent(volume, 16), self.fresh("data")
             frames.append(frame(extent.start, seed, extent.count))
             content.update({extent.start + at: (seed, extent.count, at) for at in range(extent.count)})
+            written.update(range(extent.start, extent.end))
         return holes, frames
 
     def extent(self, volume: Volume, count_max: int) -> Extent:

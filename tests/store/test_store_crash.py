@@ -74,7 +74,7 @@ class Load:
         for index in range(parts):
             start, seed = self.random.randrange(BLOCKS - 8), self.random.getrandbits(30)
             holes = Extent(self.random.randrange(BLOCKS - 4), 3)
-            changes |= dict.fromkeys(range(holes.start, holes.end))
+            changes = {**dict.fromkeys(range(holes.start, holes.end)), **changes}  # Data counts.
             changes |= {start + at: (seed, at) for at in range(2)}
             part = messages.StagePart(self.ids[name], opened.epoch, opened.session, attempt, index, pack([holes]))
             self.twin.submit(part, frame(start, (seed, 0)) + frame(start + 1, (seed, 1)))

@@ -153,15 +153,15 @@ def test_a_part_that_is_sent_twice_counts_once() -> None:
     assert rig.row().data_blocks == 1
 
 
-def test_of_blocks_that_come_twice_in_a_cut_the_later_wins() -> None:
+def test_of_blocks_that_come_twice_in_a_cut_the_later_wins_and_data_over_holes() -> None:
     rig = Rig()
     rig.stage(frame(0, "old", 4), 0, holes=(Extent(10, 4),))
     rig.stage(frame(1, "new", 1) + frame(11, "data", 1), 1, holes=(Extent(3, 1),))
     rig.commit(1, 1, 2)
     assert rig.block(1) == plain("new")
-    assert rig.block(3) is None
+    assert rig.block(3) == plain("old", 4)[3 * BLOCK_SIZE :]
     assert rig.block(11) == plain("data")
-    assert rig.row().data_blocks == 4
+    assert rig.row().data_blocks == 5
     rig.assert_rebuilds()
 
 

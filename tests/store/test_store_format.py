@@ -22,6 +22,7 @@ from forebay_store.format import (
     snapshot_rows,
     space_records,
     space_rows,
+    sweep_rows,
 )
 from forebay_store.format.layout import build_segment, decode_segment, payload_of
 from forebay_store.format.part import parse_part, unpack_entries
@@ -96,6 +97,8 @@ def read_all(whole: bytes) -> list[object]:
         (snapshot_records, "origin-part", snapshot_records.ORIGIN_PART_BODY),
         (snapshot_records, "flattened", snapshot_records.FLATTENED_BODY),
         (snapshot_records, "purged", snapshot_records.PURGED_BODY),
+        (snapshot_records, "swept", snapshot_records.SWEPT_BODY),
+        (sweep_rows, "Sweep row", sweep_rows.SWEEP_ROW),
         (part, "Part entry", part.PART_ENTRY),
         (rows, "Volume row", rows.VOLUME_ROW),
         (rows, "Segment row", rows.SEGMENT_ROW),
@@ -150,6 +153,18 @@ def test_row_bytes_stay_as_they_are() -> None:
     assert entries.decode_history(*entries.encode_history(7, 0, entry, 11)) == (entry, 11)
     assert snapshot_rows.decode_snapshot(*snapshot_rows.encode_snapshot(snapshot)) == snapshot
     assert rows.decode_volume(VOLUME, rows.encode_volume(row)) == row
+
+
+def test_the_bytes_of_a_sweep_stay_as_they_are() -> None:
+    record = snapshot_records.Swept(VOLUME, 4096)
+    sweep = sweep_rows.Sweep(VOLUME, 5, 1 << 40, 1 << 44 | 9, 1 << 44 | 8, 1 << 44 | 7, True, True)
+    assert b"".join(records.encode_record(record)).hex() == GOLDEN_SWEPT
+    key, value = sweep_rows.encode_sweep(sweep)
+    assert (key + value).hex() == GOLDEN_SWEEP
+    assert sweep_rows.decode_sweep(key, value) == sweep
+    for damaged in (bytes([value[0] ^ 1]) + value[1:], value[:-1]):
+        with pytest.raises(CorruptionError, match="sweep row"):
+            sweep_rows.decode_sweep(key, damaged)
 
 
 def test_a_segment_reads_back_as_it_was_built() -> None:
@@ -314,5 +329,12 @@ GOLDEN_SEGMENT = (
     "0a0b0c0d0e0f00002000000000004642524305000000240000000000000075d8fee630015cceec685befe7523ddf0001"
     "02030405060708090a0b0c0d0e0f01000000646464646464646464646464646464644642534603000000320100000000"
     "00003e95028050d6df9a207761a887c2b6e3"
+)
+GOLDEN_SWEPT = (
+    "46425243190000001400000000000000b9f60feba046c92600b2fac49cf3d442000102030405060708090a0b0c0d0e0f00100000"
+)
+GOLDEN_SWEEP = (
+    "73776565702f000102030405060708090a0b0c0d0e0f0000000000000005000000000001000009000000001000000800"
+    "000000100000070000000010000003000000000000009813fe53a8166c1e"
 )
 GOLDEN_SHA256 = "ef162567a465de75c307ac3987b7fab83ad6170e61a1fa3fdf910c206973b1e9"

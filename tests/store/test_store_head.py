@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from store_twins import DictIndex
 
 from forebay_core.extents import Extent
-from forebay_store.engine.head import overlapping, replace, trim
+from forebay_store.engine.head import overlapping, replace
+from forebay_store.engine.head import trim as trim_some
 from forebay_store.engine.head_batch import replace_rows
 from forebay_store.engine.head_change import HeadChange
 from forebay_store.engine.live import LiveBytes, find_segment, note_segment
@@ -83,6 +84,12 @@ def with_segments(index: Index) -> Index:
     return index
 
 
+def trim(change: HeadChange, extents: list[Extent]) -> None:
+    """Trim all of it at once."""
+    for extent in extents:
+        trim_some(change, extent.start, extent.end, entries_max=1 << 40)
+
+
 def put(piece: Piece, number: int) -> Callable[[HeadChange], None]:
     if not piece.is_data:
         return lambda made: trim(made, [Extent(piece.start, piece.length)])
@@ -119,7 +126,9 @@ def check_against_model(index: Index, made: list[list[Piece]], origin: bytes = b
             for lba in range(piece.start, piece.start + piece.length):
                 if piece.is_data:
                     model[lba] = narrow(data_entry(piece, version, number), lba, lba + 1)
-                elif (lba in model and model[lba].is_data) or (lba not in model and origin):
+                elif (lba in model and model[lba].is_data and model[lba].version < version) or (
+                    lba not in model and origin
+                ):
                     model[lba] = make_hole(lba, 1, version)
     with index.view() as reader:
         found = list(overlapping(reader, NUMBER, 0, BLOCKS))

@@ -128,25 +128,29 @@ class Load:
         last = first + self.random.randrange(3)
         version = opened.epoch << 44 | last
         parts = self.random.randrange(3)
+        closing_kind, blocks = self.random.randrange(6), self.random.randrange(10, BLOCKS_MAX)
+        written: set[int] = set()
         for index in range(parts):
             holes = merge(self.extent(volume, 24) for _ in range(self.random.randrange(3)))
             payload = b""
-            for hole in holes:
-                self.change(volume, hole, version, None)
+            for lba in sorted({lba for hole in holes for lba in range(hole.start, hole.end)} - written):
+                self.change(volume, Extent(lba, 1), version, None)
             for _ in range(self.random.randrange(4)):
                 extent, seed = self.extent(volume, 5), self.fresh("data")
                 payload += frame(extent.start, seed, extent.count)
                 self.change(volume, extent, version, seed)
+                written.update(range(extent.start, extent.end))
             part = messages.StagePart(*key, first, index, pack(holes))
             assert self.ask(part, payload) == messages.Done()
         closing: dict[str, object] = {}
         snap = ""
-        match self.random.randrange(6):
+        match closing_kind:
             case 0 | 1:
                 snap = self.fresh("s")
                 closing = {"snapshot": self.random.randbytes(16), "snapshot_name": snap, "snapshot_ns": 5}
             case 2:
-                closing = {"size": self.resized(volume, version) * BLOCK_SIZE}
+                self.resize_to(volume, blocks, version)
+                closing = {"size": blocks * BLOCK_SIZE}
         commit = messages.CommitCut(*key, first, parts, first, last, 1, **closing)  # type: ignore[arg-type]
         assert isinstance(reply := self.ask(commit), messages.Committed), reply
         volume.version = version
@@ -211,7 +215,8 @@ class Load:
     def resize(self, name: str, volume: Volume) -> None:
         self.release(volume)
         before = volume.blocks
-        after = self.resized(volume, volume.version + 1)
+        after = self.random.randrange(10, BLOCKS_MAX)
+        self.resize_to(volume, after, volume.version + 1)
         reply = self.ask(messages.ResizeVolume(name, after * BLOCK_SIZE, True))
         assert isinstance(reply, messages.Volume), reply
         volume.version += after < before
@@ -270,12 +275,10 @@ class Load:
             if seed is not None:
                 volume.content[extent.start + index] = (seed, extent.count, index)
 
-    def resized(self, volume: Volume, version: int) -> int:
-        blocks = self.random.randrange(10, BLOCKS_MAX)
+    def resize_to(self, volume: Volume, blocks: int, version: int) -> None:
         if blocks < volume.blocks:
             self.change(volume, Extent(blocks, volume.blocks - blocks), version, None)
         volume.blocks = blocks
-        return blocks
 
     def note_snapshot(self, volume: Volume, name: str, snapshot: bytes) -> None:
         volume.snapshots[name] = Snap(
@@ -369,5 +372,7 @@ def by_block(pieces: bytes) -> dict[int, int]:
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_every_snapshot_reads_as_it_was_taken_whatever_comes_later(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forebay_store.engine.background.PURGE_ENTRIES_MAX", 5)
+    monkeypatch.setattr("forebay_store.engine.background.SWEEP_ENTRIES_MAX", 2)
+    monkeypatch.setattr("forebay_store.engine.sweeping.TRIM_ENTRIES_MAX", 3)
     monkeypatch.setattr("forebay_store.engine.flatten.FLATTEN_BLOCKS_MAX", 16)
     Load(seed).run(STEPS)

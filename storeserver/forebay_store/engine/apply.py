@@ -12,16 +12,16 @@ from forebay_core.errors import CorruptionError
 from forebay_core.extents import EXTENT_COUNT_MAX, Extent, split, unpack
 from forebay_core.units import BLOCK_SIZE, make_version, sequence_of
 from forebay_store.engine.flatten import FIRST_VERSION, put_origin
-from forebay_store.engine.head import replace, trim
+from forebay_store.engine.head import replace
 from forebay_store.engine.head_batch import replace_rows
 from forebay_store.engine.head_change import HeadChange
 from forebay_store.engine.live import LiveBytes, note_segment
 from forebay_store.engine.moving import apply_cleaned, apply_complete, apply_deleted, inherit_age
 from forebay_store.engine.ports import IndexWriter
 from forebay_store.engine.purge import purge
-from forebay_store.engine.rollback import roll_back
 from forebay_store.engine.snapshots import count_clone, delete_snapshot, find_snapshot_id, take_snapshot
-from forebay_store.engine.views import View
+from forebay_store.engine.sweeping import Trimming, begin_rollback, finish, sweep
+from forebay_store.engine.sweeps import forget_sweeps
 from forebay_store.engine.volumes import (
     attempts_of,
     count_volume,
@@ -63,6 +63,7 @@ from forebay_store.format.snapshot_records import (
     SnapshotDeleted,
     SnapshotRecord,
     SnapshotTaken,
+    Swept,
 )
 from forebay_store.format.snapshot_rows import SnapshotState
 from forebay_store.format.space_records import CheckpointComplete, CleanedPart, IndexChunk, SegmentsDeleted
@@ -155,7 +156,7 @@ class _Applying:
                 self._take_snapshot(record)
             case SnapshotDeleted():
                 row, state = self._expect_snapshot(record)
-                put_volume(self._writer, delete_snapshot(self._writer, row, state))
+                put_volume(self._writer, delete_snapshot(self._writer, self._finish(row), state))
             case RolledBack():
                 self._roll_back(record)
             case CloneCreated():
@@ -169,6 +170,8 @@ class _Applying:
                 self._flattened(record)
             case Purged():
                 purge(self._writer, self._live, record.number, record.version, record.entries)
+            case Swept():
+                self._sweep(record)
 
     # Volumes.
 
@@ -195,11 +198,12 @@ class _Applying:
         put_volume(writer, row)
 
     def _resize(self, record: VolumeResized) -> None:
-        row = self._expect(record)
+        row = self._finish(self._expect(record))
         if record.size < row.size:
             change = HeadChange(self._writer, self._live, row, row.version + 1)
-            trim(change, _tail(record.size, row.size))
-            row = change.end()._replace(version=row.version + 1)
+            trimming = Trimming(change)
+            trimming.trim(_tail(record.size, row.size))
+            row = change.end()._replace(version=row.version + 1, sweeping=trimming.deferred)
         put_volume(self._writer, row._replace(size=record.size))
 
     def _delete(self, record: VolumeDeleted) -> None:
@@ -210,6 +214,7 @@ class _Applying:
         if row.origin:
             count_clone(self._writer, row.origin, row.id, -1)
         self._writer.delete(Table.FLATTENING, row.id)
+        forget_sweeps(self._writer, row.id)
         delete_volume(self._writer, row)
 
     # Cuts.
@@ -223,25 +228,29 @@ class _Applying:
         put_staged(self._writer, self._live, record.volume, record.epoch, record.attempt, record.part_index, part)
 
     def _commit(self, record: CutCommitted) -> None:
-        row = self._expect(record)
+        row = self._finish(self._expect(record))
         if record.epoch != row.epoch or record.first != sequence_of(row.version) + 1 or record.last < record.first:
             expected = (row.epoch, sequence_of(row.version) + 1)
             raise self._wrong("cut-committed record", expected, (record.epoch, record.first, record.last))
         version = make_version(record.epoch, record.last)
         change = HeadChange(self._writer, self._live, row, version)
+        trimming = Trimming(change)
         part_count = 0
         for part_index, part in staged_parts(self._writer, record.volume, record.epoch, record.attempt):
             if part_index != part_count or part_count == record.part_count:
                 break
             part_count += 1
-            _apply_part(change, part)
+            _apply_part(change, trimming, part)
         if part_count != record.part_count:
             raise self._wrong("parts of a committed cut", record.part_count, part_count)
         if 0 < record.size < row.size:
-            trim(change, _tail(record.size, row.size))
+            trimming.trim(_tail(record.size, row.size), own_too=True)
         self._forget_until(record)
         row = change.end()._replace(
-            version=version, committed_ns=record.committed_ns, in_sync_version=record.in_sync_version
+            version=version,
+            committed_ns=record.committed_ns,
+            in_sync_version=record.in_sync_version,
+            sweeping=trimming.deferred,
         )
         put_volume(self._writer, self._close(row, record, version))
 
@@ -276,7 +285,7 @@ class _Applying:
     # Snapshots and clones.
 
     def _take_snapshot(self, record: SnapshotTaken) -> None:
-        row = self._expect(record)
+        row = self._finish(self._expect(record))
         row = take_snapshot(
             self._writer,
             row,
@@ -289,14 +298,26 @@ class _Applying:
 
     def _roll_back(self, record: RolledBack) -> None:
         row, state = self._expect_snapshot(record)
+        row = self._finish(row)
         change = HeadChange(self._writer, self._live, row, row.version + 1)
-        roll_back(change, View(row, state))
+        begin_rollback(change, state.version)
         if state.origin != row.origin:
             for origin, count in ((row.origin, -1), (state.origin, 1)):
                 if origin:
                     count_clone(self._writer, origin, row.id, count)
-        row = change.end()._replace(version=row.version + 1, size=state.size, origin=state.origin)
-        put_volume(self._writer, row)
+        put_volume(
+            self._writer, row._replace(version=row.version + 1, size=state.size, origin=state.origin, sweeping=True)
+        )
+
+    def _sweep(self, record: Swept) -> None:
+        """A step that was logged when there was nothing to do any more does nothing."""
+        found = find_volume(self._writer, record.volume)
+        if found is not None and found.sweeping:
+            put_volume(self._writer, sweep(self._writer, self._live, found, record.entries))
+
+    def _finish(self, row: VolumeState) -> VolumeState:
+        """The head is to change again: what the change before it hid must be gone."""
+        return finish(self._writer, self._live, row)
 
     def _clone(self, record: CloneCreated) -> None:
         found = find_snapshot_id(self._writer, record.origin)
@@ -365,8 +386,8 @@ def _tail(size: int, old_size: int) -> list[Extent]:
     return split(Extent(size // BLOCK_SIZE, (old_size - size) // BLOCK_SIZE), EXTENT_COUNT_MAX)
 
 
-def _apply_part(change: HeadChange, part: StagedPart) -> None:
-    trim(change, unpack(part.holes, count_max=HOLES_PER_PART_MAX))
+def _apply_part(change: HeadChange, trimming: Trimming, part: StagedPart) -> None:
+    trimming.trim(unpack(part.holes, count_max=HOLES_PER_PART_MAX))
     rows = pack_rows(change.number, part, change.version)
     if rows is not None:
         replace_rows(change, rows, part.segment)

@@ -1,10 +1,12 @@
-"""What the store does by itself, a step at a time: purging what deletions left, and flattening clones.
+"""What the store does by itself, a step at a time: sweeping what trims and rollbacks hid, purging what deletions left,
+and flattening clones.
 
 Each step is a record of the log, like every other change: a crash in between leaves the rest for the next start.
 At most one step of either kind is under way: between two of them everybody else has a turn.
 
 Invariants:
-    `_purge_serial` and `_copy_serial` are those of records that did not settle yet; 0: there is none.
+    `_step_serial`, of sweeping or purging, and `_copy_serial` are those of records that did not settle yet; 0: there is
+    none.
     `_flattening` has every clone that is being flattened, and from which block on its origin was not looked at;
     `_unreadable` those whose origin could not be read, until `retry_copies`.
 Crash: see above; flattening begins at block 0 again, and skips what it finds there.
@@ -16,10 +18,11 @@ from forebay_core.errors import ForebayError
 from forebay_core.units import Buffer
 from forebay_store.engine.ports import Index, SegmentMissingError
 from forebay_store.engine.purge import next_deleted
+from forebay_store.engine.sweeps import first_sweep
 from forebay_store.format.part import PartTable
 from forebay_store.format.rows import Table
-from forebay_store.format.snapshot_records import Flattened, OriginPart, Purged
-from forebay_store.limits import PURGE_ENTRIES_MAX
+from forebay_store.format.snapshot_records import Flattened, OriginPart, Purged, Swept
+from forebay_store.limits import PURGE_ENTRIES_MAX, SWEEP_ENTRIES_MAX
 
 _MISSED_MAX: Final = 8
 
@@ -44,8 +47,8 @@ class Background:
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._purge_wanted = True
-        self._purge_serial = 0
+        self._steps_wanted = True
+        self._step_serial = 0
         self._unreadable: set[bytes] = set()
         self._copying = b""
         self._copy_serial = 0
@@ -61,12 +64,17 @@ class Background:
 
     @property
     def purging(self) -> bool:
-        """Whether entries of what was deleted are still to be removed, and nothing keeps that from going on."""
-        return self._purge_serial != 0 or (self._purge_wanted and not self._paused)
+        """Whether entries of what was deleted or hidden are still to be removed, and nothing stops that."""
+        return self._step_serial != 0 or (self._steps_wanted and not self._paused)
 
-    def want_purge(self) -> None:
-        """Something was deleted."""
-        self._purge_wanted = True
+    @property
+    def paused(self) -> bool:
+        """Whether a step met a full disk, and nothing was written since."""
+        return self._paused
+
+    def want_steps(self) -> None:
+        """Something was deleted, trimmed or rolled back."""
+        self._steps_wanted = True
 
     def flatten(self, volume: bytes) -> None:
         """A clone is to be flattened."""
@@ -82,20 +90,24 @@ class Background:
         """There may be space again."""
         self._paused = False
 
-    def next_purge(self) -> Purged | None:
-        """Return the next step of purging; its serial is to be noted with `purges`."""
-        if not self._purge_wanted or self._purge_serial or self._paused:
+    def next_step(self) -> Swept | Purged | None:
+        """Return the next step of sweeping, for which somebody may wait, or of purging; its serial is to be noted with
+        `steps`."""
+        if not self._steps_wanted or self._step_serial or self._paused:
             return None
         with self._index.view() as reader:
+            swept = first_sweep(reader)
+            if swept is not None:
+                return Swept(swept.volume, SWEEP_ENTRIES_MAX)
             found = next_deleted(reader)
         if found is None:
-            self._purge_wanted = False
+            self._steps_wanted = False
             return None
         return Purged(*found, PURGE_ENTRIES_MAX)
 
-    def purges(self, serial: int) -> None:
-        """The step of purging is in the log."""
-        self._purge_serial = serial
+    def steps(self, serial: int) -> None:
+        """The step of sweeping or purging is in the log."""
+        self._step_serial = serial
 
     def next_copy(self) -> CopyOrigin | None:
         """Return the next step of flattening."""
@@ -137,8 +149,8 @@ class Background:
 
     def settle(self, serial: int) -> None:
         """A record shows in the index."""
-        if serial == self._purge_serial:
-            self._purge_serial = 0
+        if serial == self._step_serial:
+            self._step_serial = 0
         if serial == self._copy_serial:
             self._copy_serial = 0
             if self._flattening[self._copying] < 0:
@@ -147,8 +159,8 @@ class Background:
 
     def refuse(self, serial: int) -> None:
         """A record will never be: there was no space for it. Begin again later."""
-        if serial == self._purge_serial:
-            self._purge_serial = 0
+        if serial == self._step_serial:
+            self._step_serial = 0
             self._paused = True
         if serial == self._copy_serial:
             self._copy_serial = 0

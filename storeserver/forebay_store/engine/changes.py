@@ -4,7 +4,7 @@ Pure: each function looks at one view of the index in which all earlier changes 
 changes take turns. So what it returns still holds when its records are durable.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from forebay_core.errors import ProtocolError, RefusedError, WrongUsageError
@@ -252,6 +252,12 @@ def make_way(reader: IndexReader, row: VolumeState, part: CutPart, size: int) ->
         oldest = others.pop(0)
         forgotten.append(AttemptForgotten(row.id, oldest.epoch, oldest.attempt))
     return forgotten
+
+
+def is_sweeping(reader: IndexReader, names: Sequence[str]) -> bool:
+    """Tell whether something of one of these volumes' heads is hidden and not swept yet."""
+    rows = [find_name(reader, name) for name in names]
+    return any(row is not None and row.sweeping for row in rows)
 
 
 def expect_name(reader: IndexReader, name: str) -> VolumeState:

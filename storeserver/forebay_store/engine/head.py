@@ -3,6 +3,8 @@
 Invariants:
     no two entries of a volume overlap; what has none was never written: zeros, or of a clone the origin.
     a hole over a hole keeps the older one, and what was never written gets one in a clone only: nothing else changes.
+    of a cut that trims a block and writes it the data counts, in whatever order it names them; only a volume's end that
+    is cut off is cut off last.
     adjacent holes that one cut made are one entry, up to the largest count.
 """
 
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Final
 
-from forebay_core.extents import EXTENT_COUNT_MAX, Extent
+from forebay_core.extents import EXTENT_COUNT_MAX
 from forebay_store.engine.head_change import HeadChange
 from forebay_store.engine.ports import IndexReader, IndexWriter
 from forebay_store.format.entries import (
@@ -56,29 +58,30 @@ def replace(change: HeadChange, entries: Sequence[HeadEntry]) -> None:
                 change.writer.put(Table.HEAD, *encode_entry(change.number, entry))
 
 
-def trim(change: HeadChange, extents: Sequence[Extent]) -> None:
-    """Make blocks read as zeros."""
-    for extent in extents:
-        _trim(change, extent.start, extent.end)
+def trim(change: HeadChange, start: int, end: int, *, entries_max: int, own_too: bool = False) -> tuple[int, int]:
+    """Make blocks read as zeros up to about so many entries; return where the rest begins, and how many may follow.
 
-
-def _trim(change: HeadChange, start: int, end: int) -> None:
+    What the change itself wrote stays, unless `own_too`.
+    """
     at = begin = start  # [begin, at) is known to need a hole
-    while at < end:
-        found = list(islice(overlapping(change.writer, change.number, at, end), _ENTRIES_PER_STEP))
+    while at < end and entries_max > 0:
+        count = min(entries_max, _ENTRIES_PER_STEP)
+        found = list(islice(overlapping(change.writer, change.number, at, end), count))
+        entries_max -= len(found)
         for entry in found:
             if at < entry.start:
                 begin, at = _pass_gap(change, begin, at, entry.start)
             stop = min(entry.end, end)
-            if entry.kind == HOLE:
+            if entry.kind == HOLE or entry.version >= change.version + own_too:
                 _end_hole(change, begin, at)
                 begin = stop
             else:
                 _cut_out(change, entry, at, stop)
             at = stop
-        if len(found) < _ENTRIES_PER_STEP and at < end:
+        if len(found) < count and at < end:
             begin, at = _pass_gap(change, begin, at, end)
-    _end_hole(change, begin, end)
+    _end_hole(change, begin, at)
+    return at, entries_max
 
 
 def _pass_gap(change: HeadChange, begin: int, at: int, end: int) -> tuple[int, int]:

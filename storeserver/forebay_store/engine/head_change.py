@@ -38,8 +38,10 @@ class HeadChange:
 
     def __init__(self, writer: IndexWriter, live: LiveBytes, row: VolumeState, version: int) -> None:
         self.writer = writer
+        self.volume = row.id
         self.number = row.number
         self.version = version
+        self.newest_snapshot = row.newest_snapshot
         self.is_clone = bool(row.origin)
         self.stored_size = 0
         self.data_blocks = 0
@@ -47,7 +49,7 @@ class HeadChange:
         self._row = row
         self._kept: list[tuple[bytes, bytes]] = []
         self._starts: list[int] = []
-        self._chunk = 0
+        self._chunk: int | None = None
 
     def add(self, entry: HeadEntry) -> None:
         """An entry is in the head now."""
@@ -69,9 +71,9 @@ class HeadChange:
             share = stored_share(entry)
             self.stored_size -= share
             self.data_blocks -= entry.length
-            if entry.version > self._row.newest_snapshot:
+            if entry.version > self.newest_snapshot:
                 self._live.add(entry.segment, -share)
-        if entry.version <= self._row.newest_snapshot:
+        if entry.version <= self.newest_snapshot:
             self._keep(entry)
 
     def end(self) -> VolumeState:
@@ -85,7 +87,7 @@ class HeadChange:
     def _keep(self, entry: HeadEntry) -> None:
         pieces = ((0, entry),) if entry.length <= FRAME_BLOCKS_MAX else split_levels(entry)
         for level, piece in pieces:
-            self._kept.append(encode_history(self.number, level, piece, self._row.newest_snapshot))
+            self._kept.append(encode_history(self.number, level, piece, self.newest_snapshot))
             self._starts.append(level << LEVEL_SHIFT | piece.start)
         if len(self._starts) >= _KEPT_MAX:
             self._write()
@@ -93,11 +95,22 @@ class HeadChange:
     def _write(self) -> None:
         self.writer.put_many(Table.HISTORY, sorted(self._kept))
         self._kept.clear()
+        chunk = self._next_chunk() if self._chunk is None else self._chunk
         for at in range(0, len(self._starts), DISPLACED_PER_ROW_MAX):
-            key = DISPLACED_KEY.pack(self.number, self._row.newest_snapshot, self.version, self._chunk)
+            key = DISPLACED_KEY.pack(self.number, self.newest_snapshot, self.version, chunk)
             self.writer.put(Table.DISPLACED, key, pack_starts(self._starts[at : at + DISPLACED_PER_ROW_MAX]))
-            self._chunk += 1
+            chunk += 1
         self._starts.clear()
+        self._chunk = chunk
+
+    def _next_chunk(self) -> int:
+        """Return the chunk behind those that the change has already: it may be done in steps."""
+        prefix = (self.number, self.newest_snapshot, self.version)
+        found = self.writer.before(Table.DISPLACED, DISPLACED_KEY.pack(*prefix[:2], self.version + 1, 0))
+        if found is None:
+            return 0
+        *last, chunk = DISPLACED_KEY.unpack(found[0])
+        return int(chunk) + 1 if tuple(last) == prefix else 0
 
 
 def split_levels(entry: HeadEntry) -> Iterator[tuple[int, HeadEntry]]:

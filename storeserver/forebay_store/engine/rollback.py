@@ -5,7 +5,7 @@ in its place. What differs gets new entries with the version of the rollback, so
 hole where the snapshot shows one as well, or the origin where it does, stays as it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
@@ -13,24 +13,31 @@ from forebay_core.extents import EXTENT_COUNT_MAX
 from forebay_core.units import LBA_MAX
 from forebay_store.engine.head import overlapping
 from forebay_store.engine.head_change import HeadChange
-from forebay_store.engine.views import View, shown
-from forebay_store.format.entries import DATA, HOLE, HeadEntry, encode_entry, head_key, make_hole, make_origin, narrow
+from forebay_store.engine.views import View, as_shown, shown
+from forebay_store.format.entries import DATA, HOLE, HeadEntry, encode_entry, head_key, make_hole, narrow
 from forebay_store.format.rows import Table
 
 _ENTRIES_PER_STEP: Final = 4096
 
+_LOOKS_PER_CHANGE: Final = 16
+"""How many entries may be looked at in the time that changing one takes."""
 
-def roll_back(change: HeadChange, view: View) -> None:
-    """Make the head what a snapshot of it shows."""
-    at = 0
-    while at <= LBA_MAX:
-        found = list(islice(overlapping(change.writer, change.number, at, LBA_MAX + 1), _ENTRIES_PER_STEP))
-        younger = [entry for entry in found if entry.version > view.version]
+
+def roll_back(change: HeadChange, view: View, start: int, *, entries_max: int) -> tuple[int, int]:
+    """Make the head what a snapshot of it shows, from a block on and for about so many entries; return where the rest
+    begins, and how many may follow."""
+    at = start
+    looks_max = entries_max * _LOOKS_PER_CHANGE
+    while at <= LBA_MAX and entries_max > 0 and looks_max > 0:
+        count = min(entries_max, _ENTRIES_PER_STEP)
+        found = list(islice(overlapping(change.writer, change.number, at, LBA_MAX + 1), count))
+        younger = [entry for entry in found if view.version < entry.version < change.version]
         if younger:
             _roll_back(change, view, younger)
-        if len(found) < _ENTRIES_PER_STEP:
-            return
-        at = found[-1].end
+        entries_max -= len(younger)
+        looks_max -= len(found)
+        at = found[-1].end if len(found) == count else LBA_MAX + 1
+    return at, min(entries_max, looks_max // _LOOKS_PER_CHANGE)
 
 
 def _roll_back(change: HeadChange, view: View, younger: Sequence[HeadEntry]) -> None:
@@ -41,27 +48,9 @@ def _roll_back(change: HeadChange, view: View, younger: Sequence[HeadEntry]) -> 
     for entry in younger:
         while index < len(old) and old[index].end <= entry.start:
             index += 1
-        for piece in _as_shown(change, view, entry, old, index):
+        for piece in as_shown(view, entry, old, index, change.version):
             _replace_piece(change, entry, piece, fresh)
     change.writer.put_many(Table.HEAD, [encode_entry(change.number, piece) for piece in fresh])
-
-
-def _as_shown(
-    change: HeadChange, view: View, entry: HeadEntry, old: Sequence[HeadEntry], index: int
-) -> Iterator[HeadEntry]:
-    """Yield what the view shows in the extent of an entry, as of the rollback: `old` from `index` on, and gaps."""
-    gap = make_origin if view.origin else make_hole
-    at = entry.start
-    while index < len(old) and old[index].start < entry.end:
-        one = old[index]
-        index += 1
-        start, end = max(one.start, entry.start), min(one.end, entry.end)
-        if at < start:
-            yield gap(at, start - at, change.version)
-        yield narrow(one, start, end)._replace(version=change.version)
-        at = end
-    if at < entry.end:
-        yield gap(at, entry.end - at, change.version)
 
 
 def _replace_piece(change: HeadChange, entry: HeadEntry, piece: HeadEntry, fresh: list[HeadEntry]) -> None:

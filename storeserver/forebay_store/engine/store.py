@@ -35,6 +35,17 @@ from forebay_wire import messages
 _NOT_UP: Final = 1 << 64
 """The barrier of a turn that is not the first yet: behind every serial."""
 
+HIDING: Final = (messages.CommitCut, messages.ResizeVolume, messages.RollbackVolume)
+"""Changes that may hide more than they remove at once."""
+
+AFTER_SWEEP: Final = (
+    messages.CreateSnapshot,
+    messages.DeleteSnapshot,
+    messages.DeleteVolume,
+    messages.FlattenVolume,
+)
+"""Changes that, like those, begin only when nothing of the head is hidden."""
+
 _CONTROL_SIZE_MAX: Final = 300
 _BUSY: Final = "the store is busy; repeat the request"
 _FULL_INDEX: Final = "the disk under the store is full; the request shows when there is space: repeat it then"
@@ -298,6 +309,8 @@ class StoreEngine:
     def _begin(self, turn: Turn) -> None:
         try:
             with self._index.view() as reader:
+                if self._waits_for_sweep(reader, turn):
+                    return
                 records = self._decide(reader, turn)
                 reply = None if records else self._reply(reader, turn)
         except ForebayError as error:
@@ -315,6 +328,21 @@ class StoreEngine:
         for name in turn.names:
             self._newest_serials[name] = turn.serial
         self._urgent = max(self._urgent, turn.serial)
+
+    def _waits_for_sweep(self, reader: IndexReader, turn: Turn) -> bool:
+        """Tell whether a turn changes a head of which something is still hidden: it begins when that is swept.
+
+        Raises:
+            NoSpaceError: the disk is too full for the sweep, which is tried once more for each request.
+        """
+        message = turn.incoming.message
+        if not isinstance(message, HIDING + AFTER_SWEEP) or not changes.is_sweeping(reader, turn.names):
+            return False
+        self._background.want_steps()
+        if self._background.paused:
+            self._background.resume()
+            raise NoSpaceError(_FULL_INDEX)
+        return True
 
     def _decide(self, reader: IndexReader, turn: Turn) -> list[Record]:
         message: Change = turn.incoming.message
@@ -357,6 +385,8 @@ class StoreEngine:
     def _reply(self, reader: IndexReader, turn: Turn) -> messages.AnyMessage:
         """Return the answer to a change that the index shows."""
         message = turn.incoming.message
+        if isinstance(message, HIDING):
+            self._background.want_steps()
         match message:
             case messages.CreateVolume() | messages.ResizeVolume() | messages.CloneVolume():
                 return self._volume(reader, message.name)
@@ -376,7 +406,7 @@ class StoreEngine:
                 self._sessions.pop(message.volume, None)
                 self.controls.pop(message.volume, None)
             case messages.DeleteVolume() | messages.DeleteSnapshot():
-                self._background.want_purge()
+                self._background.want_steps()
             case messages.FlattenVolume():
                 self._background.flatten(changes.expect_name(reader, message.name).id)
             case messages.StagePart():
@@ -466,9 +496,9 @@ class StoreEngine:
     def _start_background(self) -> None:
         if self._stopping or self._index_full:
             return
-        purge = self._background.next_purge()
-        if purge is not None:
-            self._note_background(self._log.append(purge), self._background.purges)
+        step = self._background.next_step()
+        if step is not None:
+            self._note_background(self._log.append(step), self._background.steps)
         copy = self._background.next_copy()
         if copy is not None:
             self._commands.append(copy)

@@ -4,9 +4,10 @@ Invariants:
     spans cover what was asked for exactly and in order; a None between them is one entry looked at that does not show,
     so that who takes the spans can bound the work.
     looking does not cost more with more snapshots: the history is sought for each start, never gone through.
+    what a trim or a rollback hid shows no more, whether it left the head already or not.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from heapq import merge
 from typing import NamedTuple
 
@@ -15,10 +16,13 @@ from forebay_core.frame import FRAME_BLOCKS_MAX
 from forebay_core.units import BLOCK_SIZE, ID_SIZE
 from forebay_store.engine.head import overlapping
 from forebay_store.engine.ports import IndexReader
-from forebay_store.engine.snapshots import find_snapshot_id
+from forebay_store.engine.snapshots import find_snapshot, find_snapshot_id
+from forebay_store.engine.sweeps import sweeps_in
 from forebay_store.engine.volumes import find_volume
 from forebay_store.format.entries import (
+    DATA,
     HISTORY_KEY,
+    HOLE,
     LEVEL_BITS,
     ORIGIN,
     HeadEntry,
@@ -30,6 +34,7 @@ from forebay_store.format.entries import (
 )
 from forebay_store.format.rows import Table, VolumeState
 from forebay_store.format.snapshot_rows import SnapshotState
+from forebay_store.format.sweep_rows import Sweep
 from forebay_wire import messages
 
 
@@ -133,15 +138,76 @@ def _below(
 
 def _entries(reader: IndexReader, view: View, start: int, end: int) -> Iterator[HeadEntry]:
     """Yield narrowed entries in the order of their starts; those that show never overlap each other."""
-    head = (
-        narrow(entry, max(entry.start, start), min(entry.end, end))
-        for entry in overlapping(reader, view.row.number, start, end)
-    )
+    head = (_swept_head if view.row.sweeping else _head)(reader, view, start, end)
     if view.snapshot is None:
         return head
     number, version = view.row.number, view.snapshot.version
     levels = [history_at(reader, number, level, version, start, end) for level in range(len(LEVEL_BITS))]
     return merge(head, *levels, key=_start)
+
+
+def _head(reader: IndexReader, view: View, start: int, end: int) -> Iterator[HeadEntry]:
+    return (
+        narrow(entry, max(entry.start, start), min(entry.end, end))
+        for entry in overlapping(reader, view.row.number, start, end)
+    )
+
+
+def _swept_head(reader: IndexReader, view: View, start: int, end: int) -> Iterator[HeadEntry]:
+    """Yield the head as it will be when the sweeps that the view sees are through."""
+    at = start
+    for sweep in sweeps_in(reader, view.row.id, start, end):
+        if sweep.version > view.version:
+            break  # All are of one change.
+        begin, stop = max(at, sweep.start), min(end, sweep.end)
+        if at < begin:
+            yield from _head(reader, view, at, begin)
+        yield from (_rolled_back if sweep.shown else _trimmed)(reader, view, sweep, begin, stop)
+        at = stop
+    if at < end:
+        yield from _head(reader, view, at, end)
+
+
+def _trimmed(reader: IndexReader, view: View, sweep: Sweep, start: int, end: int) -> Iterator[HeadEntry]:
+    at = start
+    for entry in _head(reader, view, start, end):
+        if at < entry.start and sweep.is_clone:
+            yield make_hole(at, entry.start - at, sweep.version)
+        hidden = sweep.hides(entry.version) and entry.kind != HOLE
+        yield make_hole(entry.start, entry.length, sweep.version) if hidden else entry
+        at = entry.end
+    if at < end and sweep.is_clone:
+        yield make_hole(at, end - at, sweep.version)
+
+
+def _rolled_back(reader: IndexReader, view: View, sweep: Sweep, start: int, end: int) -> Iterator[HeadEntry]:
+    state = find_snapshot(reader, view.row.number, sweep.shown)
+    assert state is not None  # It is deleted only after the sweep.
+    shows = View(view.row, state)
+    for entry in _head(reader, view, start, end):
+        if not sweep.hides(entry.version):
+            yield entry
+            continue
+        old = list(shown(reader, shows, entry.start, entry.end))
+        for piece in as_shown(shows, entry, old, 0, sweep.version):
+            alike = piece.kind == entry.kind and piece.kind != DATA
+            yield narrow(entry, piece.start, piece.end) if alike else piece
+
+
+def as_shown(view: View, entry: HeadEntry, old: Sequence[HeadEntry], index: int, version: int) -> Iterator[HeadEntry]:
+    """Yield what a view shows in the extent of an entry, as of a version: `old` from `index` on, and gaps."""
+    gap = make_origin if view.origin else make_hole
+    at = entry.start
+    while index < len(old) and old[index].start < entry.end:
+        one = old[index]
+        index += 1
+        start, end = max(one.start, entry.start), min(one.end, entry.end)
+        if at < start:
+            yield gap(at, start - at, version)
+        yield narrow(one, start, end)._replace(version=version)
+        at = end
+    if at < entry.end:
+        yield gap(at, entry.end - at, version)
 
 
 def _start(entry: HeadEntry) -> int:

@@ -120,6 +120,7 @@ from forebay_store.format.snapshot_records import (
     PURGED_BODY,
     ROLLED_BACK_BODY,
     SNAPSHOT_DELETED_BODY,
+    SWEPT_BODY,
     CloneCreated,
     FlattenBegun,
     Flattened,
@@ -129,6 +130,7 @@ from forebay_store.format.snapshot_records import (
     SnapshotDeleted,
     SnapshotRecord,
     SnapshotTaken,
+    Swept,
     decode_clone,
     decode_taken,
     encode_snapshot_body,
@@ -195,6 +197,7 @@ class Kind(enum.IntEnum):
     ORIGIN_PART = 22
     FLATTENED = 23
     PURGED = 24
+    SWEPT = 25
     INDEX_CHUNK = 32
     CHECKPOINT_COMPLETE = 33
     CLEANED_PART = 34
@@ -220,6 +223,7 @@ SNAPSHOT_KINDS: Final[dict[type[SnapshotRecord], Kind]] = {
     OriginPart: Kind.ORIGIN_PART,
     Flattened: Kind.FLATTENED,
     Purged: Kind.PURGED,
+    Swept: Kind.SWEPT,
 }
 _SNAPSHOT_DECODERS: Final[dict[Kind, Callable[[bytes], SnapshotRecord]]] = {
     Kind.SNAPSHOT_TAKEN: decode_taken,
@@ -230,6 +234,7 @@ _SNAPSHOT_DECODERS: Final[dict[Kind, Callable[[bytes], SnapshotRecord]]] = {
     Kind.ORIGIN_PART: lambda body: OriginPart(*ORIGIN_PART_BODY.unpack(body)),
     Kind.FLATTENED: lambda body: Flattened(*FLATTENED_BODY.unpack(body)),
     Kind.PURGED: lambda body: Purged(*PURGED_BODY.unpack(body)),
+    Kind.SWEPT: lambda body: Swept(*SWEPT_BODY.unpack(body)),
 }
 
 

@@ -8,7 +8,8 @@ Volume row, 134 bytes, then the name in UTF-8:
     ------  ----  ----  ---------------  --------------------------------------------------------
          0     8  u64   size             bytes
          8     4  u32   epoch            of the newest writer; 0 before the first
-        12     4  u32   flags            1: the tie to the origin is being cut
+        12     4  u32   flags            1: the tie to the origin is being cut; 2: something of the head is hidden,
+                                         see `forebay_store.format.sweep_rows`
         16     8  u64   version          of the newest change
         24     8  u64   committed_ns     wall clock of the cache at the newest cut
         32     8  u64   created_ns       Unix nanoseconds
@@ -72,7 +73,8 @@ with version 0 of the whole volume, are being removed.
 
 Table `flattening`, key: volume id, value empty: clones whose tie to the origin is being cut.
 
-Table `leaving` and the key `checkpoint` of `meta`: see `forebay_store.format.space_rows`.
+Table `leaving` and the key `checkpoint` of `meta`: see `forebay_store.format.space_rows`; keys of `meta` that begin
+with `sweep/`: see `forebay_store.format.sweep_rows`.
 
 Table `meta`, key `store`: to which store the index belongs.
 
@@ -128,6 +130,7 @@ VOLUMES_MARK: Final = struct.Struct("<I")
 WRITTEN_MARK: Final = struct.Struct("<Q")
 NOBODY: Final = bytes(ID_SIZE)
 FLATTENING: Final = 1
+SWEEPING: Final = 2
 assert VOLUME_ROW.size == 134
 assert SEGMENT_ROW.size == 24
 
@@ -176,6 +179,7 @@ class VolumeState(NamedTuple):
     snapshots: int = 0
     clones: int = 0
     flattening: bool = False
+    sweeping: bool = False
 
 
 class SegmentState(NamedTuple):
@@ -218,7 +222,7 @@ def encode_volume(row: VolumeState) -> bytes:
     fixed = VOLUME_ROW.pack(
         row.size,
         row.epoch,
-        FLATTENING if row.flattening else 0,
+        (FLATTENING if row.flattening else 0) | (SWEEPING if row.sweeping else 0),
         row.version,
         row.committed_ns,
         row.created_ns,
@@ -273,7 +277,8 @@ def decode_volume(volume: bytes, value: bytes) -> VolumeState:
         newest_snapshot,
         snapshots,
         clones,
-        flags == FLATTENING,
+        bool(flags & FLATTENING),
+        bool(flags & SWEEPING),
     )
 
 

@@ -60,6 +60,13 @@ purged, 16 bytes; a step of removing what a deletion left:
          0     4  u32   number      of the volume
          4     8  u64   version     of the deleted snapshot; 0: the whole volume
         12     4  u32   entries     looked at in this step, about
+
+swept, 20 bytes; a step of removing what a trim or a rollback hid:
+
+    offset  size  type  field       meaning
+    ------  ----  ----  ----------  --------------------------------------------------------
+         0    16  16s   volume      its id
+        16     4  u32   entries     changed in this step, about
 """
 
 import struct
@@ -73,6 +80,7 @@ FLATTEN_BEGUN_BODY: Final = struct.Struct("<16s")
 ORIGIN_PART_BODY: Final = struct.Struct("<16s")
 FLATTENED_BODY: Final = struct.Struct("<16s")
 PURGED_BODY: Final = struct.Struct("<IQI")
+SWEPT_BODY: Final = struct.Struct("<16sI")
 
 
 class SnapshotTaken(NamedTuple):
@@ -133,8 +141,15 @@ class Purged(NamedTuple):
     entries: int
 
 
+class Swept(NamedTuple):
+    """A step of removing the entries of a head that a trim or a rollback hid."""
+
+    volume: bytes
+    entries: int
+
+
 SnapshotRecord = (
-    SnapshotTaken | SnapshotDeleted | RolledBack | CloneCreated | FlattenBegun | OriginPart | Flattened | Purged
+    SnapshotTaken | SnapshotDeleted | RolledBack | CloneCreated | FlattenBegun | OriginPart | Flattened | Purged | Swept
 )
 
 
@@ -159,6 +174,8 @@ def encode_snapshot_body(record: SnapshotRecord) -> bytes:
             return FLATTENED_BODY.pack(*record)
         case Purged():
             return PURGED_BODY.pack(*record)
+        case Swept():
+            return SWEPT_BODY.pack(*record)
 
 
 def decode_taken(body: bytes) -> SnapshotTaken:
