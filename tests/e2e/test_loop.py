@@ -67,8 +67,10 @@ def run(*words: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("kills", [False, True])
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.soak)])
-def test_parallel_direct_writers_are_read_back_as_they_wrote(loop: Rig, rounds: int) -> None:
+def test_parallel_direct_writers_are_read_back_as_they_wrote(loop: Rig, rounds: int, kills: bool) -> None:
+    """With `kills` the daemon dies while they write, and another one goes on."""
     share = SIZE // WRITERS
     for number in range(rounds):
         contents = [random.Random(number * WRITERS + writer).randbytes(share) for writer in range(WRITERS)]
@@ -83,6 +85,11 @@ def test_parallel_direct_writers_are_read_back_as_they_wrote(loop: Rig, rounds: 
             words = [f"if={file}", f"of={LINK}", f"bs={block}", f"seek={writer * share // block}"]
             flags = ["oflag=direct", "conv=notrunc,fsync"]
             writers.append(subprocess.Popen(["dd", *words, *flags], stderr=subprocess.DEVNULL))
+        if kills:
+            before = loop.status().volumes[0].sequence
+            loop.wait_status(lambda status, before=before: status.volumes[0].sequence > before + WRITERS)
+            loop.kill_cache()
+            loop.start_cache()
         assert [writer.wait(60) for writer in writers] == [0] * WRITERS
         run("blockdev", "--flushbufs", LINK)
         for content, at in zip(contents, range(0, SIZE, share), strict=True):

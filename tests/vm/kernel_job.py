@@ -21,6 +21,8 @@ ARGUMENTS = json.loads(Path("/arguments.json").read_text())
 RUN_DIR = "/run/forebay"
 OUTAGE_S = 10
 BIG = 48 << 20
+FULL = 60 << 20
+HOLD_S = 40  # longer than what the kernel's block layer gives a request, 30 s
 FREE_MEMORY = 32 << 20
 DAEMON = [
     *(sys.executable, "-m", "forebay_tools.main", "cache", "serve", "--device", "/dev/vda", "--run-dir", RUN_DIR),
@@ -169,16 +171,20 @@ def full_buffer() -> None:
     kill(signal.SIGTERM)
     start("--dirty-share-max", "0.05")
     shell("ip route add unreachable 10.0.2.2/32")
-    writer = subprocess.Popen("dd if=/dev/urandom of=/dev/nbd1 bs=256k count=240 oflag=direct", shell=True)
+    content = f"yes full buffer | head -c {FULL}"
+    writer = subprocess.Popen(f"{content} | dd of=/dev/nbd1 bs=256k iflag=fullblock oflag=direct", shell=True)
     written, before = -1, -2
     until = time.monotonic() + 90
     while written != before and writer.poll() is None and time.monotonic() < until:
         before = written
         time.sleep(8)
         written = int(Path("/sys/block/nbd1/stat").read_text().split()[6])
-    report("full", [writer.poll(), written * 512])
+    time.sleep(HOLD_S)
+    after = int(Path("/sys/block/nbd1/stat").read_text().split()[6])
+    report("full", [writer.poll(), written * 512, after == written])
     shell("ip route del unreachable 10.0.2.2/32")
     report("full no more", writer.wait())
+    report("full compare", shell(f"{content} | cmp -n {FULL} - /dev/nbd1"))
     report("connections", [row["connections"] for row in status()["volumes"]])
 
 

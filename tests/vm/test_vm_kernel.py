@@ -103,10 +103,11 @@ def test_a_stopped_daemon_takes_unused_devices_along_and_used_ones_wait_for_the_
 
 
 def test_a_full_buffer_is_a_wait_and_takes_no_socket_away(guest: dict[str, object]) -> None:
-    code, written = guest["full"]
-    assert code is None
+    code, written, waited = guest["full"]
+    assert code is None and waited
     assert 0 < written < 60 * MIB
     assert guest["full no more"] == 0 and guest["connections"] == [1]
+    assert guest["full compare"] == [0, "", ""]
 
 
 def test_a_snapshot_is_a_device_that_can_not_be_written(guest: dict[str, object]) -> None:
