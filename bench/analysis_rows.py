@@ -4,6 +4,7 @@ The truth is the whole trace replayed through the policy of the daemon at the sa
 of the command on a generated trace of our own format, several hundred times as long as what it keeps in memory.
 """
 
+import gzip
 import json
 import os
 import subprocess
@@ -13,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
+import zstandard
 
 import fio
 from fio import KIB, MIB, BenchError, Load
@@ -46,6 +48,7 @@ sys.exit(code)
 
 LONG_RECORDS = 30_000_000
 LONG_BLOCKS = 10_000_000
+PACKED_RECORDS = 10_000_000
 VOLUME_SIZE = 256 * MIB
 HITS = 400_000
 HITS_PER_TICK = 5000
@@ -105,16 +108,44 @@ def _long(plan: Plan) -> list[Row]:
     note = f"{LONG_RECORDS} binary records of one block, Zipf-like over {LONG_BLOCKS} blocks, CPU of the whole command"
     speed = Row("analysis-speed", "block accesses analyzed per second of CPU", "M/s", Goal(10, 30), note)
     memory = Row("analysis-memory", "peak resident memory of that", "MiB", Goal(64, less_is_better=True), note)
+    packed = [
+        Row(f"analysis-memory-{name}", f"the same for {name} input", "MiB", Goal(64, less_is_better=True), text)
+        for name, text in (("gzip", f"the first {PACKED_RECORDS} of them"), ("zstd", "those, with a window of 8 MiB"))
+    ]
     path = plan.folder / "long"
     _make_long(path)
     try:
         for _ in range(plan.rounds):
-            cpu, peak = _run_long(path)
+            cpu, peak = _run_long(path, LONG_RECORDS)
             speed.add(OURS, Sample(LONG_RECORDS / cpu / 1e6))
             memory.add(OURS, Sample(peak / MIB))
+        for row, pack in zip(packed, (_gzip, _zstd), strict=True):
+            pack(path, path.with_suffix(".packed"))
+            row.add(OURS, Sample(_run_long(path.with_suffix(".packed"), PACKED_RECORDS)[1] / MIB))
     finally:
         path.unlink()
-    return [speed, memory]
+        path.with_suffix(".packed").unlink(missing_ok=True)
+    return [speed, memory, *packed]
+
+
+def _gzip(path: Path, target: Path) -> None:
+    with path.open("rb") as source, gzip.open(target, "wb", 1) as file:
+        _copy(source, file)
+
+
+def _zstd(path: Path, target: Path) -> None:
+    """Pack with a window as the slow levels have it, which is what unpacking needs memory for."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=23)
+    packer = zstandard.ZstdCompressor(compression_params=parameters)
+    with path.open("rb") as source, target.open("wb") as raw, packer.stream_writer(raw) as file:
+        _copy(source, file)
+
+
+def _copy(source: BinaryIO, target: IO[bytes]) -> None:
+    left = HEADER.size + PACKED_RECORDS * RECORD_DTYPE.itemsize
+    while left and (part := source.read(min(left, MIB))):
+        target.write(part)
+        left -= len(part)
 
 
 def _make_long(path: Path) -> None:
@@ -130,12 +161,12 @@ def _make_long(path: Path) -> None:
             file.write(rows.tobytes())
 
 
-def _run_long(path: Path) -> tuple[float, int]:
+def _run_long(path: Path, records: int) -> tuple[float, int]:
     """Return CPU seconds and peak bytes of the command."""
     before = os.times()
     done = subprocess.run([sys.executable, "-c", COMMAND, str(path)], capture_output=True, text=True, check=False)
     used = os.times()
-    if done.returncode or json.loads(done.stdout)["accesses"] != LONG_RECORDS:
+    if done.returncode or json.loads(done.stdout)["accesses"] != records:
         raise BenchError(f"analyze ended with {done.returncode}: {done.stderr}")
     seconds = used.children_user + used.children_system - before.children_user - before.children_system
     return seconds, int(done.stderr.split()[-1]) * KIB

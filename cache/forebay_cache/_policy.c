@@ -28,9 +28,9 @@ typedef struct {
     sketch_t sketch;
     chooser_t chooser;
     int is_lru;
-    int64_t accesses, entries, volume_hits[VOLUME_SLOTS], group_misses[MISS_GROUPS];
-    int64_t bypass, ahead;
-    streams_t *streams[VOLUME_SLOTS]; /* made when they are needed; keys are their positions, so sharing one is no harm */
+    int64_t accesses, entries, group_misses[MISS_GROUPS], bypass, ahead;
+    int64_t *volume_hits; /* by volume slot */
+    streams_t **streams; /* by volume slot, made when they are needed; keys are positions, so sharing one is no harm */
 } replay_t;
 
 typedef struct {
@@ -41,7 +41,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     int64_t bypass, ahead;
-    streams_t *streams[VOLUME_SLOTS];
+    streams_t **streams;
 } marker_t;
 
 /* --- arguments */
@@ -505,9 +505,11 @@ static int take_requests(PyObject *const *arguments, Py_ssize_t given, requests_
     return -1;
 }
 
-static streams_t *streams_of(streams_t **by_slot, uint64_t key)
+static streams_t *streams_of(streams_t ***table, uint64_t key)
 {
-    streams_t **slot = &by_slot[(key >> LBA_BITS) % VOLUME_SLOTS];
+    if (*table == NULL && (*table = calloc(VOLUME_SLOTS, sizeof(streams_t *))) == NULL)
+        return NULL;
+    streams_t **slot = &(*table)[(key >> LBA_BITS) % VOLUME_SLOTS];
     if (*slot == NULL)
         *slot = calloc(1, sizeof(streams_t));
     return *slot;
@@ -515,8 +517,9 @@ static streams_t *streams_of(streams_t **by_slot, uint64_t key)
 
 static void end_streams(streams_t **by_slot)
 {
-    for (int slot = 0; slot < VOLUME_SLOTS; slot++)
+    for (int slot = 0; by_slot != NULL && slot < VOLUME_SLOTS; slot++)
         free(by_slot[slot]);
+    free(by_slot);
 }
 
 /* --- Replay: a whole cache by keys */
@@ -554,14 +557,15 @@ static int replay_request(replay_t *self, uint64_t first, uint64_t count, int is
             replay_key(self, first + i, 0);
         return 0;
     }
-    streams_t *streams = streams_of(self->streams, first);
+    streams_t *streams = streams_of(&self->streams, first);
     if (streams == NULL)
         return -1;
-    const int passes = self->bypass && missed_before(streams, start, end) > self->bypass;
+    const int found = find_stream(streams, start, end);
+    const int passes = self->bypass && missed_of(streams, found) > self->bypass;
     for (uint64_t i = 0; i < count; i++)
         missed += replay_key(self, first + i, passes);
     if (missed)
-        read_stream(streams, start, end, missed, self->ahead, &ahead);
+        read_stream(streams, found, start, end, missed, self->ahead, &ahead);
     return 0;
 }
 
@@ -597,7 +601,7 @@ static PyObject *replay_feed_requests(replay_t *self, PyObject *const *arguments
 static PyObject *replay_volume_hits(replay_t *self, PyObject *nothing)
 {
     (void)nothing;
-    return PyBytes_FromStringAndSize((const char *)self->volume_hits, sizeof self->volume_hits);
+    return PyBytes_FromStringAndSize((const char *)self->volume_hits, VOLUME_SLOTS * 8);
 }
 
 static PyObject *replay_group_misses(replay_t *self, PyObject *nothing)
@@ -639,6 +643,7 @@ static void replay_free(replay_t *self)
     end_chooser(&self->chooser);
     free(self->sketch.counters);
     end_streams(self->streams);
+    free(self->volume_hits);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -664,7 +669,9 @@ static PyObject *replay_new(PyTypeObject *type, PyObject *arguments, PyObject *n
     ring_max = ring_max > 0 || is_lru ? ring_max : 1;
     self->bypass = (int64_t)bypass;
     self->ahead = (int64_t)ahead;
-    int failed = begin_keyed(&self->keyed, (int64_t)capacity, (int64_t)ring_max, &self->sketch) < 0;
+    self->volume_hits = calloc(VOLUME_SLOTS, 8);
+    int failed = begin_keyed(&self->keyed, (int64_t)capacity, (int64_t)ring_max, &self->sketch) < 0
+        || self->volume_hits == NULL;
     if (is_lru) {
         cache->window_max = (int64_t)capacity;
     } else if (!failed) {
@@ -693,7 +700,8 @@ static PyObject *streams_missed_before(one_streams_t *self, PyObject *const *arg
     uint64_t n[2];
     if (numbers(arguments, given, 2, n) < 0)
         return NULL;
-    return PyLong_FromLongLong(missed_before(&self->streams, (int64_t)n[0], (int64_t)(n[0] + n[1])));
+    const int found = find_stream(&self->streams, (int64_t)n[0], (int64_t)(n[0] + n[1]));
+    return PyLong_FromLongLong(missed_of(&self->streams, found));
 }
 
 static PyObject *streams_read(one_streams_t *self, PyObject *const *arguments, Py_ssize_t given)
@@ -702,8 +710,9 @@ static PyObject *streams_read(one_streams_t *self, PyObject *const *arguments, P
     int64_t ahead;
     if (numbers(arguments, given, 4, n) < 0)
         return NULL;
-    const int64_t count = read_stream(
-        &self->streams, (int64_t)n[0], (int64_t)(n[0] + n[1]), (int64_t)n[2], (int64_t)n[3], &ahead);
+    const int64_t start = (int64_t)n[0], end = (int64_t)(n[0] + n[1]);
+    const int found = find_stream(&self->streams, start, end);
+    const int64_t count = read_stream(&self->streams, found, start, end, (int64_t)n[2], (int64_t)n[3], &ahead);
     if (count == 0)
         Py_RETURN_NONE;
     return Py_BuildValue("(LL)", (long long)ahead, (long long)count);
@@ -751,15 +760,16 @@ static PyObject *marker_mark(marker_t *self, PyObject *const *arguments, Py_ssiz
         marked[i] = requests.firsts[i];
         if (requests.writes[i])
             continue;
-        streams_t *streams = streams_of(self->streams, requests.firsts[i]);
+        streams_t *streams = streams_of(&self->streams, requests.firsts[i]);
         if (streams == NULL) {
             Py_CLEAR(answer);
             PyErr_NoMemory();
             break;
         }
-        if (self->bypass && missed_before(streams, start, start + count) > self->bypass)
+        const int found = find_stream(streams, start, start + count);
+        if (self->bypass && missed_of(streams, found) > self->bypass)
             marked[i] |= PASSES;
-        read_stream(streams, start, start + count, count, self->ahead, &ahead);
+        read_stream(streams, found, start, start + count, count, self->ahead, &ahead);
     }
     drop_requests(&requests);
     return answer;

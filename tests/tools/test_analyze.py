@@ -166,7 +166,7 @@ def sampled_points(keys: np.ndarray, samples: int) -> list[Point]:
         survey.add(batch)
     uses = survey.uses()
     rate = min(uses.rate, samples / survey.distinct_blocks)
-    curve = Curve(survey.distinct_blocks, rate, PolicySettings(), Calibration(uses, rate))
+    curve = Curve(survey.distinct_blocks, rate, PolicySettings(), uses)
     kept = keys[sample_hashes(keys) < np.uint64(int(rate * HASHES) - 1)]
     curve.show(kept, accesses=keys.size)
     return curve.points()

@@ -7,41 +7,38 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Final, Protocol, cast
 
 from forebay_core.errors import EXIT_FAILED, EXIT_USAGE, ForebayError
 from forebay_tools.arguments import Commands, Parser
-from forebay_tools.commands import (
-    analyze,
-    attach,
-    cache_fsck,
-    cache_salvage,
-    cache_serve,
-    config_check,
-    detach,
-    drain,
-    limit,
-    snapshot_create,
-    snapshot_delete,
-    snapshot_list,
-    snapshot_rollback,
-    status,
-    store_clean,
-    store_fsck,
-    store_rebuild_index,
-    store_scrub,
-    store_serve,
-    trace_convert,
-    trace_record,
-    volume_clone,
-    volume_create,
-    volume_delete,
-    volume_export,
-    volume_flatten,
-    volume_import,
-    volume_info,
-    volume_list,
-    volume_resize,
+
+GROUPS: Final = {
+    "store": "the store daemon and its data folder",
+    "cache": "the cache daemon",
+    "volume": "volumes in the store",
+    "snapshot": "snapshots of volumes",
+    "trace": "traces of block accesses",
+    "config": "the file with the settings of the daemons",
+}
+COMMANDS: Final = (
+    *("store serve", "store clean", "store scrub", "store fsck", "store rebuild-index"),
+    *("cache serve", "cache fsck", "cache salvage"),
+    *("volume create", "volume import", "volume export", "volume list", "volume info", "volume resize"),
+    *("volume clone", "volume flatten", "volume delete"),
+    *("snapshot create", "snapshot list", "snapshot delete", "snapshot rollback"),
+    *("trace record", "trace convert"),
+    "config check",
+    *("attach", "detach", "drain", "limit", "status", "analyze"),
 )
+"""Each is a module of `commands`, which declares it."""
+
+
+class Command(Protocol):
+    """What such a module has."""
+
+    def add(self, commands: Commands, /) -> None:
+        """Declare the command."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -51,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     command = ""
     try:
-        arguments = build_parser().parse_args(words)
+        arguments = build_parser(sys.argv[1:] if words is None else words).parse_args(words)
         command = arguments.command
         code: int = arguments.run(arguments)
         sys.stdout.flush()
@@ -69,8 +66,11 @@ def main(words: Sequence[str] | None = None) -> int:
     return code
 
 
-def build_parser() -> Parser:
-    """Return the parser of all commands."""
+def build_parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser of the command that the words begin with, or of all if they begin with none.
+
+    One alone takes half the time and memory: each brings what it needs.
+    """
     parser = Parser(
         prog="forebay",
         description="A write-back SSD cache in the hypervisor over a remote log-structured volume store.",
@@ -78,36 +78,20 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     top = _group(parser)
-    store = _group(_add_group(top, "store", "the store daemon and its data folder"))
-    cache = _group(_add_group(top, "cache", "the cache daemon"))
-    volume = _group(_add_group(top, "volume", "volumes in the store"))
-    snapshot = _group(_add_group(top, "snapshot", "snapshots of volumes"))
-    trace = _group(_add_group(top, "trace", "traces of block accesses"))
-    config = _group(_add_group(top, "config", "the file with the settings of the daemons"))
-    for module in (store_serve, store_clean, store_scrub, store_fsck, store_rebuild_index):
-        module.add(store)
-    for module in (cache_serve, cache_fsck, cache_salvage):
-        module.add(cache)
-    for module in (
-        volume_create,
-        volume_import,
-        volume_export,
-        volume_list,
-        volume_info,
-        volume_resize,
-        volume_clone,
-        volume_flatten,
-        volume_delete,
-    ):
-        module.add(volume)
-    for module in (snapshot_create, snapshot_list, snapshot_delete, snapshot_rollback):
-        module.add(snapshot)
-    for module in (attach, detach, drain, limit, status, analyze):
-        module.add(top)
-    trace_record.add(trace)
-    trace_convert.add(trace)
-    config_check.add(config)
+    groups = {"": top}
+    wanted = [command for command in COMMANDS if command.split() == list(words[: len(command.split())])]
+    for command in wanted or COMMANDS:
+        group = command.partition(" ")[0] if " " in command else ""
+        if group not in groups:
+            groups[group] = _group(_add_group(top, group, GROUPS[group]))
+        _module_of(command).add(groups[group])
     return parser
+
+
+def _module_of(command: str) -> Command:
+    name = command.replace(" ", "_").replace("-", "_")
+    module: Command = cast("Command", import_module(f"forebay_tools.commands.{name}"))
+    return module
 
 
 class _ShowVersion(argparse.Action):

@@ -9,21 +9,27 @@ import math
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from forebay_cache.engine.limits import MINIATURE_BLOCKS as WHOLE_MINIATURE_BLOCKS
 from forebay_cache.engine.limits import VOLUME_SLOTS
 from forebay_cache.engine.policy import PolicySettings, make_replay
 from forebay_cache.engine.policy_core import Replay
 from forebay_cache.engine.policy_lists import SAMPLE_SEED
 from forebay_core.units import LBA_BITS
-from forebay_tools.analysis.accesses import U64Array
-from forebay_tools.analysis.calibration import Calibration, Estimate, uncalibrated
+from forebay_tools.analysis.accesses import Batch, U64Array
+from forebay_tools.analysis.calibration import Calibration, Estimate, Uses, uncalibrated
+from forebay_tools.analysis.hashing import HASHES, sample_hashes
 
 SHARES: Final = tuple(
     share / 100 for share in (0.2, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)
 )
 SAMPLES_DEFAULT: Final = 32768
 MINIATURE_BLOCKS: Final = 2000
-"""Blocks of the miniatures that choose the plan inside each miniature."""
+"""Blocks of the miniatures that choose the plan inside each miniature; of whole caches they are as in the daemon."""
+
+LRU_BLOCKS: Final = 8192
+"""Blocks of the sample that the LRU sees; it is there to compare with, and would take as much memory as ours."""
 
 FEED_KEYS: Final = 1 << 14
 """Keys that are fed together: each cache is in the processor's for so long. One by one takes three times the time."""
@@ -46,22 +52,23 @@ class Point(NamedTuple):
 class Curve:
     """Feeds all miniatures."""
 
-    def __init__(
-        self, distinct_blocks: int, rate: float, settings: PolicySettings, calibration: Calibration | None = None
-    ) -> None:
+    def __init__(self, distinct_blocks: int, rate: float, settings: PolicySettings, uses: Uses | None = None) -> None:
         """`rate` is the share of the blocks that are sampled."""
         assert 0.0 < rate <= 1.0
         self.rate: Final = rate
-        self._calibration = calibration
         self._sampled_blocks = max(1, round(distinct_blocks * rate))
+        self._lru_rate = rate if rate == 1.0 else min(rate, LRU_BLOCKS / distinct_blocks)
+        self._calibrations = [None if uses is None else Calibration(uses, one) for one in (rate, self._lru_rate)]
         self._accesses = 0
         self._waiting: list[U64Array] = []
         self._shown = np.zeros(VOLUME_SLOTS, np.int64)  # sampled accesses by volume slot
         self._waiting_count = 0
         self._caches: list[tuple[int, Replay, Replay]] = []
+        miniature_blocks = MINIATURE_BLOCKS if rate < 1.0 else WHOLE_MINIATURE_BLOCKS
         for size in sorted({max(1, round(distinct_blocks * share)) for share in SHARES}):
-            ours = make_replay(size, rate=rate, settings=settings, seed=SAMPLE_SEED, miniature_blocks=MINIATURE_BLOCKS)
-            self._caches.append((size, ours, make_replay(size, rate=rate, is_lru=True, seed=SAMPLE_SEED)))
+            ours = make_replay(size, rate=rate, settings=settings, seed=SAMPLE_SEED, miniature_blocks=miniature_blocks)
+            lru = make_replay(size, rate=self._lru_rate, is_lru=True, seed=SAMPLE_SEED)
+            self._caches.append((size, ours, lru))
 
     def show(self, keys: U64Array, *, accesses: int) -> None:
         """Show sampled keys to all; so many accesses they are a sample of."""
@@ -71,13 +78,23 @@ class Curve:
         if self._waiting_count >= FEED_KEYS:
             self._feed()
 
+    def show_requests(self, batch: Batch) -> None:
+        """Show whole requests to all, where each block is sampled: so the streams are those of the daemon."""
+        assert self.rate == 1.0
+        self._accesses += int(batch.counts.sum())
+        self._shown += np.bincount(_slots(batch.keys), batch.counts, VOLUME_SLOTS).astype(np.int64)
+        for _, ours, lru in self._caches:
+            for cache in (ours, lru):
+                cache.feed_requests(batch.keys, batch.counts, batch.writes)
+
     def points(self) -> list[Point]:
         """Return the curve."""
         self._feed()
         accesses = max(1, self._accesses)
         points: list[Point] = []
         for size, ours, lru in self._caches:
-            found, other = self._estimate(ours), self._estimate(lru)
+            found = _estimate(ours, self.rate, self._calibrations[0])
+            other = _estimate(lru, self._lru_rate, self._calibrations[1])
             band = 1.96 * math.hypot(found.error / accesses, CHAOS / math.sqrt(self._sampled_blocks))
             writes = ours.figures()["writes"] / self.rate / accesses
             points.append(Point(size, _ratio(found, accesses), band, _ratio(other, accesses), writes))
@@ -92,15 +109,21 @@ class Curve:
     def _feed(self) -> None:
         keys = np.concatenate([np.zeros(0, np.uint64), *self._waiting])
         self._waiting, self._waiting_count = [], 0
-        slots = (keys >> np.uint64(LBA_BITS)) % np.uint64(VOLUME_SLOTS)
-        self._shown += np.bincount(slots.astype(np.int64), minlength=VOLUME_SLOTS)
+        self._shown += np.bincount(_slots(keys), minlength=VOLUME_SLOTS)
+        few = keys if self._lru_rate == self.rate else keys[sample_hashes(keys) < np.uint64(self._lru_rate * HASHES)]
         for _, ours, lru in self._caches:
             ours.feed(keys)
-            lru.feed(keys)
+            lru.feed(few)
 
-    def _estimate(self, cache: Replay) -> Estimate:
-        misses = np.frombuffer(cache.group_misses(), np.int64)
-        return uncalibrated(misses, self.rate) if self._calibration is None else self._calibration.misses(misses)
+
+def _slots(keys: U64Array) -> npt.NDArray[np.int64]:
+    slots: npt.NDArray[np.int64] = ((keys >> np.uint64(LBA_BITS)) % np.uint64(VOLUME_SLOTS)).astype(np.int64)
+    return slots
+
+
+def _estimate(cache: Replay, rate: float, calibration: Calibration | None) -> Estimate:
+    misses = np.frombuffer(cache.group_misses(), np.int64)
+    return uncalibrated(misses, rate) if calibration is None else calibration.misses(misses)
 
 
 def volume_slot(volume_key: int) -> int:

@@ -15,7 +15,6 @@ from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE, LBA_BITS
 from forebay_tools.analysis.accesses import Batch
 from forebay_tools.analysis.advice import Load
-from forebay_tools.analysis.calibration import Calibration
 from forebay_tools.analysis.curve import Curve, volume_slot
 from forebay_tools.analysis.hashing import HASHES, sample_hashes
 from forebay_tools.analysis.survey import Sampler, Survey
@@ -80,6 +79,9 @@ class _Feeding:
 
     def add(self, batch: Batch) -> None:
         """Look at a batch."""
+        if self._curve.rate == 1.0:
+            self._curve.show_requests(batch)
+            return
         marked = np.frombuffer(self._marker.mark(batch.keys, batch.counts, batch.writes), np.uint64)
         parts, blocks = self._sampler.take(batch._replace(keys=marked), self._limit)
         for keys in parts:
@@ -110,7 +112,7 @@ def _surveyed(survey: Survey, names: dict[int, str], samples: int) -> tuple[Load
     ]
     load = Load(survey.accesses, survey.distinct_blocks, survey.last_ms, len(volumes))
     rate = min(uses.rate, samples / load.distinct_blocks)
-    return load, Curve(load.distinct_blocks, rate, PolicySettings(), Calibration(uses, rate)), volumes
+    return load, Curve(load.distinct_blocks, rate, PolicySettings(), uses), volumes
 
 
 def of_sample(sample: Sample, payload: memoryview) -> Evidence:

@@ -1,7 +1,6 @@
 """`forebay analyze`: the best cache size for a running host, or for traces."""
 
 import argparse
-import asyncio
 from pathlib import Path
 
 from forebay_cache.engine.policy import PolicySettings
@@ -21,9 +20,7 @@ from forebay_tools.arguments import (
     add_run_dir,
     names_run_dir,
 )
-from forebay_tools.connect import ask_cache
 from forebay_tools.printing import say_json, say_table
-from forebay_wire.messages import GetSample, Sample
 
 SAMPLES_MIN = 256
 SAMPLES_MAX = 1 << 16
@@ -57,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.traces:
         found = evidence.of_traces(arguments.traces, arguments.samples or SAMPLES_DEFAULT)
     else:
-        found = evidence.of_sample(*asyncio.run(ask_cache(arguments, GetSample(), Sample)))
+        from forebay_tools.analysis.running import ask_sample  # what talks to a daemon takes 9 MiB
+
+        found = evidence.of_sample(*ask_sample(arguments))
     answer = _answer(arguments, found)
     if arguments.plot is not None:
         picture = compose(answer.points, answer.marks())
