@@ -75,8 +75,8 @@ class ReceiveBuffer:
 class Transmission:
     """One connection's requests and replies.
 
-    `wake` is called when a reply came that no running call will return with; `reuse` when a retired buffer has no
-    payload left in use.
+    `wake` is called when a reply came that no running call will return with; `kick` when the volume was given
+    requests, and must come to kick it; `reuse` when a retired buffer has no payload left in use.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Transmission:
         account: Account,
         *,
         wake: Callable[[], None],
+        kick: Callable[[], None],
         reuse: Callable[[ReceiveBuffer], None],
     ) -> None:
         self._volume = session.volume
@@ -96,6 +97,7 @@ class Transmission:
         self._encoder = _ENCODERS[session.style]()
         self._account = account
         self._wake = wake
+        self._kick = kick
         self._reuse = reuse
         self._magic = EXTENDED_REQUEST_MAGIC if self._extended else REQUEST_MAGIC
         self._request = EXTENDED_REQUEST if self._extended else REQUEST
@@ -163,11 +165,12 @@ class Transmission:
         before = self._serial
         self._gathering = True
         try:
-            at += self._consume(end - at)
+            if self._skip:
+                at += self._consume(end - at)
             return self._take(buffer, at, end)
         finally:
             if self._serial != before:
-                self._volume.kick()
+                self._kick()
             self._gathering = False
 
     def _take(self, buffer: ReceiveBuffer, at: int, end: int) -> int:
@@ -177,7 +180,7 @@ class Transmission:
             return at
         view, volume, open_, account = buffer.view, self._volume, self._open, self._account
         unpack, header_size, wanted_magic = self._request.unpack_from, self._request.size, self._magic
-        read_replied, write_replied = self._read_replied, self._write_replied
+        read_replied, write_replied, replied = self._read_replied, self._write_replied, self._replied
         size = 0 if self._refusing else self._size
         write_flags = -1 if self._read_only else self._write_flags
         serial = self._serial
@@ -210,6 +213,10 @@ class Transmission:
                 buffer.payloads += 1
                 open_[serial] = reply = partial(write_replied, serial, cookie, offset, buffer)
                 volume.write(offset, payload, flags & CMD_FLAG_FUA != 0, reply)
+            elif command == CMD_FLUSH and size and not (flags or offset or length):
+                at += header_size
+                open_[serial] = reply = partial(replied, serial, cookie, 0)
+                volume.flush(reply)
             elif self._accept_rare(Request(flags, command, cookie, offset, length)):
                 at += header_size
                 if self.leaving:

@@ -15,6 +15,7 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from forebay_cache.engine.front import Exports
@@ -26,6 +27,7 @@ from forebay_cache.engine.nbd_transmission import ReceiveBuffer, Transmission
 from forebay_cache.format.nbd_options import OPTION
 from forebay_cache.service.nbd_buffers import BufferPool, buffer_size
 from forebay_cache.service.nbd_outbox import Outbox
+from forebay_cache.service.nbd_turns import Turns
 from forebay_core.errors import ProtocolError
 from forebay_core.units import KIB
 
@@ -57,6 +59,7 @@ class Shared:
     budget: Budget
     pool: BufferPool
     owner: Owner
+    turns: Turns
     linger_timeout_s: float = LINGER_TIMEOUT_S
 
 
@@ -68,6 +71,7 @@ class NbdConnection:
         self._socket = client
         self._fd = client.fileno()
         self._shared = shared
+        self._turns = shared.turns
         self._loop = asyncio.get_running_loop()
         self._account = Account(self._granted)
         self._outbox = Outbox(client)
@@ -127,7 +131,7 @@ class NbdConnection:
         """
         self._shared.budget.settle(self._account)
         partly_received = self._in_large_write() and self._start < self._end
-        waits_for_client = bool(self._outbox) or (partly_received and self._reading)
+        waits_for_client = bool(self._outbox.batches) or (partly_received and self._reading)
         keeps = self._account.granted - FLOOR if waits_for_client else 0
         return self._progress.stalled(self._received + self._outbox.sent, keeps=keeps, now_s=now_s, period_s=period_s)
 
@@ -173,12 +177,14 @@ class NbdConnection:
             self.abort()
             raise
 
-    def _on_readable(self) -> None:
+    def on_readable(self) -> None:
+        """See Polled."""
         transmission = self._transmission
         if transmission is None or not transmission.more:  # else a batch waits for its turn, this comes after it
             self._guarded(self._receive)
 
-    def _on_writable(self) -> None:
+    def on_writable(self) -> None:
+        """See Polled."""
         self._guarded(self._advance)
 
     def _on_turn(self) -> None:
@@ -192,7 +198,7 @@ class NbdConnection:
         """Replies came, or it is our turn again: gather until the loop gets to it."""
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._on_turn)
+            self._turns.soon(self._on_turn)
 
     def _granted(self) -> None:
         self._starved = False
@@ -233,7 +239,8 @@ class NbdConnection:
                 return
         self._starved = self._account.need > 0
         self._serve()
-        self._release_idle_buffer()
+        if self._start == self._end and self._buffer is not None:
+            self._release_idle_buffer(self._buffer)
         if self._account.granted > FLOOR:
             self._shared.budget.settle(self._account)
         self._listen_as_needed()
@@ -244,17 +251,17 @@ class NbdConnection:
         assert negotiation is not None
         while True:
             self._queue(negotiation.take_output())
-            if self._outbox or negotiation.over:
+            if self._outbox.batches or negotiation.over:
                 break
             buffer = self._buffer
             taken = negotiation.receive(buffer.view[self._start : self._end]) if buffer is not None else 0
             self._start += taken
             if taken == 0:
                 break
-        if negotiation.over and not self._outbox:
+        if negotiation.over and not self._outbox.batches:
             self._open(negotiation.session)
         else:
-            self._listen(reading=not self._outbox, writing=bool(self._outbox))
+            self._listen(reading=not self._outbox.batches, writing=bool(self._outbox.batches))
 
     def _queue(self, output: bytes) -> None:
         self._outbox.send()
@@ -268,7 +275,8 @@ class NbdConnection:
             return
         self._session = session
         self._account.volume = session.volume.name
-        self._transmission = Transmission(session, self._account, wake=self._woken, reuse=self._reuse)
+        kick = partial(self._turns.kick, session.volume)
+        self._transmission = Transmission(session, self._account, wake=self._woken, kick=kick, reuse=self._reuse)
         session.volume.connected()
         self._shared.owner.connection_opened(self)
 
@@ -279,11 +287,13 @@ class NbdConnection:
     def _serve(self) -> None:
         transmission = self._transmission
         assert transmission is not None
-        self._flush()
+        if transmission.out or self._outbox.batches:
+            self._flush()
         while self._start < self._end and not transmission.leaving:
             assert self._buffer is not None
             self._start = transmission.accept(self._buffer, self._start, self._end)
-            self._flush()
+            if transmission.out:
+                self._flush()
             if transmission.more:
                 self._woken()
                 break
@@ -294,15 +304,15 @@ class NbdConnection:
         """Tell whether the limit that blocked the engine is gone already."""
         if transmission.short:
             return self._request(transmission.short)
-        return transmission.in_flight < IN_FLIGHT_MAX and not self._outbox
+        return transmission.in_flight < IN_FLIGHT_MAX and not self._outbox.batches
 
     def _flush(self) -> None:
         """Send replies as far as the client takes them."""
         transmission, outbox, account = self._transmission, self._outbox, self._account
         assert transmission is not None
-        if outbox:
+        if outbox.batches:
             account.held -= outbox.send()
-        while transmission.out and not outbox:
+        while transmission.out and not outbox.batches:
             account.held -= outbox.put(*transmission.take_out())
 
     def _request(self, size: int) -> bool:
@@ -318,6 +328,8 @@ class NbdConnection:
         if buffer is None:
             self._buffer = buffer = self._shared.pool.take(RECEIVE_SIZE)
             self._start = self._end = 0
+            if not self._peek:
+                return buffer.view
         want = self._wanted()
         size = len(buffer.view)
         if buffer.charge and want + self._start <= size:
@@ -373,10 +385,9 @@ class NbdConnection:
             if buffer.payloads == 0:
                 self._reuse(buffer)
 
-    def _release_idle_buffer(self) -> None:
+    def _release_idle_buffer(self, buffer: ReceiveBuffer) -> None:
         """An idle connection keeps no memory."""
-        buffer = self._buffer
-        if buffer is not None and self._start == self._end and (buffer.charge or not buffer.payloads):
+        if buffer.charge or not buffer.payloads:
             self._peek = buffer.charge > 0
             self._retire_buffer()
 
@@ -388,22 +399,14 @@ class NbdConnection:
     def _listen_as_needed(self) -> None:
         transmission = self._transmission
         assert transmission is not None
-        stuck = transmission.blocked or transmission.leaving or self._starved
-        self._listen(reading=not stuck and not self._at_end, writing=bool(self._outbox))
+        stuck = transmission.blocked or transmission.leaving or self._starved or self._at_end
+        writing = bool(self._outbox.batches)
+        if self._reading is stuck or self._writing is not writing:
+            self._listen(reading=not stuck, writing=writing)
 
     def _listen(self, *, reading: bool, writing: bool) -> None:
-        if reading != self._reading:
-            self._reading = reading
-            if reading:
-                self._loop.add_reader(self._fd, self._on_readable)
-            else:
-                self._loop.remove_reader(self._fd)
-        if writing != self._writing:
-            self._writing = writing
-            if writing:
-                self._loop.add_writer(self._fd, self._on_writable)
-            else:
-                self._loop.remove_writer(self._fd)
+        self._reading, self._writing = reading, writing
+        self._turns.watch(self._fd, self, reading=reading, writing=writing)
 
     def _close_if_finished(self) -> None:
         transmission = self._transmission
@@ -413,7 +416,7 @@ class NbdConnection:
             return
         if not (self._at_end or self._stopping or transmission.leaving) or transmission.in_flight:
             return
-        if not transmission.out and not self._outbox:
+        if not transmission.out and not self._outbox.batches:
             self.abort()
         elif self._linger is None:
             self._linger = self._loop.call_later(self._shared.linger_timeout_s, self.abort)

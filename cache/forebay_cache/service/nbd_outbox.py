@@ -43,15 +43,12 @@ class _Batch:
 
 
 class Outbox:
-    """What is not sent yet; true while there is something."""
+    """What is not sent yet: `batches`, which only this class changes."""
 
     def __init__(self, client: socket.socket) -> None:
         self.sent = 0  # bytes that the socket took, ever
         self._client = client
-        self._batches: deque[_Batch] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._batches)
+        self.batches: deque[_Batch] = deque()
 
     def put(self, buffers: list[Buffer], size: int, held: int) -> int:
         """Send buffers of `size` bytes in all, or keep what the socket does not take for `send`.
@@ -62,7 +59,7 @@ class Outbox:
             OSError: the client is gone.
         """
         sent = 0
-        if not self._batches and len(buffers) <= IOV_MAX:
+        if not self.batches and len(buffers) <= IOV_MAX:
             try:
                 sent = self._client.sendmsg(buffers)
             except (BlockingIOError, InterruptedError):
@@ -72,7 +69,7 @@ class Outbox:
                 return held
         batch = _Batch(buffers, size, held)
         batch.advance(sent)
-        self._batches.append(batch)
+        self.batches.append(batch)
         return self.send()
 
     def send(self) -> int:
@@ -82,8 +79,8 @@ class Outbox:
             OSError: the client is gone.
         """
         released = 0
-        while self._batches:
-            batch = self._batches[0]
+        while self.batches:
+            batch = self.batches[0]
             try:
                 sent = self._client.sendmsg(batch.rest())
             except (BlockingIOError, InterruptedError):
@@ -91,11 +88,11 @@ class Outbox:
             self.sent += sent
             if sent == batch.left:
                 released += batch.held
-                self._batches.popleft()
+                self.batches.popleft()
             else:
                 batch.advance(sent)
         return released
 
     def clear(self) -> None:
         """Forget everything: the socket is closed."""
-        self._batches.clear()
+        self.batches.clear()

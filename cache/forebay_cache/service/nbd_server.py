@@ -38,6 +38,7 @@ from forebay_cache.service.nbd_listeners import (
     tcp_listener,
     unix_listener,
 )
+from forebay_cache.service.nbd_turns import Turns
 from forebay_core.notify import keep, let_go
 from forebay_core.units import MIB
 
@@ -70,8 +71,9 @@ class NbdServer:
     def __init__(self, exports: Exports, settings: NbdSettings | None = None) -> None:
         self._settings = settings or NbdSettings()
         self._budget = Budget(self._settings.budget_bytes)
-        self._shared = Shared(exports, self._budget, BufferPool(), self, self._settings.linger_timeout_s)
         self._loop = asyncio.get_running_loop()
+        self._turns = Turns(self._loop)
+        self._shared = Shared(exports, self._budget, BufferPool(), self, self._turns, self._settings.linger_timeout_s)
         self._listeners: dict[socket.socket, tuple[int, int] | None] = {}
         self._connections: set[NbdConnection] = set()
         self._negotiating: dict[NbdConnection, asyncio.TimerHandle] = {}
@@ -161,6 +163,7 @@ class NbdServer:
             remove_own_socket(listener, inode)
             self._leave(listener)
         await _close_all(list(self._connections), grace_s)
+        self._turns.close()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
 
