@@ -235,11 +235,23 @@ def test_extended_headers_carry_64_bit_lengths(tmp_path: Path) -> None:
         assert client.ask(nbd.CMD_READ, 0, 1 << 40).error == EINVAL
 
 
-def test_payloads_with_extended_headers_follow_the_flag(served: ServerThread) -> None:
+def test_a_write_has_its_payload_whether_it_says_so_or_not_as_qemu_does_not(served: ServerThread) -> None:
+    def write(client: Client, cookie: int, flags: int, offset: int, content: bytes) -> int:
+        header = (nbd.EXTENDED_REQUEST_MAGIC, flags, nbd.CMD_WRITE, cookie, offset, len(content))
+        client.send(nbd.EXTENDED_REQUEST.pack(*header) + content)
+        return client.answer().error
+
     with served.client().go("vol", EXTENDED) as client:
-        header = nbd.EXTENDED_REQUEST.pack(nbd.EXTENDED_REQUEST_MAGIC, 0, nbd.CMD_WRITE, 5, 0, 4096)
-        client.send(header)
-        refused(client, client.answer(), EINVAL)
+        for number, flags in enumerate((0, FUA, PAYLOAD_LEN, FUA | PAYLOAD_LEN)):
+            assert write(client, number, flags, number * 4096, bytes([65 + number]) * 4096) == 0
+        assert client.read(0, 4 * 4096) == b"".join(bytes([65 + number]) * 4096 for number in range(4))
+        for number, flags in enumerate((0, FUA, PAYLOAD_LEN, 1 << 9)):
+            assert write(client, number, flags, 1 << 50 if flags < 1 << 9 else 0, b"x" * 700)
+            assert client.read(0, 1) == b"A"  # still in step
+
+
+def test_payloads_of_other_requests_with_extended_headers_follow_the_flag(served: ServerThread) -> None:
+    with served.client().go("vol", EXTENDED) as client:
         for command in (nbd.CMD_READ, nbd.CMD_TRIM, nbd.CMD_FLUSH, nbd.CMD_BLOCK_STATUS, 99):
             refused(client, client.ask(command, 0, 700, flags=PAYLOAD_LEN, payload=bytes(700)), EINVAL)
     with served.client().go("vol", STRUCTURED) as client:

@@ -62,8 +62,6 @@ def check_request(
     if command not in _FLAGS:
         return Refused(NbdError.EINVAL, f"unknown command {command}")
     if command == CMD_WRITE and extended:
-        if not flags & CMD_FLAG_PAYLOAD_LEN:
-            return Refused(NbdError.EINVAL, "with extended headers a write needs the flag PAYLOAD_LEN")
         flags &= ~CMD_FLAG_PAYLOAD_LEN
     if flags & ~_FLAGS[command] or (flags & CMD_FLAG_DF and not fragments):
         return Refused(NbdError.EINVAL, f"flags {flags:#x} don't go with command {command}")

@@ -101,7 +101,8 @@ class Transmission:
         self._reuse = reuse
         self._magic = EXTENDED_REQUEST_MAGIC if self._extended else REQUEST_MAGIC
         self._request = EXTENDED_REQUEST if self._extended else REQUEST
-        self._write_flags = CMD_FLAG_PAYLOAD_LEN if self._extended else 0
+        # With extended headers a write ought to say that it has a payload; qemu (8.2 to 10) doesn't, and it always has.
+        self._other_flags = ~(CMD_FLAG_FUA | (CMD_FLAG_PAYLOAD_LEN if self._extended else 0))
         self._open: dict[int, partial[None]] = {}
         self._serial = 0
         self._skip = 0
@@ -182,7 +183,7 @@ class Transmission:
         unpack, header_size, wanted_magic = self._request.unpack_from, self._request.size, self._magic
         read_replied, write_replied, replied = self._read_replied, self._write_replied, self._replied
         size = 0 if self._refusing else self._size
-        write_flags = -1 if self._read_only else self._write_flags
+        other_flags, refused_flags = self._other_flags, -1 if self._read_only else 0
         serial = self._serial
         last = serial + min(BATCH_MAX, IN_FLIGHT_MAX - len(open_))
         while end - at >= header_size:
@@ -203,7 +204,7 @@ class Transmission:
                 at += header_size
                 open_[serial] = read_reply = partial(read_replied, serial, cookie, offset, length)
                 volume.read(offset, length, read_reply)
-            elif command == CMD_WRITE and plain and flags & ~CMD_FLAG_FUA == write_flags:
+            elif command == CMD_WRITE and plain and flags & other_flags == refused_flags:
                 stop = at + header_size + length
                 if stop > end:
                     self.want = header_size + length
@@ -389,8 +390,8 @@ class Transmission:
         self.out_size += self._encoder.error(self.out, cookie, offset, refused.error, refused.text)
 
     def _payload_size(self, request: Request) -> int:
-        has_payload = request.flags & CMD_FLAG_PAYLOAD_LEN if self._extended else request.command == CMD_WRITE
-        return request.length if has_payload else 0
+        announced = self._extended and request.flags & CMD_FLAG_PAYLOAD_LEN
+        return request.length if announced or request.command == CMD_WRITE else 0
 
     def _refuse_request(self, request: Request, payload_size: int, refused: Refused) -> None:
         """Answer with an error, once the payload that comes with the request has gone by."""
