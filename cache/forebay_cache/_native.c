@@ -1,4 +1,5 @@
-/* The native twins of `forebay_cache.engine.entering`: see there what each function does, takes and returns.
+/* The native twins of `forebay_cache.engine.entering`, and of `put_writes` in `forebay_cache.format.record`: see there
+   what each function does, takes and returns.
 
    Everything lies in arrays that Python owns; here they are only read and written, with their bounds checked first.
    A chain that leads out of the map would be a bug of ours, so it raises SystemError instead of crashing the daemon. */
@@ -12,6 +13,9 @@
 #define UNLINKED 0xFFFFFFFEu
 #define LBA_BITS 40
 #define ENTRY_SIZE 32
+#define BLOCK_ENTRIES (4096 / ENTRY_SIZE)
+#define ENTRIES_INDEX 3 /* the fixed fields of a record take the room of so many entries */
+#define WRITE 1
 
 typedef struct {
     uint64_t lba, version, checksum;
@@ -145,7 +149,41 @@ end:
     return answer;
 }
 
+static PyObject *put_writes(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    Py_ssize_t entry_count = 0, sum_count = 0;
+    uint64_t n[4];
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 6) {
+        PyErr_SetString(PyExc_TypeError, "put_writes takes 6 arguments");
+        return NULL;
+    }
+    char *const block = items(&held, arguments[0], 1, ENTRY_SIZE, &entry_count);
+    const char *const sums = block ? items(&held, arguments[5], 0, 8, &sum_count) : NULL;
+    if (sums == NULL || numbers(arguments + 1, 4, n) < 0)
+        goto end;
+    const uint64_t first = n[0] + ENTRIES_INDEX;
+    if (n[0] > BLOCK_ENTRIES || entry_count != BLOCK_ENTRIES || first + (uint64_t)sum_count > BLOCK_ENTRIES) {
+        PyErr_SetString(PyExc_ValueError, "the entries do not fit the block");
+        goto end;
+    }
+    for (uint64_t i = 0; i < (uint64_t)sum_count; i++) {
+        entry_t entry = {
+            .lba = n[2] + i, .version = n[3], .volume_key = (uint32_t)n[1], .kind = WRITE, .sector_mask = 0xFF,
+        };
+        memcpy(&entry.checksum, sums + i * 8, 8);
+        memcpy(block + (first + i) * ENTRY_SIZE, &entry, ENTRY_SIZE);
+    }
+    answer = Py_NewRef(Py_None);
+end:
+    release(&held);
+    return answer;
+}
+
 static PyMethodDef methods[] = {
+    {"put_writes", (PyCFunction)(void (*)(void))put_writes, METH_FASTCALL, NULL},
     {"enter_writes", (PyCFunction)(void (*)(void))enter_writes, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -1,10 +1,16 @@
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from forebay_cache.engine.entering import Entered, MapViews
 from forebay_core.units import Buffer
 
 NIL: Final[int]
 
+def put_writes(
+    block: bytearray, index: int, volume_key: int, lba: int, version: int, checksums: npt.NDArray[np.uint64], /
+) -> None: ...
 def enter_writes(
     views: MapViews,
     zone_blocks: int,

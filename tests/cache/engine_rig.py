@@ -16,6 +16,7 @@ from forebay_cache.engine.ports import BuildRequest, BuiltPart, CutIdentity, Fet
 from forebay_cache.engine.recovery import blank_device, recover
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.cut_end import RESIZE, CutEnd
+from forebay_cache.format.record import RECORD_ENTRIES_MAX
 from forebay_cache.format.superblock import Superblock, choose, plan_geometry
 from forebay_core.checksums import ZERO_BLOCK, block_checksums, checksum
 from forebay_core.extents import Extent, from_blocks
@@ -26,6 +27,7 @@ VOLUME_ID = VolumeId(b"v" * 16)
 STORE_ID = StoreId(b"s" * 16)
 FIRST_CONTENT = 0  # blocks of a new volume are holes
 CHUNK_PLACES = 96  # of a checkpoint: more than a zone, less than two, so that small devices have many chunks
+RECORD_BLOCKS = (RECORD_ENTRIES_MAX, 12)  # of one record, by seed: zones are so small that few hold a full one
 SWEEP_STEP_BLOCKS = 8  # so that most trims take several steps
 LATE_MAX = 6  # requests of a dead daemon that arrive before the next one opens its volumes
 
@@ -311,6 +313,7 @@ class Rig:
                 "cut_age_ns_max": 400_000_000,
                 "checkpoint_chunk_places": CHUNK_PLACES,
                 "sweep_step_blocks": SWEEP_STEP_BLOCKS,
+                "record_blocks": RECORD_BLOCKS[seed % len(RECORD_BLOCKS)],
                 **settings,
             }
         )

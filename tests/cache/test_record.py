@@ -338,3 +338,18 @@ END = encode_cut_end(TAKEN)
 def test_the_end_of_a_cut_that_contradicts_itself_is_refused(row: bytes) -> None:
     with pytest.raises(CorruptionError):
         decode_cut_end(row, place="checkpoint A")
+
+
+@pytest.mark.skipif(record.put_writes_fast is record.put_writes, reason="there is no compiler here")
+@given(st.integers(0, RECORD_ENTRIES_MAX), st.integers(0, RECORD_ENTRIES_MAX), st.integers(0, LBA_MAX - 125))
+def test_both_twins_put_the_same_entries(index: int, count: int, lba: int) -> None:
+    sums = np.arange(count, dtype=np.uint64) + np.uint64((1 << 64) - 200)
+    twins = [bytearray(BLOCK_SIZE), bytearray(BLOCK_SIZE)]
+    for put, block in zip((record.put_writes, record.put_writes_fast), twins, strict=True):
+        if index + count > RECORD_ENTRIES_MAX:
+            with pytest.raises(ValueError):
+                put(block, index, 7, lba, 1 << 63, sums)
+        else:
+            put(block, index, 7, lba, 1 << 63, sums)
+    assert twins[0] == twins[1]
+    assert not any(twins[0][: record.ENTRIES_OFFSET + index * record.ENTRY_SIZE])

@@ -5,9 +5,9 @@ from sim_world import Violation
 
 from forebay_cache.engine.cache import CacheEngine
 from forebay_cache.engine.limits import (
+    BATCHES_IN_FLIGHT_MAX,
     HOLES_KEPT_MAX,
     PARTS_IN_FLIGHT_MAX,
-    RECORDS_IN_FLIGHT_MAX,
     SNAPSHOTS_PENDING_MAX,
 )
 from forebay_cache.engine.policy import ring_blocks
@@ -18,7 +18,7 @@ from forebay_cache.format import record
 from forebay_cache.format.superblock import choose
 from forebay_core.units import BLOCK_SIZE, LBA_BITS, LBA_MAX
 
-WRITES_MAX = RECORDS_IN_FLIGHT_MAX + 1
+WRITES_MAX = BATCHES_IN_FLIGHT_MAX + 1
 """Writes that the device may have at a time: records, and one of a checkpoint."""
 
 
@@ -81,7 +81,7 @@ def check_limits(engine: CacheEngine, writes_max: int) -> None:
     claim(writes_max <= WRITES_MAX, f"{writes_max} writes were under way")
     claim(0 <= engine.destage._parts <= PARTS_IN_FLIGHT_MAX, f"{engine.destage._parts} parts are under way")
     in_flight = len(engine.log._in_flight)
-    claim(in_flight <= RECORDS_IN_FLIGHT_MAX, f"{in_flight} records are under way")
+    claim(in_flight <= BATCHES_IN_FLIGHT_MAX, f"{in_flight} batches are under way")
     for volume in engine.volumes.values():
         plain = [cut for cut in volume.cuts if cut.end is None]
         claim(len(plain) <= 1, f"{volume.name}: {len(plain)} cuts without an end are closed")

@@ -186,8 +186,14 @@ class LogTap:
                 branch.synced = max(branch.synced, version)
 
     def _changes(self, offset: int, content: bytes) -> Iterator[tuple[Change, Branch]]:
-        if offset < self._zones_offset:
-            return
+        """Yield the changes that a write brings: of all records in it, one behind the other."""
+        at = 0 if offset >= self._zones_offset else len(content)
+        while at < len(content):
+            header = record.peek_header(content[at : at + BLOCK_SIZE])
+            yield from self._changes_of(offset + at, content[at : at + header.size * BLOCK_SIZE])
+            at += header.size * BLOCK_SIZE
+
+    def _changes_of(self, offset: int, content: bytes) -> Iterator[tuple[Change, Branch]]:
         header, entries = record.decode_record(content[:BLOCK_SIZE], place=f"write at offset {offset}")
         if header.kind == record.NOTE:
             note = record.decode_note(content[:BLOCK_SIZE], place=f"write at offset {offset}")

@@ -27,6 +27,7 @@ from sim_world import SimLoop, Violation, World
 
 from forebay_cache.engine.cache import EngineSettings
 from forebay_cache.engine.volume import CacheVolume
+from forebay_cache.format.record import RECORD_ENTRIES_MAX
 from forebay_core.errors import ForebayError
 from forebay_core.units import BLOCK_SIZE, RATE_MIN
 from forebay_wire import messages
@@ -115,6 +116,7 @@ class Scenario:
             cut_age_ns_max=self.random.choice((100, 300, 1000)) * MS,
             retry_ns=300 * MS,
             sweep_step_blocks=8,
+            record_blocks=self.world.rng("records").choice((RECORD_ENTRIES_MAX, 12)),  # else none has several
         )
         self.caches = [
             CacheHost(self.world, name, self.network, self.store, size=profile.device_size, settings=settings)

@@ -37,7 +37,7 @@ class Apply:
         """Apply one record."""
         for item in batch.data:
             if isinstance(item, Writes):
-                self._write(batch, item)
+                self._write(item)
             elif item.kind == record.FILL:
                 self._fill(item)
             else:
@@ -51,17 +51,16 @@ class Apply:
                 self._drop(change)
         self._engine.record_applied()
 
-    def _write(self, batch: Batch, writes: Writes) -> None:
+    def _write(self, writes: Writes) -> None:
         """Blocks that a guest wrote: the hottest path of writing, so nothing is done one by one here."""
         engine = self._engine
         volume = engine.volumes[writes.volume_key]
-        found, count = self._found, writes.count
-        first_place = batch.first_place + writes.index
+        found, count, first_place = self._found, writes.count, writes.first_place
         if engine.map.hidden:
-            engine.sweeps.settle_keys(_keys_of(batch, writes))
+            engine.sweeps.settle_keys(_keys_of(writes))
         dirty_count, _ = engine.map.enter_writes(
-            batch.packed,
-            writes.index,
+            writes.header,
+            writes.index + record.ENTRIES_INDEX,
             count,
             first_place,
             acknowledged=volume.acknowledged,
@@ -79,7 +78,8 @@ class Apply:
             engine.hole_count += max(0, len(volume.holes) - hole_count)  # some were cut in two
         if volume.origins is not None:
             volume.origins.remove_many(found.keys[:count][found.olds[:count] < 0] & np.uint64(LBA_MAX))
-        volume.applied = Version(_version_of(batch.packed, (writes.index + count - 1) * record.ENTRY_SIZE)[0])
+        last = record.ENTRIES_INDEX + writes.index + count - 1
+        volume.applied = Version(_version_of(writes.header, last * record.ENTRY_SIZE)[0])
 
     def _fill(self, copy: Copy) -> None:
         _, volume_key, lba, version, checksum, place, _ = copy
@@ -148,7 +148,7 @@ class Apply:
             volume.origins.forget(extent)
 
 
-def _keys_of(batch: Batch, writes: Writes) -> npt.NDArray[np.uint64]:
-    rows = np.frombuffer(batch.packed, record.ENTRY_DTYPE)[writes.index : writes.index + writes.count]
+def _keys_of(writes: Writes) -> npt.NDArray[np.uint64]:
+    rows = record.entries_in(writes.header, writes.index + writes.count)[writes.index :]
     keys: npt.NDArray[np.uint64] = rows["lba"] | np.uint64(writes.volume_key << LBA_BITS)
     return keys

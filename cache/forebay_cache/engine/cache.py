@@ -82,6 +82,7 @@ class EngineSettings(NamedTuple):
     limit: Limit = NO_LIMIT  # of destaging, for volumes without one of their own
     total_limit: Limit = NO_LIMIT  # of all volumes together, unless the device holds one
     checkpoint_chunk_places: int = CHUNK_PLACES
+    record_blocks: int = record.RECORD_ENTRIES_MAX  # data blocks of one record of the log; fewer only in tests
     sweep_step_blocks: int = RANGE_LOOKUPS_MAX  # of a trim up to which they leave the map at once
     policy: PolicySettings = PolicySettings()
     volume_floor: float = 0.5  # what each volume in use may keep, as part of an equal share
@@ -129,6 +130,7 @@ class CacheEngine:
             apply=Apply(self),
             on_failure=self.fail,
             promised_zones=lambda: self.reclaim.promised_zones,
+            record_blocks=settings.record_blocks,
         )
         self.sweeps = Sweeps(self)
         self.reads, self.writes = Reads(self), Writes(self)

@@ -150,8 +150,11 @@ Measured 2026-11, Zipf(0.9) over 10 times the cache: hit ratio and blocks writte
 share of 0.3, 0.647 and 0.73 at 0.5, 0.655 and 0.89 at 0.6, 0.662 and 1.19 at 0.7, 0.670 and 4.4 at 0.9.
 """
 
-RECORDS_IN_FLIGHT_MAX: Final = 2
-"""Records given to the device at a time: one being written, one behind it; others gather meanwhile, so they grow."""
+BATCHES_IN_FLIGHT_MAX: Final = 2
+"""Batches given to the device at a time: one being written, one behind it; others gather meanwhile, so they grow."""
+
+BATCH_RECORDS_MAX: Final = 3
+"""Records of one batch: 1.5 MiB, so that a write of 1 MiB is one command. A copy to the page cache, 0.25 ms at most."""
 
 RUN_BLOCKS_MIN: Final = 16
 """Blocks of one write from which on it is logged and applied with arrays instead of block by block."""

@@ -1,14 +1,15 @@
 """The log: entries are gathered into records, records are written in order and applied in order.
 
-A batch is a record in the making; its place on the device is fixed when it begins, so every entry knows its place at
-once. It is sealed when it is full, when an entry does not fit its order, or when the shell says that no more requests
-are at hand and the device has nothing to do.
+A batch is a record in the making, or a few that stand behind one another and are written by one command; its place on
+the device is fixed when it begins, so every entry knows its place at once. It is sealed when it is full, when an entry
+does not fit its order, or when the shell says that no more requests are at hand and the device has nothing to do.
 
 Invariants:
     Records are applied, and their writers told, in the order of their log positions, and only when written: replay
     stops at a hole, so a record behind one would be lost.
     `durable` <= `applied` <= `position`; a sync covers what was applied when it began.
-    Data entries stand before others in a record; a data entry that comes behind another one begins a new record.
+    Data entries stand before others in a record; a data entry that comes behind another one begins a new batch. So all
+    records of a batch but the last hold `record_blocks` data entries and nothing else.
     The last block of a zone is kept for its SEAL.
     Entries without data wait in `_held`, in order, rather than take the room of moves, which free zones.
 Crash: what was written as an unbroken chain of records is found again; the rest was never acknowledged.
@@ -19,8 +20,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from forebay_cache.engine.front import IoError, Reply
-from forebay_cache.engine.limits import RECORDS_IN_FLIGHT_MAX, RUN_BLOCKS_MIN, ZONES_FOR_MOVES
+from forebay_cache.engine.limits import BATCH_RECORDS_MAX, BATCHES_IN_FLIGHT_MAX, RUN_BLOCKS_MIN, ZONES_FOR_MOVES
 from forebay_cache.engine.ports import Device, U64Array
 from forebay_cache.engine.zones import ZoneTable
 from forebay_cache.format import record
@@ -28,7 +31,9 @@ from forebay_cache.format.cut_end import CutEnd
 from forebay_cache.format.volume_note import VolumeNote
 from forebay_core.units import BLOCK_SIZE, Buffer
 
-_pack = record.ENTRY.pack
+_pack_into = record.ENTRY.pack_into
+_ENTRIES_OFFSET = record.ENTRIES_OFFSET
+_ENTRY_SIZE = record.ENTRY_SIZE
 
 Settled = Callable[[bool], None]
 """Told once: True when what was asked for is so, False when the device failed."""
@@ -49,12 +54,14 @@ class Copy(NamedTuple):
 class Writes:
     """Consecutive entries of WRITEs of one volume, of which the batch knows no more than their packed form."""
 
-    __slots__ = ("count", "index", "volume_key")
+    __slots__ = ("count", "first_place", "header", "index", "volume_key")
 
-    def __init__(self, volume_key: int, index: int, count: int) -> None:
+    def __init__(self, volume_key: int, header: bytearray, index: int, count: int, first_place: int) -> None:
         self.volume_key = volume_key
+        self.header = header  # block of their record
         self.index = index  # of the first entry in the record
         self.count = count
+        self.first_place = first_place  # of their blocks
 
 
 class Change(NamedTuple):
@@ -89,7 +96,7 @@ class LogPoint(NamedTuple):
 
 
 class Batch:
-    """A record in the making, on its way to the device, or waiting to be applied."""
+    """Records in the making, on their way to the device, or waiting to be applied."""
 
     __slots__ = (
         "after",
@@ -100,10 +107,12 @@ class Batch:
         "data_count",
         "end",
         "entry_count",
-        "first_place",
+        "headers",
+        "index",
         "kind",
         "newest",
-        "packed",
+        "next_place",
+        "record_blocks",
         "replies",
         "room",
         "settled",
@@ -111,24 +120,47 @@ class Batch:
         "zone",
     )
 
-    def __init__(self, zone: int, block: int, *, first_place: int, room: int) -> None:
+    def __init__(self, zone: int, block: int, record_blocks: int) -> None:
         self.kind: int = record.DATA
         self.zone = zone
         self.block = block
-        self.first_place = first_place  # of the data
-        self.room = room  # data blocks that still fit
+        self.record_blocks = record_blocks
+        self.headers: list[bytearray] = []  # of the records; what comes goes to the last one
+        self.index = 0  # of the entry that comes next in the last record
+        self.room = 0  # data blocks that still fit it
+        self.next_place = 0  # of the block that comes next
         self.data: list[Writes | Copy] = []
         self.newest: Writes | None = None  # the last of `data`, as long as it may grow
         self.changes: list[Change] = []
         self.end: CutEnd | None = None  # alone in its record
-        self.packed = bytearray()
-        self.buffers: list[Buffer] = []
+        self.buffers: list[Buffer] = []  # all that is to be written, header blocks included
         self.data_count = 0
         self.entry_count = 0
         self.replies: list[Reply] = []  # of writes that want nothing but to be in the log
         self.settled: list[Settled] = []
         self.written = False
         self.after = LogPoint(0, 0, 0, 0)
+
+    @property
+    def block_count(self) -> int:
+        """Blocks that it takes on the device."""
+        return len(self.headers) + self.data_count
+
+    def begin_record(self, first_place: int, room: int) -> None:
+        """What comes now goes to one more record, whose data begins at this place."""
+        header = bytearray(BLOCK_SIZE)
+        self.headers.append(header)
+        self.buffers.append(header)
+        self.index = 0
+        self.room = room
+        self.next_place = first_place
+        self.newest = None
+
+    def data_entries(self) -> record.EntryArray:
+        """Return the entries of all data blocks."""
+        counts = [self.record_blocks] * (len(self.headers) - 1)
+        counts.append(self.data_count - sum(counts))
+        return np.concatenate([record.entries_in(header, n) for header, n in zip(self.headers, counts, strict=True)])
 
     @property
     def can_wait(self) -> bool:
@@ -155,6 +187,7 @@ class Log:
         apply: Callable[[Batch], None],
         on_failure: Callable[[str], None],
         promised_zones: Callable[[], int],
+        record_blocks: int,
     ) -> None:
         self._device = device
         self._zones = zones
@@ -163,6 +196,7 @@ class Log:
         self._apply = apply
         self._on_failure = on_failure
         self._promised_zones = promised_zones
+        self.record_blocks = record_blocks  # data blocks of one record
         self._next = LogPoint(0, 0, 0, 0)  # where the next sealed record goes
         self._batch: Batch | None = None
         self._held: deque[_Event] = deque()  # entries without data that wait for a free zone
@@ -207,55 +241,62 @@ class Log:
         """Return the batch that takes the next data block; it has room for one at least."""
         batch = self._batch
         if batch is None or batch.changes:
-            batch = self._fresh_batch()
+            return self._fresh_batch()
+        if batch.room == 0:
+            if not self._may_grow(batch):
+                return self._fresh_batch()
+            self._begin_record(batch)
         return batch
 
     def add_write(self, batch: Batch, volume_key: int, lba: int, version: int, checksum: int) -> None:
         """Add the entry of one block that a guest wrote; the caller adds the bytes to `batch.buffers`."""
+        header, index = batch.headers[-1], batch.index
         newest = batch.newest
         if newest is not None and newest.volume_key == volume_key:
             newest.count += 1
         else:
-            batch.newest = newest = Writes(volume_key, batch.entry_count, 1)
+            batch.newest = newest = Writes(volume_key, header, index, 1, batch.next_place)
             batch.data.append(newest)
-        batch.packed += _pack(lba, version, checksum, volume_key, record.WRITE, 0, 0xFF, 0)
-        batch.data_count += 1
-        batch.entry_count += 1
-        batch.room -= 1
-        self.queued_blocks += 1
+        at = _ENTRIES_OFFSET + index * _ENTRY_SIZE
+        _pack_into(header, at, lba, version, checksum, volume_key, record.WRITE, 0, 0xFF, 0)
+        self._added(batch, 1)
 
     def add_writes(self, batch: Batch, volume_key: int, lba: int, version: int, checksums: U64Array) -> None:
         """Add the entries of consecutive blocks, as `add_write` does one by one."""
         count = int(checksums.size)
         assert count <= batch.room
-        batch.data.append(Writes(volume_key, batch.entry_count, count))
+        header = batch.headers[-1]
+        batch.data.append(Writes(volume_key, header, batch.index, count, batch.next_place))
         batch.newest = None
-        batch.packed += record.pack_writes(volume_key, lba, version, checksums)
-        batch.data_count += count
-        batch.entry_count += count
-        batch.room -= count
-        self.queued_blocks += count
+        record.put_writes_fast(header, batch.index, volume_key, lba, version, checksums)
+        self._added(batch, count)
 
     def add_copy(
         self, batch: Batch, kind: int, volume_key: int, lba: int, version: int, checksum: int, source: int = -1
     ) -> None:
         """Add the entry of a block that is filled or moved; the caller adds the bytes to `batch.buffers`."""
-        batch.data.append(Copy(kind, volume_key, lba, version, checksum, batch.first_place + batch.data_count, source))
+        batch.data.append(Copy(kind, volume_key, lba, version, checksum, batch.next_place, source))
         batch.newest = None
-        batch.packed += _pack(lba, version, checksum, volume_key, kind, 0, 0xFF, 0)
-        batch.data_count += 1
-        batch.entry_count += 1
-        batch.room -= 1
-        self.queued_blocks += 1
+        at = _ENTRIES_OFFSET + batch.index * _ENTRY_SIZE
+        _pack_into(batch.headers[-1], at, lba, version, checksum, volume_key, kind, 0, 0xFF, 0)
+        self._added(batch, 1)
+
+    def _added(self, batch: Batch, count: int) -> None:
+        batch.data_count += count
+        batch.entry_count += count
+        batch.index += count
+        batch.next_place += count
+        batch.room -= count
+        self.queued_blocks += count
 
     def unapplied(self) -> list[Batch]:
-        """Return the records that are gathered, queued or under way."""
+        """Return what is gathered, queued or under way."""
         return [*self._in_flight, *self._sealed, *(() if self._batch is None else (self._batch,))]
 
     def seal_if_full(self) -> None:
         """Send the batch on its way when nothing more fits."""
         batch = self._batch
-        if batch is not None and batch.room == 0:
+        if batch is not None and batch.room == 0 and not self._may_grow(batch):
             self._seal()
 
     def add_event(
@@ -271,10 +312,12 @@ class Log:
     def _append_event(self, event: _Event) -> None:
         kind, volume_key, start, version, value, settled, _ = event
         batch = self._batch
-        if batch is None or batch.entry_count >= record.RECORD_ENTRIES_MAX:
+        if batch is None or batch.index >= record.RECORD_ENTRIES_MAX:
             batch = self._fresh_batch()
-        batch.packed += record.ENTRY.pack(start, version, value, volume_key, kind, 0, 0xFF, 0)
+        at = _ENTRIES_OFFSET + batch.index * _ENTRY_SIZE
+        _pack_into(batch.headers[-1], at, start, version, value, volume_key, kind, 0, 0xFF, 0)
         batch.changes.append(Change(kind, volume_key, start, version, value))
+        batch.index += 1
         batch.entry_count += 1
         if settled is not None:
             batch.settled.append(settled)
@@ -291,8 +334,9 @@ class Log:
         batch = self._fresh_batch()
         batch.kind = record.NOTE
         batch.end = note if isinstance(note, CutEnd) else None
-        batch.packed += record.pack_note(note)
-        batch.entry_count = 1
+        packed = record.pack_note(note)
+        batch.headers[0][_ENTRIES_OFFSET : _ENTRIES_OFFSET + len(packed)] = packed
+        batch.index = batch.entry_count = 1
         batch.settled.append(settled)
         self._seal()
 
@@ -300,7 +344,7 @@ class Log:
         """Whether one more record has somewhere to go and leaves moves enough to free zones with, and what is promised
         to them: free zones, or the rest of those that they have begun. Guests leave zones free for it, a restart may
         find none."""
-        gathered = 0 if self._batch is None else 1 + self._batch.data_count
+        gathered = 0 if self._batch is None else self._batch.block_count
         left = len(self._zones.free) - self._promised_zones()
         return left > ZONES_FOR_MOVES or (left >= 0 and self.room_in_zone - gathered > 1)
 
@@ -315,13 +359,13 @@ class Log:
     def kick(self, *, patient: bool = False) -> None:
         """Submit what is gathered unless the device has enough to do; then it goes when that is done.
 
-        A small record does not go behind another: it would be written no sooner, but without what comes meanwhile.
+        A small batch does not go behind another: it would be written no sooner, but without what comes meanwhile.
         One that only holds a few fills nobody waits for: when `patient`, it stays open for more of them.
         """
         self._append_held()
         if patient and self._batch is not None and self._batch.can_wait:
             return
-        if self._batch is None or self._sealed or len(self._in_flight) >= RECORDS_IN_FLIGHT_MAX:
+        if self._batch is None or self._sealed or len(self._in_flight) >= BATCHES_IN_FLIGHT_MAX:
             return
         if not self._in_flight or self._batch.data_count >= RUN_BLOCKS_MIN:
             self._seal()
@@ -394,9 +438,20 @@ class Log:
         return self._batch
 
     def _batch_at(self, point: LogPoint) -> Batch:
-        first_place = self._zones.place_at(point.zone, point.block) + 1
-        room = min(self._zones.zone_blocks - 2 - point.block, record.RECORD_ENTRIES_MAX)
-        return Batch(point.zone, point.block, first_place=first_place, room=room)
+        batch = Batch(point.zone, point.block, self.record_blocks)
+        self._begin_record(batch)
+        return batch
+
+    def _begin_record(self, batch: Batch) -> None:
+        block = batch.block + batch.block_count
+        room = min(self._zones.zone_blocks - 2 - block, self.record_blocks)
+        batch.begin_record(self._zones.place_at(batch.zone, block) + 1, room)
+
+    def _may_grow(self, batch: Batch) -> bool:
+        """Tell whether a batch whose last record is full may have one more, with a block of data at least."""
+        if len(batch.headers) >= BATCH_RECORDS_MAX or batch.changes:
+            return False
+        return batch.block + batch.block_count + 2 < self._zones.zone_blocks
 
     def _seal(self) -> None:
         batch = self._batch
@@ -420,37 +475,39 @@ class Log:
                 settled(False)
             return
         point = self._next
-        header = record.encode_record(
-            record.RecordHeader(
+        position, _, _, chain = point
+        entries, blocks = batch.entry_count, batch.data_count
+        for header in batch.headers:
+            is_last = header is batch.headers[-1]
+            fields = record.RecordHeader(
                 batch.kind,
                 0,
                 self._device_tag,
                 batch.zone,
                 self._zones.incarnations[batch.zone],
-                point.position,
+                position,
                 self.durable,
-                point.chain,
-                batch.entry_count,
-                batch.data_count,
+                chain,
+                entries if is_last else batch.record_blocks,
+                blocks if is_last else batch.record_blocks,
                 next_zone,
                 self._life,
-            ),
-            batch.packed,
-        )
+            )
+            chain = record.finish_record(header, fields)
+            position += 1
+            entries -= batch.record_blocks
+            blocks -= batch.record_blocks
         self._noted_durable = self.durable
-        batch.buffers.insert(0, header)
-        chain = record.record_xxh3(header)
-        self._next = LogPoint(point.position + 1, point.zone, point.block + 1 + batch.data_count, chain)
-        batch.after = self._next
+        self._next = batch.after = LogPoint(position, point.zone, point.block + batch.block_count, chain)
         self._sealed.append(batch)
         self._submit()
 
     def _submit(self) -> None:
-        while self._sealed and len(self._in_flight) < RECORDS_IN_FLIGHT_MAX and not self.failed:
+        while self._sealed and len(self._in_flight) < BATCHES_IN_FLIGHT_MAX and not self.failed:
             batch = self._sealed.popleft()
             self._in_flight.append(batch)
-            self.bytes_written += (1 + batch.data_count) * BLOCK_SIZE
-            self.records_written += 1
+            self.bytes_written += batch.block_count * BLOCK_SIZE
+            self.records_written += len(batch.headers)
             offset = self._zones.offset_of(self._zones.place_at(batch.zone, batch.block))
             self._device.write(offset, batch.buffers, partial(self._written, batch))
 

@@ -146,7 +146,7 @@ class Reclaim:
             rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, end) if self._is_victim(zone))
             better = self._best(islice(rest, 8 * VICTIM_CANDIDATES), worthy=False)
             best = min((v for v in (best, better) if v is not None), key=lambda v: v.keep.size, default=None)
-        if best is not None and _cost(best.keep.size) > zones.zone_blocks - zones.zone_blocks // VICTIM_GAIN_RATIO:
+        if best is not None and self._cost(best.keep.size) > zones.zone_blocks - zones.zone_blocks // VICTIM_GAIN_RATIO:
             return None  # too little would be gained
         return best
 
@@ -196,6 +196,10 @@ class Reclaim:
         if worthy:
             keep |= engine.map.linked_mask(first, count) & engine.policy.worthy(first, count)
         return np.flatnonzero(keep) + first
+
+    def _cost(self, count: int) -> int:
+        """Return the blocks that so many moved blocks fill, headers and a begun record included."""
+        return count + -(-count // self._engine.log.record_blocks) + 1
 
     # --- moving -----------------------------------------------------------------------------------------------
 
@@ -333,8 +337,3 @@ class Reclaim:
                 zones.freed(zone)
                 self._busy -= 1
         self._lingering = [zone for zone in self._lingering if zones.readers[zone] > 0]
-
-
-def _cost(count: int) -> int:
-    """Return the blocks that so many moved blocks fill, headers and a begun record included."""
-    return count + -(-count // record.RECORD_ENTRIES_MAX) + 1

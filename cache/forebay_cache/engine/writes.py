@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.front import Chunk, IoError, Reply
-from forebay_cache.engine.limits import RUN_BLOCKS_MIN, SWEEPS_MAX
+from forebay_cache.engine.limits import SWEEPS_MAX
 from forebay_cache.engine.log import Batch, Settled
 from forebay_cache.format import record
 from forebay_core.checksums import block_checksums, checksum
@@ -156,7 +156,7 @@ class Writes:
         first = volume_key << LBA_BITS | extent.start
         for batch in self._engine.log.unapplied():
             if batch.data_count:
-                rows = np.frombuffer(batch.packed, record.ENTRY_DTYPE)[: batch.data_count]
+                rows = batch.data_entries()
                 keys = rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"]
                 # A key below the first one wraps around to a huge distance.
                 near = rows["lba"][(keys - np.uint64(first) < np.uint64(extent.count)) & (rows["kind"] != record.FILL)]
@@ -168,8 +168,7 @@ class Writes:
         unapplied = self._engine.log.unapplied()
         if not unapplied:
             return np.zeros(keys.size, np.bool_)  # a trim that still waits for a zone will stand behind what comes now
-        packed = b"".join(memoryview(batch.packed)[: batch.data_count * record.ENTRY_SIZE] for batch in unapplied)
-        rows = np.frombuffer(packed, record.ENTRY_DTYPE)
+        rows = np.concatenate([batch.data_entries() for batch in unapplied])
         rows = rows[rows["kind"] == record.WRITE]
         found = np.isin(keys, rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"])
         for volume_key, extent in self._events:
@@ -204,9 +203,6 @@ class Writes:
         version = volume.next_version()
         if count == 1:
             log.add_write(batch, volume.key, lba, version, checksum(view))
-        elif count < RUN_BLOCKS_MIN:
-            for i, block_checksum in enumerate(block_checksums(view).tolist()):
-                log.add_write(batch, volume.key, lba + i, version, block_checksum)
         else:
             log.add_writes(batch, volume.key, lba, version, block_checksums(view))
         batch.buffers.append(view)

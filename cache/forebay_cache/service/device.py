@@ -24,6 +24,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Final, Protocol
 
+from forebay_cache.engine.limits import BATCH_RECORDS_MAX
 from forebay_cache.format.record import RECORD_ENTRIES_MAX
 from forebay_cache.service.completions import Completions
 from forebay_cache.service.device_file import DeviceFile
@@ -43,8 +44,8 @@ COMMANDS_MAX: Final = 65536
 IOV_MAX: Final = 1024
 """Buffers of one pwritev, as Linux has it."""
 
-NEAR_SIZE_MAX: Final = (1 + RECORD_ENTRIES_MAX) * BLOCK_SIZE
-"""Bytes of a write that is done at once, 130 us: any record."""
+NEAR_SIZE_MAX: Final = BATCH_RECORDS_MAX * (1 + RECORD_ENTRIES_MAX) * BLOCK_SIZE
+"""Bytes of a write that is done at once, 250 us: any batch of the log."""
 
 NEAR_NS_MAX: Final = 500_000
 """A write at once that took longer may have waited: for memory, or for the disk. Or others had the processor."""
