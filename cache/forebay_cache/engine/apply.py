@@ -34,7 +34,7 @@ class Apply:
         self._found = Entered.make()
 
     def __call__(self, batch: Batch) -> None:
-        """Apply one record."""
+        """Apply one batch."""
         for item in batch.data:
             if isinstance(item, Writes):
                 self._write(item)

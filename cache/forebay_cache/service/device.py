@@ -45,7 +45,11 @@ IOV_MAX: Final = 1024
 """Buffers of one pwritev, as Linux has it."""
 
 NEAR_SIZE_MAX: Final = BATCH_RECORDS_MAX * (1 + RECORD_ENTRIES_MAX) * BLOCK_SIZE
-"""Bytes of a write that is done at once, 250 us: any batch of the log."""
+"""Bytes of a write that is done at once, 250 us: any batch of the log.
+
+Measured 2026-11, 2 cores, 1 MiB writes at depth 8: handing those to the thread, or to a worker of io_uring, while the
+loop receives the next one won nothing (0.70 to 0.75 ms a MiB each way) and took 0.1 ms more CPU.
+"""
 
 NEAR_NS_MAX: Final = 500_000
 """A write at once that took longer may have waited: for memory, or for the disk. Or others had the processor."""
