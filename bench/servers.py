@@ -155,6 +155,10 @@ class Cache:
         """End it at once, as a crash would."""
         self._daemon.kill()
 
+    def wait(self) -> int:
+        """Wait until it ends by itself; return its exit code."""
+        return self._daemon.wait()
+
     def restart(self, meanwhile: Callable[[], Found]) -> Found:
         """Start it again after `kill`; `meanwhile` runs while it starts."""
         with ThreadPoolExecutor(1) as beside:

@@ -57,9 +57,11 @@ class DemoDaemon:
             self._child.kill()
         self._end()
 
-    def wait(self) -> None:
-        """Wait until it ends."""
-        self._child.wait()
+    def wait(self) -> int:
+        """Wait until it ends; return its exit code."""
+        code = self._child.wait()
+        self._end()
+        return code
 
     def _end(self) -> None:
         self._child.wait()

@@ -2,6 +2,7 @@
 
 `losetup` does it all, as a process of its own: making a device syncs its file, and opening one waits for who makes one.
 The daemon answers that, so a thread of the daemon that waited for it could not be killed, and would hold its locks.
+It dies with the daemon: one that went on would make a device that the next start does not know of.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from forebay_core.errors import ForebayError
 
 CONTROL: Final = Path("/dev/loop-control")
 PROGRAM: Final = "losetup"
+WITH_US: Final = ("setpriv", "--pdeathsig", "KILL")
 TIMEOUT_S: Final = 30.0
 _SYS_BLOCK: Final = Path("/sys/block")
 
@@ -31,8 +33,9 @@ def check_loop() -> None:
         )
     if not os.access(CONTROL, os.R_OK | os.W_OK):
         raise ForebayError(f"no permission to open {CONTROL}; run the cache daemon as root, or use --front fuse")
-    if shutil.which(PROGRAM) is None:
-        raise ForebayError(f"the program {PROGRAM} is missing; apt-get install mount")
+    for program, package in ((PROGRAM, "mount"), (WITH_US[0], "util-linux")):
+        if shutil.which(program) is None:
+            raise ForebayError(f"the program {program} is missing; apt-get install {package}")
 
 
 def path_of(number: int) -> str:
@@ -98,7 +101,11 @@ def adopt_size(number: int) -> None:
 def _losetup(*words: str) -> str:
     try:
         child = subprocess.Popen(
-            [PROGRAM, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*WITH_US, PROGRAM, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     except OSError as error:
         raise ForebayError(f"{PROGRAM} can't be started ({error.strerror})") from error

@@ -194,11 +194,18 @@ def _remove_unused(number: int) -> bool:
 
 
 def _living(file: Path, before: int | None) -> int | None:
-    """Return the device that is over a file, or None; takes away those over the same file of a dead mount."""
+    """Return the device that is over a file, or None.
+
+    Those over the same file of a dead mount are taken away, and those that a daemon made that was killed at it.
+    """
     found = loop_device.devices_of(file)
     for number in {*found, *(() if before is None else (before,))}:
         if loop_device.is_dead(number):
             if not loop_device.remove(number):
                 _LOG.warning("%s is dead and still in use; it goes when it is closed", loop_device.path_of(number))
             found = [other for other in found if other != number]
-    return found[0] if found else None
+    kept = before if before in found else next(iter(found), None)
+    for number in found:
+        if number != kept:
+            _remove_unused(number)
+    return kept
