@@ -17,6 +17,7 @@ from sim_run import run_seed
 
 from forebay_cache.engine import admission, cache, fetches, log_end, recovery, ring
 from forebay_cache.engine.apply import Apply
+from forebay_cache.engine.attaching import Attaching
 from forebay_cache.engine.blockmap import BlockMap
 from forebay_cache.engine.checkpoints import Checkpoints
 from forebay_cache.engine.cut_ends import CutEnds
@@ -31,7 +32,7 @@ from forebay_cache.service.store_session import StoreSession
 from forebay_core.extents import Extent
 from forebay_core.units import sequence_of
 from forebay_store.engine import apply as store_apply
-from forebay_store.engine import changes, moving, reading, views
+from forebay_store.engine import changes, moving, reading, sweeping, views
 from forebay_store.engine.store import StoreEngine
 from forebay_store.format.part import PART_ENTRY
 from forebay_store.service.shell import StoreShell
@@ -372,6 +373,16 @@ def origin_map_not_replayed() -> None:
     )
 
 
+def rollback_ends_with_its_first_step() -> None:
+    """What a rollback hid shows again when it is swept."""
+    sweeping._roll_back = lambda change, row, found, entries_max: (found.end, entries_max)
+
+
+def stale_blocks_kept_at_attach() -> None:
+    """What the store says has changed since is cached on as it was."""
+    Attaching.drop = lambda self, volume, stale, version, settled: settled(True)
+
+
 _BROKEN_FAULT = (TypeError, AttributeError, NameError)
 """These come from a fault that does not fit the product any more: nothing noticed it."""
 
@@ -436,6 +447,8 @@ PLANTED = (
     Planted(origin_map_keeps_what_was_changed, "family"),
     Planted(origin_map_not_replayed, "family", 40),
     Planted(entries_moved_without_being_compared, "cleaning", 40),
+    Planted(rollback_ends_with_its_first_step, "pasts"),
+    Planted(stale_blocks_kept_at_attach, "pasts"),
 )
 
 

@@ -228,13 +228,20 @@ class Official:
         self.branches: dict[int, Branch] = {}  # by epoch
         self.acknowledged = 0  # newest version that a cache was told the store has
         self.snapshots: dict[bytes, tuple[int, State]] = {}  # by id: version, and what it shows for ever
+        self.rollbacks: dict[int, State] = {}  # by the version that they got or would have got, what it shows
+        self.deleting: set[bytes] = set()  # ids of snapshots that somebody wanted to delete
+        self.deleted: set[bytes] = set()  # and of those that were, as the store said
 
     def begin(self, epoch: int, branch: Branch) -> None:
         """A device was granted an epoch, and its changes count from now on."""
         self.branches[epoch] = branch
 
     def advance(self, version: int) -> None:
-        """The store shows this version: it must be the past of the branch that its epoch belongs to."""
+        """The store shows this version: it must be the past of the branch that its epoch belongs to, or a rollback."""
+        if version in self.rollbacks:
+            self.state = dict(self.rollbacks[version])
+            self.version = version
+            return
         branch = self.branches.get(epoch_of(version))
         if branch is None:
             raise Violation(f"{self.name}: the store shows version {version:#x} of an epoch that nobody was granted")
@@ -263,7 +270,8 @@ class StoreJudge:
             if row.epoch < official.epoch or row.version < official.version:
                 raise Violation(f"{row.name}: the store went back to epoch {row.epoch}, version {row.version:#x}")
             moved = row.version != official.version
-            if moved and epoch_of(row.version) != max(row.epoch, official.epoch):
+            rolled = row.version in official.rollbacks
+            if moved and not rolled and epoch_of(row.version) != max(row.epoch, official.epoch):
                 raise Violation(f"{row.name}: epoch {epoch_of(row.version)} changed what epoch {row.epoch} holds")
             official.epoch = row.epoch
             if row.version < official.acknowledged:
@@ -278,10 +286,13 @@ class StoreJudge:
     def _compare_snapshots(
         self, index: Index, backend: SegmentBackend, row: VolumeState, official: Official, *, all_of_it: bool
     ) -> None:
-        """Each snapshot shows the history at its sequence number, whatever happened since; none goes."""
+        """Each snapshot shows the history at its sequence number, whatever happened since; none goes by itself."""
         with index.view() as reader:
             shown = {one.id: one for one in snapshots_after(reader, row.number, 0)}
-        gone = official.snapshots.keys() - shown.keys()
+        back = official.deleted & shown.keys()
+        if back:
+            raise Violation(f"{row.name}: {len(back)} snapshots are there again that were deleted")
+        gone = official.snapshots.keys() - shown.keys() - official.deleting
         if gone:
             raise Violation(f"{row.name}: {len(gone)} snapshots are gone that nobody deleted")
         for snapshot, state in shown.items():

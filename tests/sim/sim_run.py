@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import sim_books
 import sim_offline
+import sim_pasts
 from sim_cache import CacheHost
 from sim_guest import Guest, LeftBehind
 from sim_judges import Branch, Official, StoreJudge, check_rebuilt
@@ -83,7 +84,7 @@ PROFILES = {
     "limits": Profile({**BASE, "limit": 8}),
     "unreadable": Profile({"unreadable": 3, "crash_cache": 2, "power_cache": 1, "drain": 1, "limit": 1}),
     "family": Profile(
-        {**BASE, "read_snapshot": 8, "power_cache": 3, "leave_snapshot": 2},
+        {**BASE, "read_snapshot": 8, "power_cache": 3, "leave_snapshot": 2, "roll_back": 6, "flatten": 4},
         device_size=8 << 20,
         blocks=420,
         family=True,
@@ -92,11 +93,25 @@ PROFILES = {
         {"clean": 10, "snapshot": 5, "crash_store": 4, "power_store": 4, "drain": 5, "crash_cache": 2, "full_store": 1},
         rounds=14,
     ),
+    "pasts": Profile(
+        {
+            "snapshot": 8,
+            "roll_back": 8,
+            "delete_snapshot": 4,
+            "clean": 3,
+            "crash_store": 4,
+            "power_store": 4,
+            "drain": 3,
+        }
+        | {"crash_cache": 2, "power_cache": 2, "cut_network": 1, "grow": 1},
+        rounds=14,
+        device_size=8 << 20,
+    ),
     "store_media": Profile({"damage_store": 3, "crash_store": 2, "crash_cache": 1, "drain": 1}, rounds=4),
 }
 TURNS = (
     *("all", "power", "limits", "fencing", "all", "full", "power", "ssd", "all", "media", "full", "store_media"),
-    *("unreadable", "all", "family", "snapshots", "snapshots", "cleaning"),
+    *("unreadable", "all", "family", "snapshots", "snapshots", "cleaning", "pasts"),
 )
 
 
@@ -369,6 +384,11 @@ class Scenario:
             if found != self.frozen[offset : offset + length] and not (host.device.failed or self.world.excuses):
                 raise Violation(f"{host.name}: the snapshot reads otherwise at {offset}, or not at all: {found[:9]!r}")
 
+    def flatten(self) -> None:
+        """Cut the clone's tie to the snapshot, a few blocks at a time beside whatever else happens."""
+        if self.store.running:
+            self.store.ask(messages.FlattenVolume(NAMES[1]))
+
     def leave_snapshot(self) -> None:
         """Serve the snapshot no more."""
         host = self.random.choice(self.caches)
@@ -497,6 +517,17 @@ class Scenario:
         if self.store.running:
             self.store.ask(messages.CleanStore())
             self.world.run_for(self.random.choice((0, 1, 10, 100, 1500)) * MS)
+
+    def roll_back(self) -> None:
+        guest = self.random.choice(list(self.guests.values()))
+        if guest.host is not None and guest.host.running:
+            self.network.heal()
+            sim_pasts.roll_back(guest, guest.host, self.store, self.judge.volumes[guest.id], self.random)
+            self.place(guest, self.random.choice(self.caches))
+
+    def delete_snapshot(self) -> None:
+        guest = self.random.choice(list(self.guests.values()))
+        sim_pasts.delete_snapshot(guest, self.store, self.judge.volumes[guest.id], self.random)
 
     def drain(self) -> None:
         guest = self.random.choice(list(self.guests.values()))
