@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fio import BenchError
 from forebay_core.extents import Extent, from_blocks, pack
 from forebay_core.frame import FRAME_BLOCKS_MAX, FrameBuilder
 from forebay_core.units import BLOCK_SIZE
@@ -28,6 +29,7 @@ from servers import Store
 
 Blocks = npt.NDArray[np.int64]
 BLOCKS = 32768
+STILL_BLOCKS = 8192
 CUT_BLOCKS = 1024
 PASSES = 10
 UNIFORM_PASSES = 6
@@ -184,7 +186,7 @@ async def clean(client: WireClient) -> messages.StoreStatus:
 
 
 def _yield_rows(plan: Plan) -> list[Row]:
-    note = "over the same when the cleaner rests, one after the other; the cleaner copies at its default rate meanwhile"
+    note = "of volumes that are not cleaned, over the same at rest; the cleaner copies at its default rate meanwhile"
     rows = {
         "cuts": Row("yield", "cuts of 1 MiB while cleaning", "ratio", Goal(0.85, 0.98), note),
         "reads": Row("yield", "reads of 16 KiB while cleaning", "ratio", Goal(0.85, 0.98), note),
@@ -221,40 +223,52 @@ async def _make_garbage(address: str) -> None:
             await writer.cut(np.arange(at, at + CUT_BLOCKS))
         for _ in range(10):
             await writer.cut(np.unique(chance.integers(0, BLOCKS, CUT_BLOCKS)))
-        await Writer.create(client, "other")
+        await Writer.create(client, "fresh")
+        still = await Writer.create(client, "still")
+        for at in range(0, STILL_BLOCKS, CUT_BLOCKS):
+            await still.cut(np.arange(at, at + CUT_BLOCKS))
 
 
 async def _compare(address: str) -> dict[str, float]:
+    """Cuts write blocks for the first time and reads are of blocks that stay where they are, so that neither has
+    another layout, or leaves garbage, when the cleaner rests."""
     async with connected(address) as client, connected(address) as operator:
-        reader = await Writer.open(client, "vm")
-        writer = await Writer.open(client, "other")
-        frames = writer.frames(np.arange(256))
+        reader = await Writer.open(client, "still")
+        writer = await Writer.open(client, "fresh")
+        cuts = [writer.frames(np.arange(at, at + 256)) for at in range(0, BLOCKS, 256)]
+        half = len(cuts) // 2
         await operator.ask(messages.CleanStore(), messages.Done)
-        busy = await _rates(client, reader, writer, frames)
-        assert (await _status(operator)).clean.bytes_copied > 0
+        busy = await _rates(client, reader, writer, cuts[:half])
+        cleaning = (await _status(operator)).clean
+        if not cleaning.running or not cleaning.bytes_copied:
+            raise BenchError("the cleaner was through before the measurement was")
         await clean(operator)
-        idle = await _rates(client, reader, writer, frames)
+        idle = await _rates(client, reader, writer, cuts[half:])
     return {key: busy[key] / idle[key] for key in busy}
 
 
-async def _rates(client: WireClient, reader: Writer, writer: Writer, frames: list[bytes]) -> dict[str, float]:
+async def _rates(client: WireClient, reader: Writer, writer: Writer, cuts: list[list[bytes]]) -> dict[str, float]:
     chance = np.random.default_rng(4)
+    waiting = iter(cuts)
 
-    async def cut() -> None:
-        await writer.send(frames)
+    async def cut() -> bool:
+        frames = next(waiting, None)
+        if frames is not None:
+            await writer.send(frames)
+        return frames is not None
 
-    async def read() -> None:
-        extent = Extent(int(chance.integers(0, BLOCKS - 4)), 4)
+    async def read() -> bool:
+        extent = Extent(int(chance.integers(0, STILL_BLOCKS - 4)), 4)
         await client.ask(messages.Read(reader.id, pack([extent])), messages.Blocks)
+        return True
 
-    return {"cuts": await _rate(cut), "reads": await _rate(read)}
+    return {"reads": await _rate(read), "cuts": await _rate(cut)}
 
 
-async def _rate(step: Callable[[], Awaitable[None]]) -> float:
+async def _rate(step: Callable[[], Awaitable[bool]]) -> float:
     began_s = time.monotonic()
     count = 0
-    while time.monotonic() - began_s < YIELD_S / 2:
-        await step()
+    while time.monotonic() - began_s < YIELD_S / 2 and await step():
         count += 1
     return count / (time.monotonic() - began_s)
 

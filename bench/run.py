@@ -1,7 +1,8 @@
 """`make bench`: every figure of the table, ours and the peers' interleaved, printed and kept as JSON.
 
 Environment: BENCH_ROUNDS (5), BENCH_SECONDS of one measurement (1.5), BENCH_DIR a folder on the disk to measure
-(/var/tmp), BENCH_JSON where the results go (build/bench.json), BENCH_PROFILE a folder for profiles of our daemons.
+(/var/tmp), BENCH_JSON where the results go (build/bench.json), BENCH_PROFILE a folder for profiles of our daemons,
+BENCH_HUGE where the store with ten million extents is kept (made for the run and deleted).
 The exit code is 0 unless something could not be run: a figure below its goal is marked, not an error.
 """
 
@@ -23,6 +24,7 @@ import destage_rows
 import flush_rows
 import guest_rows
 import hit_rows
+import huge_rows
 import import_row
 import loop_rows
 import memory_row
@@ -51,6 +53,7 @@ GROUPS: tuple[tuple[tuple[str, ...], Callable[[Plan], list[Row]]], ...] = (
     (("destage",), destage_rows.measure),
     (("clean", "yield"), clean_rows.measure),
     (("snapshots-1000", "huge", "trim-full"), scale_rows.measure),
+    (("huge-index",), huge_rows.measure),
     (("snapshot",), snapshot_rows.measure),
     (("loop",), loop_rows.measure),
     (("guest", "clones"), guest_rows.measure),
