@@ -287,7 +287,7 @@ SETTINGS: Final[dict[type[Settings], dict[str, Setting]]] = {
         "listen": _address_setting("where caches and commands reach the store"),
         "key_file": _path_setting("file with the key that peers must have; needed beyond loopback"),
         "clean_rate": _rate(
-            "bytes a second that the cleaner copies: a quarter while clients work, more when space runs out"
+            "bytes a second that the cleaner copies: an eighth while clients work, more when space runs out"
         ),
         "scrub_rate": _rate("bytes a second that the scrub reads"),
         "scrub_every_days": _number(

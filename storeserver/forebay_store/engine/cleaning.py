@@ -170,18 +170,20 @@ def _parts(
     olds = sorted({piece.old for piece in pieces})
     indexes = {old: index for index, old in enumerate(olds)}
     written = max(copy.written[old] for old in olds)
-    payload = bytearray()
+    frames: list[bytes] = []
     moves: list[Move] = []
+    size = 0
     for group in _groups(sorted(pieces, key=lambda piece: piece.start)):
         fresh = sum(len(piece.entries) for piece in group)
         if moves and len(moves) + fresh > MOVES_MAX:
-            yield CleanedPart(volume, written, pack_names(olds), pack_moves(moves)), bytes(payload)
-            payload, moves = bytearray(), []
+            yield CleanedPart(volume, written, pack_names(olds), pack_moves(moves)), b"".join(frames)
+            frames, moves, size = [], [], 0
         whole = group[0].whole
         frame = group[0].plain if whole is not None else _build(builder, group)
-        moves += _moves(group, indexes, len(payload), len(frame))
-        payload += frame
-    yield CleanedPart(volume, written, pack_names(olds), pack_moves(moves)), bytes(payload)
+        moves += _moves(group, indexes, size, len(frame))
+        frames.append(frame)
+        size += len(frame)
+    yield CleanedPart(volume, written, pack_names(olds), pack_moves(moves)), b"".join(frames)
 
 
 def _groups(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:

@@ -70,6 +70,7 @@ class CleanerShell:
         self._wake = asyncio.Event()
         self._asked = False
         self._written = True  # something, since the last look; at the start nobody knows
+        self._staged_size = 0  # bytes that came since the last commit was answered
         self._fresh_size = 0  # bytes since the last look
         self._look_size = CLEAN_LOOK_SIZE
         self._pushback = Pushback()
@@ -94,11 +95,17 @@ class CleanerShell:
         self._active_s = self._loop.time()
 
     def note_request(self, size: int) -> None:
-        """A client changes something, with so many bytes; when they are many the next look comes at once."""
+        """A client changes something, with so many bytes."""
         self._quiet_from_s = self._active_s = self._loop.time()
         self._written = True
         self._rested = False
-        self._fresh_size += size
+        self._staged_size += size
+
+    def note_commit(self) -> None:
+        """The index shows a cut: when many bytes came the next look comes at once, and not before it would see them."""
+        self._written = True
+        self._fresh_size += self._staged_size
+        self._staged_size = 0
         if self._fresh_size >= self._look_size:
             self._wake.set()
 
@@ -259,4 +266,4 @@ class CleanerShell:
         yields = CLEAN_YIELD if self._loop.time() - self._active_s < CLEAN_PAUSE_S else 1.0
         if asked:
             return yields
-        return yields * (1.0 - space_pressure(self._cleaner.disk_size, self._cleaner.live_size))
+        return yields * (1.0 - space_pressure(self._cleaner.disk_size, self._cleaner.live_size)) ** 2

@@ -221,6 +221,11 @@ class LmdbIndex:
                 except _MapFullError:
                     self._grow()
 
+    def depth(self, table: Table) -> int:
+        """Return how many pages a look into a table goes through."""
+        with _translated(self.place), self._environment.begin() as view:
+            return int(view.stat(self.tables[table])["depth"])
+
     def shrink(self, scratch: Path) -> bool:
         """Replace the file by a compact copy if that gives much room back to the disk; tell whether it did.
 

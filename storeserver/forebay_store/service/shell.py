@@ -154,7 +154,10 @@ class StoreShell:
                 | messages.ReleaseVolume()
                 | messages.CommitCut()
             ):
-                return await self._change(message, None, ()), ()
+                changed = await self._change(message, None, ())
+                if isinstance(changed, messages.Committed):
+                    self._cleaner.note_commit()
+                return changed, ()
             case _:
                 raise RefusedError(messages.BAD_REQUEST, f"a store does not answer {type(message).__name__}")
 
