@@ -3,11 +3,13 @@
 import os
 import random
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import fio
 from fio import KIB, MIB, Load
+from nbd_peer import NbdPeer
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
 from servers import Cache, Store
@@ -19,6 +21,9 @@ STEADY_CACHE = "256MiB"
 STEADY_SIZE = 384 * MIB
 WRITERS = 16
 PLAIN = "pwrite+fdatasync"
+FUA_NOTE = (
+    "random offsets, one request at a time by bench/nbd_peer.py, a Python loop as the plain one is: fio has no FUA"
+)
 
 
 def measure(plan: Plan) -> list[Row]:
@@ -39,6 +44,7 @@ def _commit(plan: Plan, store: Store, stack: ExitStack) -> list[Row]:
     note = "4 KiB random writes, each followed by a flush; not full; the plain file is on the same disk, allocated"
     group = Row("commit-group", f"flushed writes/s, {WRITERS} writers over 1", "x", Goal(4, 8), note)
     many = Row("commit-many", f"flushed writes/s, {WRITERS} writers", "op/s", Goal(), note)
+    durable = Row("commit-fua", "4 KiB write with FUA, d1", "us", Goal(1.6, 1.2, less_is_better=True), FUA_NOTE)
     latency = Row("commit-latency", "flushed 4 KiB write, d1", "us", Goal(1.6, 1.2, less_is_better=True), note)
     folder = plan.folder / "commit"
     folder.mkdir()
@@ -56,13 +62,28 @@ def _commit(plan: Plan, store: Store, stack: ExitStack) -> list[Row]:
         else:
             one = fio.run(cache.uri, load).operations_per_s
             plain_us = _plain_us(plain, plan.seconds, number)
+        durable_us = _durable_us(cache, "commit", plan.seconds, number)
         both = fio.run(cache.uri, load._replace(jobs=WRITERS)).operations_per_s
         latency.add(OURS, Sample(1e6 / one))
         latency.add(PLAIN, Sample(plain_us))
+        durable.add(OURS, Sample(durable_us))
+        durable.add(PLAIN, Sample(plain_us))
         many.add(OURS, Sample(both))
         group.add(OURS, Sample(both / one))
         cache.settle()
-    return [group, many, latency]
+    return [group, many, latency, durable]
+
+
+def _durable_us(cache: Cache, volume: str, seconds: float, seed: int) -> float:
+    """Return microseconds of one write of 4 KiB with FUA, as the kernel and qemu send what is written with O_DSYNC."""
+    rng = random.Random(seed)
+    block = os.urandom(4 * KIB)
+    with NbdPeer(cache.socket, volume) as peer:
+
+        def write() -> None:
+            peer.write(rng.randrange(VOLUME_SIZE // len(block)) * len(block), block, fua=True)
+
+        return _each_us(write, seconds)
 
 
 def _plain_us(path: Path, seconds: float, seed: int) -> float:
@@ -72,15 +93,24 @@ def _plain_us(path: Path, seconds: float, seed: int) -> float:
     blocks = path.stat().st_size // len(block)
     fd = os.open(path, os.O_RDWR)
     try:
-        count = 0
-        began_s = time.perf_counter()
-        while (used_s := time.perf_counter() - began_s) < seconds:
+
+        def write() -> None:
             os.pwrite(fd, block, rng.randrange(blocks) * len(block))
             os.fdatasync(fd)
-            count += 1
-        return used_s * 1e6 / count
+
+        return _each_us(write, seconds)
     finally:
         os.close(fd)
+
+
+def _each_us(act: Callable[[], None], seconds: float) -> float:
+    """Act again and again for so long; return the microseconds of each time."""
+    count = 0
+    began_s = time.perf_counter()
+    while (used_s := time.perf_counter() - began_s) < seconds:
+        act()
+        count += 1
+    return used_s * 1e6 / count
 
 
 def _amplification(plan: Plan, store: Store, depth: int, goal: float | None) -> Row:

@@ -29,9 +29,10 @@ class NbdPeer:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def write(self, offset: int, payload: bytes) -> None:
-        """Write and wait for the answer."""
-        self._ask(nbd.CMD_WRITE, nbd.CMD_FLAG_PAYLOAD_LEN, offset, len(payload), payload)
+    def write(self, offset: int, payload: bytes, *, fua: bool = False) -> None:
+        """Write, with `fua` durably, and wait for the answer."""
+        flags = nbd.CMD_FLAG_PAYLOAD_LEN | (nbd.CMD_FLAG_FUA if fua else 0)
+        self._ask(nbd.CMD_WRITE, flags, offset, len(payload), payload)
 
     def flush(self) -> None:
         """Flush and wait for the answer."""
