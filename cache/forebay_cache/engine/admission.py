@@ -121,7 +121,7 @@ class Admission:
         return self._engine.policy.passes_over(key)
 
     def _settle(self) -> None:
-        for key in self.ring.fallen():
+        for key in self.ring.fallen() if self.ring.is_full else ():
             self._decide(key)
 
     def _decide(self, key: int) -> None:

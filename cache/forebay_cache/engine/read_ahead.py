@@ -27,19 +27,19 @@ class ReadAhead:
         self._engine = engine
         self.in_flight_blocks = 0
 
-    def passes(self, volume: "CacheVolume", extent: Extent) -> bool:
+    def passes(self, volume: "CacheVolume", start: int, count: int) -> bool:
         """Tell whether a read is part of a stream so long that its blocks are not worth much."""
         after = self._engine.settings.bypass_blocks
-        return after > 0 and volume.streams.missed_before(extent.start, extent.count) > after
+        return after > 0 and volume.streams.missed_before(start, count) > after
 
-    def missed(self, volume: "CacheVolume", extent: Extent, count: int) -> None:
-        """A guest's read did not find so many blocks of an extent on the device."""
+    def missed(self, volume: "CacheVolume", start: int, count: int, missed: int) -> None:
+        """A guest's read of some blocks did not find so many of them on the device."""
         if self._engine.loading.active:
             return
-        ahead = volume.streams.read(extent.start, extent.count, count, self._engine.settings.read_ahead_blocks)
+        ahead = volume.streams.read(start, count, missed, self._engine.settings.read_ahead_blocks)
         if ahead is not None:
-            start, wanted = ahead
-            self._fetch(volume, start, min(start + wanted, volume.block_count))
+            first, wanted = ahead
+            self._fetch(volume, first, min(first + wanted, volume.block_count))
 
     def _fetch(self, volume: "CacheVolume", start: int, end: int) -> None:
         """Fetch step by step; what does not fit is fetched when it is asked for."""

@@ -155,7 +155,8 @@ class Reads:
         if place < 0 and volume.source is not None:
             place = engine.sources.find(volume, lba)
         if place < 0:
-            self._begin(_Read(volume, Extent(lba, 1), offset, length, reply))
+            if not self._give_one(volume, lba, offset, length, reply):
+                self._begin(_Read(volume, Extent(lba, 1), offset, length, reply))
             return
         buffer = engine.device.read_now(engine.zones_offset + (place << BLOCK_SHIFT), BLOCK_SIZE)
         if buffer is None:
@@ -167,6 +168,27 @@ class Reads:
             reply(IoError.OK, (_chunk(buffer, offset, length),))
         else:
             self._begin(_Read(volume, Extent(lba, 1), offset, length, reply))
+
+    def _give_one(self, volume: "CacheVolume", lba: int, offset: int, length: int, reply: ReadReply) -> bool:
+        """Answer a read inside one block that is held in memory, as `_begin` would; tell whether that was so."""
+        engine = self._engine
+        key = volume.key << LBA_BITS | lba
+        held = engine.admission.ring.blocks.get(key)
+        if held is None or engine.loading.active or checksum(held.plain) != held.checksum:
+            return False
+        passing = engine.read_ahead.passes(volume, lba, 1)
+        if not volume.temporary:
+            engine.policy.missed(key, 1, passes=passing)
+        pool, plain = held.pool, held.plain
+        if pool == AHEAD:
+            volume.miss_blocks += 1
+        else:
+            volume.hit_blocks += 1
+        engine.admission.take(key, [held], passing=passing)
+        if pool in (AHEAD, SPARE):
+            engine.read_ahead.missed(volume, lba, 1, 1)
+        reply(IoError.OK, (_chunk(plain, offset, length),))
+        return True
 
     def _read_one_later(self, volume: "CacheVolume", place: int, offset: int, length: int, reply: ReadReply) -> None:
         """Read one block that is not in memory; whatever is wrong with it is left to the long way."""
@@ -205,10 +227,11 @@ class Reads:
 
     def _begin(self, request: _Read) -> None:
         if request.purpose is Purpose.READ:
-            request.passing = self._engine.read_ahead.passes(request.volume, request.extent)
+            request.passing = self._engine.read_ahead.passes(request.volume, request.extent.start, request.extent.count)
         self._collect(request.volume, request, request.extent, loaded=not self._engine.loading.active)
         if request.missing and request.purpose is Purpose.READ:
-            self._engine.read_ahead.missed(request.volume, request.extent, request.missing)
+            extent = request.extent
+            self._engine.read_ahead.missed(request.volume, extent.start, extent.count, request.missing)
         request.arrived()
 
     def _collect(self, volume: "CacheVolume", request: _Read, extent: Extent, *, loaded: bool) -> None:

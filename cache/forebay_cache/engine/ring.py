@@ -106,6 +106,11 @@ class Ring:
             end = one + 1
         return found
 
+    @property
+    def is_full(self) -> bool:
+        """Whether `fallen` has blocks to yield."""
+        return len(self._pools[USED]) > self._bounds[USED]
+
     def fallen(self) -> Iterator[int]:
         """Yield the oldest used block while there are too many; each must be moved or removed before the next."""
         pool = self._pools[USED]
