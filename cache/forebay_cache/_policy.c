@@ -307,11 +307,11 @@ static void restore_place(core_t *self, uint32_t place, uint8_t state)
     bucket = bucket > COUNT_MAX ? COUNT_MAX : bucket;
     const int region = state >> REGION_SHIFT, is_kept = region != OUTSIDE && cache->count < cache->capacity;
     if (is_kept)
-        raise_to(&self->sketch, hash_of(&self->sketch, cache->keys[place]), region == MAIN && bucket > 1 ? bucket : 1);
+        raise_to(&self->sketch, hash_of(&self->sketch, cache->keys[place]), bucket > 1 ? bucket : 1);
     if (cache->states[place] != 0)
         return;
     if (is_kept)
-        put_in(cache, place, region == MAIN ? MAIN : WINDOW, region == MAIN ? bucket : 0);
+        put_in(cache, place, region == MAIN ? MAIN : WINDOW, bucket);
     else
         set_state(cache, place, OUTSIDE, 0);
 }

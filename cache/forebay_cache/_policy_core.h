@@ -332,7 +332,7 @@ static void leave_ring(cache_t *cache, keyed_t *keyed)
     take_out(cache, slot);
     if (cache->window_max > 0 || main_count(cache) < main_max(cache)) {
         cache->writes++;
-        put_in(cache, slot, cache->window_max > 0 ? WINDOW : MAIN, cache->window_max > 0 ? 0 : count);
+        put_in(cache, slot, cache->window_max > 0 ? WINDOW : MAIN, count);
         return;
     }
     const uint32_t victim = find_victim(cache);
@@ -386,15 +386,12 @@ static void settle(cache_t *cache, keyed_t *keyed)
 static void touch(cache_t *cache, uint32_t slot, keyed_t *keyed)
 {
     const int region = region_of(cache, slot);
-    if (region == WINDOW) {
-        unlink_slot(cache, slot);
-        link_last(cache, LIST_WINDOW, slot);
-    } else if (region == MAIN) {
+    if (region >= WINDOW) {
         const int bucket = bucket_of(cache, slot);
         const int raised = bucket < COUNT_MAX ? bucket + 1 : bucket;
         unlink_slot(cache, slot);
-        set_state(cache, slot, MAIN, raised);
-        link_last(cache, raised, slot);
+        set_state(cache, slot, region, raised);
+        link_last(cache, region == MAIN ? raised : LIST_WINDOW, slot);
     }
     settle(cache, keyed);
 }
@@ -402,10 +399,7 @@ static void touch(cache_t *cache, uint32_t slot, keyed_t *keyed)
 /* A block that was in none of the lists lies in a slot now, let in by `admits` or because it had to be. */
 static void enter(cache_t *cache, uint32_t slot)
 {
-    if (cache->window_max > 0)
-        put_in(cache, slot, WINDOW, 0);
-    else
-        put_in(cache, slot, MAIN, count_of(cache, slot));
+    put_in(cache, slot, cache->window_max > 0 ? WINDOW : MAIN, count_of(cache, slot));
     settle(cache, NULL);
 }
 

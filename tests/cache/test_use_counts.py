@@ -1,5 +1,7 @@
 """Use counts over a restart: the policy learns those of dirty blocks behind the first answers, and stays as good."""
 
+import random
+
 import numpy as np
 import pytest
 from engine_rig import Rig, check_books
@@ -157,3 +159,30 @@ def test_a_load_hits_as_often_after_a_kill_as_before(seed: int) -> None:
     after = hit_ratio(rig, load(6_000))
     assert 0.5 < before < 0.8
     assert after >= 0.98 * before, (before, after)
+
+
+def hits_of_the_frequent(seed: int, *, killed: bool) -> float:
+    """Use 600 blocks often and as many as the cache holds once; perhaps kill the daemon; read a burst of new blocks
+    that is five times the cache, each twice; return how many of the 600 are hits then."""
+    rig = Rig(seed, size=16 << 20, blocks=30_000, fill_blocks=1)
+    rig.store.blocks = EveryBlock()
+    rig.device.now_share = 1.0
+    frequent = random.Random(seed).sample(range(30_000), 600)
+    capacity = rig.engine.policy.capacity
+    for turn in range(7):
+        hit_ratio(rig, frequent + list(range(turn, capacity, 7)))
+    checkpointed(rig)
+    if killed:
+        rig.restart(power=False)
+        rig.run_until(lambda: not (rig.engine.use_counts.active or rig.engine.loading.active))
+    burst = random.Random(seed + 1).sample(range(30_000), 5 * capacity)
+    hit_ratio(rig, [lba for at in range(0, len(burst), 20) for lba in burst[at : at + 20] * 2])
+    return hit_ratio(rig, frequent)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_was_used_often_withstands_a_burst_after_a_kill_as_well_as_before(seed: int) -> None:
+    before = hits_of_the_frequent(seed, killed=False)
+    after = hits_of_the_frequent(seed, killed=True)
+    assert before > 0.6
+    assert after >= 0.95 * before, (before, after)

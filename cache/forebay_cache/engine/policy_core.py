@@ -393,7 +393,6 @@ class Core:
     def _restore(self, place: int, state: int) -> None:
         cache = self._cache
         region, bucket = state >> REGION_SHIFT, min(state & COUNT_MASK, COUNT_MAX)
-        bucket = bucket if region == MAIN else 0
         is_kept = region != OUTSIDE and cache.count < cache.capacity
         if is_kept:
             self._sketch.raise_to(self._sketch.hash_of(cache.keys[place]), max(bucket, 1))

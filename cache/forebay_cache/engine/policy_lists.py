@@ -166,7 +166,7 @@ class SlotCache:
         return int(self.states[slot]) >> REGION_SHIFT
 
     def bucket(self, slot: int) -> int:
-        """Return the use count of a slot of the main region."""
+        """Return the use count of a slot of window or main; in the window it is for a restart, which has no sketch."""
         return min((self.states[slot] & COUNT_MASK) >> (slot >= self._swept), COUNT_MAX)
 
     def oldest(self, number: int) -> int:
@@ -238,22 +238,16 @@ class SlotCache:
     def touch(self, slot: int) -> None:
         """A block that is in one of the lists was used."""
         region = self.region(slot)
-        if region == WINDOW:
-            self._unlink(slot)
-            self._link_last(LIST_WINDOW, slot)
-        elif region == MAIN:
+        if region >= WINDOW:
             raised = min(self.bucket(slot) + 1, COUNT_MAX)
             self._unlink(slot)
-            self.set_state(slot, MAIN, raised)
-            self._link_last(raised, slot)
+            self.set_state(slot, region, raised)
+            self._link_last(raised if region == MAIN else LIST_WINDOW, slot)
         self.settle()
 
     def enter(self, slot: int) -> None:
         """A block that was in no list lies in a slot now: `admits` let it in, or it had to be."""
-        if self.window_max > 0:
-            self.put_in(slot, WINDOW, 0)
-        else:
-            self.put_in(slot, MAIN, self.count_of(slot))
+        self.put_in(slot, WINDOW if self.window_max > 0 else MAIN, self.count_of(slot))
         self.settle()
 
     def admits(self, count: int, volume: int) -> bool:
@@ -331,10 +325,7 @@ class SlotCache:
                 return
             self.evict(victim)
         self.writes += 1
-        if self.window_max > 0:
-            self.put_in(slot, WINDOW, 0)
-        else:
-            self.put_in(slot, MAIN, count)
+        self.put_in(slot, WINDOW if self.window_max > 0 else MAIN, count)
 
     def _leave_window(self) -> None:
         slot = self.oldest(LIST_WINDOW)
