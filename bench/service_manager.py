@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 
 _START = (
@@ -13,6 +14,7 @@ _START = (
     "os.execv(sys.argv[2],sys.argv[2:])"
 )
 MESSAGE_SIZE_MAX = 4096
+_REACHED, _END = b"reached", b"end"
 _KEPT_FROM = 100  # descriptors above those that a start gives its own numbers
 
 
@@ -23,27 +25,40 @@ class ServiceManager:
         self._path = folder / "notify"
         self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._channel.bind(str(self._path))
-        self._channel.setblocking(False)
         self.kept: list[socket.socket] = []
+        self._reached = threading.Event()
+        self._thread = threading.Thread(target=self._take, daemon=True)
+        self._thread.start()
 
     def begin(self, words: list[str]) -> tuple[list[str], list[int]]:
         """Take what the last life left; return how the next one is started, and the descriptors to pass to it."""
-        self._take()
+        self._tell(_REACHED)
+        self._reached.wait()
+        self._reached.clear()
         numbers = [one.fileno() for one in self.kept]
         environment = ["env", f"NOTIFY_SOCKET={self._path}"]
         return [*environment, sys.executable, "-c", _START, ",".join(map(str, numbers)), *words], numbers
 
     def close(self) -> None:
         """Keep nothing any more."""
+        self._tell(_END)
+        self._thread.join()
         for one in (*self.kept, self._channel):
             one.close()
 
+    def _tell(self, mark: bytes) -> None:
+        """Send ourselves a mark: what a dead daemon said is before it in the queue."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(mark, str(self._path))
+
     def _take(self) -> None:
+        """Take what is said, as it comes: the queue has room for ten."""
         while True:
-            try:
-                said, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_SIZE_MAX, 8)
-            except BlockingIOError:
+            said, descriptors, _, _ = socket.recv_fds(self._channel, MESSAGE_SIZE_MAX, 8)
+            if said == _END:
                 return
+            if said == _REACHED:
+                self._reached.set()
             if said.startswith(b"FDSTOREREMOVE=1"):  # of the one name that there is
                 while self.kept:
                     self.kept.pop().close()

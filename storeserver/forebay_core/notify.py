@@ -8,18 +8,23 @@ import os
 import socket
 from typing import Final
 
+PATIENCE_S: Final = 10.0
 _TURNS_PER_PERIOD: Final = 3
 _LOG = logging.getLogger(__name__)
 
 
-def notify(state: str, *descriptors: int) -> bool:
-    """Send a state such as `READY=1` to the socket that NOTIFY_SOCKET names; tell whether there is one that took it."""
+def notify(state: str, *descriptors: int, patience_s: float = PATIENCE_S) -> bool:
+    """Send a state such as `READY=1` to the socket that NOTIFY_SOCKET names; tell whether there is one that took it.
+
+    A socket with too much in its queue is waited for so long: who reads it may hang, and we are to serve.
+    """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
         return False
     address = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.settimeout(patience_s)
             channel.connect(address)
             socket.send_fds(channel, [state.encode()], descriptors)
     except OSError as error:
@@ -57,7 +62,7 @@ class Watchdog:
             self._timer.cancel()
 
     def _say(self) -> None:
-        notify("WATCHDOG=1")
+        notify("WATCHDOG=1", patience_s=0)  # there is one in the queue already, or soon will be
         self._timer = self._loop.call_later(self._period_s, self._say)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from forebay_cache.service.device_links import RULES
-from forebay_core.notify import Watchdog, watchdog_period_s
+from forebay_core.notify import Watchdog, notify, watchdog_period_s
 from forebay_tools.main import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,6 +72,18 @@ def test_systemd_hears_from_a_loop_that_turns(tmp_path: Path, monkeypatch: pytes
             assert said == [b"WATCHDOG=1"] * 3
 
         asyncio.run(turn())
+
+
+def test_a_service_manager_that_does_not_listen_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        queued = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 1
+        said = [notify("WATCHDOG=1", patience_s=0) for _ in range(queued + 5)]
+        assert said == [True] * queued + [False] * 5
+        assert channel.recv(100) == b"WATCHDOG=1" and notify("READY=1")
 
 
 def test_a_store_tells_systemd_that_it_is_ready_that_it_lives_and_that_it_ends(tmp_path: Path) -> None:

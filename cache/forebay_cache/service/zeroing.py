@@ -79,7 +79,7 @@ def write_zeros_once(fd: int, path: Path, size: int) -> None:
 
 
 def _write_step(fd: int, start: int, end: int) -> None:
-    notify(f"EXTEND_TIMEOUT_USEC={_PATIENCE_US}")
+    notify(f"EXTEND_TIMEOUT_USEC={_PATIENCE_US}", patience_s=0)
     at = start
     while at < end:
         at += os.pwrite(fd, _PIECE[: end - at], at)
