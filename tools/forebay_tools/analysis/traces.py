@@ -1,4 +1,4 @@
-"""Opening a trace: the format is found by content, gzip and zstd are unpacked on the way.
+"""Opening a trace: the format is found by content, what is packed is unpacked on the way (`packed`).
 
 Binary formats: our own (`trace_record`), and raw blktrace, whose records the kernel writes:
 
@@ -17,7 +17,6 @@ Binary formats: our own (`trace_record`), and raw blktrace, whose records the ke
         46     2  u16   pdu_length   bytes that follow
 """
 
-import gzip
 import io
 import struct
 from collections.abc import Callable, Iterator
@@ -26,11 +25,11 @@ from typing import BinaryIO, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
 from forebay_core.errors import ForebayError
 from forebay_core.units import LBA_MAX
 from forebay_tools.analysis.accesses import BATCH_REQUESTS, REQUEST_BLOCKS_MAX, Batch, Gathering, TraceError
+from forebay_tools.analysis.packed import DAMAGED, unpacked
 from forebay_tools.analysis.text_traces import SECTOR_SIZE, detect_text, read_text
 from forebay_tools.analysis.trace_record import (
     COUNT_MASK,
@@ -47,8 +46,6 @@ from forebay_tools.analysis.trace_record import (
 HEAD_BYTES: Final = 16384
 BLKTRACE: Final = struct.Struct("<IIQQIIIIIHH")
 BLKTRACE_MAGIC: Final = 0x65617400
-_GZIP: Final = b"\x1f\x8b"
-_ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _QUEUED: Final = 1
 _WRITE: Final = 1 << 17
 _NO_DATA: Final = 1 << 25 | 1 << 29  # discards and notes
@@ -69,20 +66,23 @@ def read_trace(path: Path) -> Iterator[Part]:
         ForebayError: it can't be read, is damaged or foreign; the text names file and record.
     """
     name = str(path)
+    requests = 0
     try:
         with path.open("rb") as file:
-            stream = _unpacked(file)
+            stream = unpacked(file)
             head = _read_fully(stream, HEAD_BYTES)
+            if not head:
+                raise ForebayError(f"{name}: the file is empty")
             whole = io.BufferedReader(_Joined(head, stream), 1 << 18)
             kind, batches = _detect(name, head)
-            found = False
             for batch, volumes in batches(name, whole):
-                found = found or batch.keys.size > 0
+                requests += batch.keys.size
                 yield Part(batch, volumes, file.tell())
-            if not found:
+            if not requests:
                 raise ForebayError(f"{name}: this {kind} trace holds no request")
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise ForebayError(f"{name}: the compressed trace is damaged ({error})") from error
+    except DAMAGED as error:
+        where = f"somewhere behind request {requests}: " if requests else ""
+        raise ForebayError(f"{name}: {where}the compressed trace is damaged ({error})") from error
 
 
 Reader = Callable[[str, BinaryIO], Iterator[tuple[Batch, dict[int, str]]]]
@@ -171,16 +171,6 @@ def _read_blktrace(name: str, stream: BinaryIO) -> Iterator[tuple[Batch, dict[in
             if gathering.is_full:
                 yield gathering.take(), gathering.volumes()
     yield gathering.take(), gathering.volumes()
-
-
-def _unpacked(file: BinaryIO) -> BinaryIO:
-    magic = file.read(4)
-    file.seek(0)
-    if magic.startswith(_GZIP):
-        return gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
-    if magic == _ZSTD:
-        return zstandard.ZstdDecompressor().stream_reader(file)
-    return file
 
 
 def _read_fully(stream: BinaryIO, size: int) -> bytes:
