@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import vm_story
 from vm_image import CannotError
-from vm_story import BIG, OUTAGE_S, Check, Story, names
+from vm_story import BIG, OUTAGE_S, Story, assert_whole, names
 
 from forebay_core.units import MIB
 
@@ -22,14 +22,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         yield vm_story.tell(tmp_path_factory.mktemp("debian"))
     except CannotError as error:
         pytest.skip(f"no guest can run here: {error}")
-
-
-def assert_whole(check: Check | None) -> dict[str, str]:
-    """The file system needs nothing but its journal, and each file holds what its name says."""
-    assert check is not None
-    assert check.code == 0, check.complaint
-    assert [name for name, total in check.sums.items() if name != total] == []
-    return check.sums
 
 
 def test_a_guest_boots_from_a_volume_that_only_the_store_has(story: Story) -> None:
@@ -49,19 +41,18 @@ def test_writes_go_on_while_the_store_is_away(story: Story) -> None:
 
 
 def test_all_that_the_guest_wrote_is_there_after_the_kills(story: Story) -> None:
-    seen = dict(reversed(line.split()) for line in story.in_guest.splitlines())
-    assert [name for name, total in seen.items() if name != total] == []
-    assert seen.keys() == names(story.log)
+    assert [name for name, total in story.in_guest.items() if name != total] == []
+    assert story.in_guest.keys() == names(story.log)
     assert len(story.log) > 60
 
 
 def test_a_snapshot_of_the_running_guest_is_one_moment_of_its_file_system(story: Story) -> None:
     """Files that were durable before the snapshot and still there after it are in it, and no file of later times."""
-    sums = assert_whole(story.snapshot)
+    there = assert_whole(story.snapshot)
     before, after = names(story.before_snapshot), names(story.after_snapshot)
-    assert before & after <= sums.keys()
-    assert sums.keys() <= {line.split()[1] for line in story.log if line.startswith("+")}
-    assert names(story.log) - {line.split()[1] for line in story.after_snapshot} - sums.keys()
+    assert before & after <= there
+    assert there <= {line.split()[1] for line in story.log if line.startswith("+")}
+    assert names(story.log) - {line.split()[1] for line in story.after_snapshot} - there
 
 
 def test_fstrim_in_the_guest_frees_space_in_the_store(story: Story) -> None:
@@ -70,4 +61,4 @@ def test_fstrim_in_the_guest_frees_space_in_the_store(story: Story) -> None:
 
 
 def test_after_a_shutdown_the_store_has_the_disk_as_the_guest_left_it(story: Story) -> None:
-    assert assert_whole(story.end).keys() == names(story.log)
+    assert assert_whole(story.end) == names(story.log)

@@ -48,7 +48,7 @@ class Story:
     before_snapshot: list[str] = field(default_factory=list)
     after_snapshot: list[str] = field(default_factory=list)
     snapshot: Check | None = None
-    in_guest: str = ""
+    in_guest: dict[str, str] = field(default_factory=dict)
     complaints: str = ""
     log: list[str] = field(default_factory=list)
     mounted: str = ""
@@ -68,7 +68,7 @@ def tell(folder: Path) -> Story:
             story.booted_s = machine.booted()
             story.fetched_blocks = cache.fetched_blocks()
             story.root = machine.run("cat /proc/self/mounts | grep ' / '")
-            machine.run(f"systemd-run --quiet --unit=writer /usr/local/sbin/writer {FILES} {LOG}")
+            start_writer(machine)
             _kill_cache(story, machine, cache)
             _kill_store(story, machine, store)
             _snapshot(story, machine, cache, store, folder)
@@ -123,6 +123,42 @@ def check(disk: Path, folder: Path) -> Check:
     return result
 
 
+def check_elsewhere(store: HostStore, snapshot: str, folder: Path) -> Check:
+    """Check a snapshot through a cache of its own, as another host would."""
+    with HostCache(folder / f"with-{snapshot}", store) as elsewhere:
+        elsewhere.forebay("attach", f"{VOLUME}@{snapshot}")
+        copy = folder / f"{snapshot}.raw"
+        subprocess.run(["nbdcopy", elsewhere.uri(f"{VOLUME}%40{snapshot}"), copy], check=True)
+        elsewhere.forebay("detach", f"{VOLUME}@{snapshot}")
+    return check(copy, folder)
+
+
+def assert_whole(found: Check | None) -> set[str]:
+    """The file system needs nothing but its journal, and each file holds what its name says; return their names."""
+    assert found is not None
+    assert found.code == 0, found.complaint
+    assert [name for name, total in found.sums.items() if name != total] == []
+    return set(found.sums)
+
+
+def start_writer(machine: Machine) -> None:
+    """Have files written from now on, see `written`."""
+    machine.run(f"systemd-run --quiet --unit=writer /usr/local/sbin/writer {FILES} {LOG}")
+
+
+def stop_writer(machine: Machine) -> dict[str, str]:
+    """Have the writer end; return the sums of the files, by name, as the disk has them."""
+    machine.run(f"touch {LOG}.stop; while systemctl is-active --quiet writer; do sleep 0.2; done")
+    machine.run("sync; echo 3 >/proc/sys/vm/drop_caches")
+    lines = machine.run(f"cd {FILES} && sha256sum *").splitlines()
+    return {name: total for total, name in (line.split() for line in lines)}
+
+
+def complaints(machine: Machine) -> str:
+    """Return what the kernel of the guest has to say about its disk."""
+    return machine.ask(f"dmesg | grep -i -E '{COMPLAINTS}'").text.strip()
+
+
 def _kill_cache(story: Story, machine: Machine, cache: HostCache) -> None:
     written(machine, 30)
     cache.kill()
@@ -151,21 +187,14 @@ def _snapshot(story: Story, machine: Machine, cache: HostCache, store: HostStore
     story.before_snapshot = written(machine)
     cache.forebay("snapshot", "create", f"{VOLUME}@live", "--wait")
     story.after_snapshot = written(machine)
-    with HostCache(folder / "elsewhere", store) as elsewhere:
-        elsewhere.forebay("attach", f"{VOLUME}@live")
-        copy = folder / "live.raw"
-        subprocess.run(["nbdcopy", elsewhere.uri(f"{VOLUME}%40live"), copy], check=True)
-        story.snapshot = check(copy, folder)
-        elsewhere.forebay("detach", f"{VOLUME}@live")
+    story.snapshot = check_elsewhere(store, "live", folder)
 
 
 def _settle(story: Story, machine: Machine) -> None:
     """Have the writer end, and everything read back that it wrote."""
-    machine.run(f"touch {LOG}.stop; while systemctl is-active --quiet writer; do sleep 0.2; done")
+    story.in_guest = stop_writer(machine)
     story.log = written(machine)
-    machine.run("sync; echo 3 >/proc/sys/vm/drop_caches")
-    story.in_guest = machine.run(f"cd {FILES} && sha256sum *")
-    story.complaints = machine.ask(f"dmesg | grep -i -E '{COMPLAINTS}'").text.strip()
+    story.complaints = complaints(machine)
     story.mounted = machine.run("cat /proc/self/mounts | grep ' / '")
 
 
