@@ -123,3 +123,34 @@ def test_a_trim_does_not_stand_before_data_of_its_batch() -> None:
     rig.run_until(lambda: rig.engine.log.idle)
     assert [(header.entry_count, header.block_count) for header, _, _ in watched.records()] == [(5, 4), (2, 2)]
     assert rig.read(0, 2 * BLOCK_SIZE) == content_of(2)
+
+
+def test_room_is_asked_for_once_a_batch() -> None:
+    watched = Watched()
+    rig, asked = watched.rig, []
+    has_room = rig.engine.has_room
+    rig.engine.has_room = lambda volume: asked.append(1) or has_room(volume)  # type: ignore[method-assign]
+    for lba in range(10):
+        rig.volume.write(lba * BLOCK_SIZE, bytes(BLOCK_SIZE), False, lambda error: None)
+    assert len(asked) == 1
+    rig.volume.kick()
+    rig.volume.write(0, bytes(BLOCK_SIZE), False, lambda error: None)
+    assert len(asked) == 2
+
+
+def test_a_volume_at_its_bound_waits_in_the_midst_of_a_batch() -> None:
+    watched = Watched()
+    rig, answered = watched.rig, []
+    rig.volume.appended_max = rig.volume.appended_blocks + 2
+    for lba in range(4):
+        rig.volume.write(lba * BLOCK_SIZE, bytes(BLOCK_SIZE), False, lambda error, lba=lba: answered.append(lba))
+    assert rig.engine.log.gathered is not None
+    assert rig.engine.log.gathered.data_count == 2
+    assert rig.engine.writes.is_waiting(rig.volume.key)
+    rig.volume.appended_max += 1  # room for one more: the first that waits has it, not who comes now
+    rig.volume.write(9 * BLOCK_SIZE, bytes(BLOCK_SIZE), False, lambda error: answered.append(9))
+    assert rig.engine.log.gathered.data_count == 2
+    rig.volume.appended_max += 10
+    rig.engine.resume_writers()
+    rig.run_until(lambda: len(answered) == 5)
+    assert answered == [0, 1, 2, 3, 9]

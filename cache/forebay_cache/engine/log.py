@@ -99,6 +99,7 @@ class Batch:
     """Records in the making, on their way to the device, or waiting to be applied."""
 
     __slots__ = (
+        "admitted_key",
         "after",
         "block",
         "buffers",
@@ -126,6 +127,7 @@ class Batch:
         self.block = block
         self.record_blocks = record_blocks
         self.headers: list[bytearray] = []  # of the records; what comes goes to the last one
+        self.admitted_key = 0  # of the volume that was found to have room for what comes to it
         self.index = 0  # of the entry that comes next in the last record
         self.room = 0  # data blocks that still fit it
         self.next_place = 0  # of the block that comes next
@@ -198,7 +200,7 @@ class Log:
         self._promised_zones = promised_zones
         self.record_blocks = record_blocks  # data blocks of one record
         self._next = LogPoint(0, 0, 0, 0)  # where the next sealed record goes
-        self._batch: Batch | None = None
+        self.gathered: Batch | None = None  # what is being gathered
         self._held: deque[_Event] = deque()  # entries without data that wait for a free zone
         self._sealed: deque[Batch] = deque()
         self._in_flight: deque[Batch] = deque()
@@ -235,11 +237,11 @@ class Log:
     @property
     def idle(self) -> bool:
         """Whether nothing is gathered, queued or under way."""
-        return not (self._batch or self._sealed or self._in_flight or self._held)
+        return not (self.gathered or self._sealed or self._in_flight or self._held)
 
     def data_batch(self) -> Batch:
         """Return the batch that takes the next data block; it has room for one at least."""
-        batch = self._batch
+        batch = self.gathered
         if batch is None or batch.changes:
             return self._fresh_batch()
         if batch.room == 0:
@@ -291,11 +293,11 @@ class Log:
 
     def unapplied(self) -> list[Batch]:
         """Return what is gathered, queued or under way."""
-        return [*self._in_flight, *self._sealed, *(() if self._batch is None else (self._batch,))]
+        return [*self._in_flight, *self._sealed, *(() if self.gathered is None else (self.gathered,))]
 
     def seal_if_full(self) -> None:
         """Send the batch on its way when nothing more fits."""
-        batch = self._batch
+        batch = self.gathered
         if batch is not None and batch.room == 0 and not self._may_grow(batch):
             self._seal()
 
@@ -311,7 +313,7 @@ class Log:
 
     def _append_event(self, event: _Event) -> None:
         kind, volume_key, start, version, value, settled, _ = event
-        batch = self._batch
+        batch = self.gathered
         if batch is None or batch.index >= record.RECORD_ENTRIES_MAX:
             batch = self._fresh_batch()
         at = _ENTRIES_OFFSET + batch.index * _ENTRY_SIZE
@@ -344,7 +346,7 @@ class Log:
         """Whether one more record has somewhere to go and leaves moves enough to free zones with, and what is promised
         to them: free zones, or the rest of those that they have begun. Guests leave zones free for it, a restart may
         find none."""
-        gathered = 0 if self._batch is None else self._batch.block_count
+        gathered = 0 if self.gathered is None else self.gathered.block_count
         left = len(self._zones.free) - self._promised_zones()
         return left > ZONES_FOR_MOVES or (left >= 0 and self.room_in_zone - gathered > 1)
 
@@ -363,11 +365,11 @@ class Log:
         One that only holds a few fills nobody waits for: when `patient`, it stays open for more of them.
         """
         self._append_held()
-        if patient and self._batch is not None and self._batch.can_wait:
+        if patient and self.gathered is not None and self.gathered.can_wait:
             return
-        if self._batch is None or self._sealed or len(self._in_flight) >= BATCHES_IN_FLIGHT_MAX:
+        if self.gathered is None or self._sealed or len(self._in_flight) >= BATCHES_IN_FLIGHT_MAX:
             return
-        if not self._in_flight or self._batch.data_count >= RUN_BLOCKS_MIN:
+        if not self._in_flight or self.gathered.data_count >= RUN_BLOCKS_MIN:
             self._seal()
 
     def note_durable(self) -> None:
@@ -430,12 +432,12 @@ class Log:
     # --- records ----------------------------------------------------------------------------------------------
 
     def _fresh_batch(self) -> Batch:
-        if self._batch is not None:
+        if self.gathered is not None:
             self._seal()
         if self._next.block + 2 >= self._zones.zone_blocks:
             self._seal_zone()
-        self._batch = self._batch_at(self._next)
-        return self._batch
+        self.gathered = self._batch_at(self._next)
+        return self.gathered
 
     def _batch_at(self, point: LogPoint) -> Batch:
         batch = Batch(point.zone, point.block, self.record_blocks)
@@ -454,9 +456,9 @@ class Log:
         return batch.block + batch.block_count + 2 < self._zones.zone_blocks
 
     def _seal(self) -> None:
-        batch = self._batch
+        batch = self.gathered
         assert batch is not None
-        self._batch = None
+        self.gathered = None
         free = self._zones.free
         self._write(batch, next_zone=free[0] if free else batch.zone)
 
@@ -531,7 +533,7 @@ class Log:
             for settled in first.settled:
                 settled(True)
         self._submit()
-        if not self._in_flight and self._batch is not None:
+        if not self._in_flight and self.gathered is not None:
             self._seal()
 
     def fail(self) -> None:
@@ -540,7 +542,7 @@ class Log:
             return
         self.failed = True
         waiting = [settled for _, settled in self._waiting] + self._barriers
-        for batch in (*self._in_flight, *self._sealed, *((self._batch,) if self._batch else ())):
+        for batch in (*self._in_flight, *self._sealed, *((self.gathered,) if self.gathered else ())):
             waiting += _waiters_of(batch)
         waiting += [event.settled for event in self._held if event.settled is not None]
         self._held.clear()
@@ -548,7 +550,7 @@ class Log:
         self._barriers.clear()
         self._in_flight.clear()
         self._sealed.clear()
-        self._batch = None
+        self.gathered = None
         for settled in waiting:
             settled(False)
 

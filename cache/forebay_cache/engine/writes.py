@@ -54,11 +54,15 @@ class Writes:
         if self._refuse(volume, reply):
             return
         view = memoryview(payload)
-        if view.nbytes == BLOCK_SIZE and not (fua or offset & _IN_BLOCK) and self._is_open(volume):
-            batch = engine.log.data_batch()
+        if (
+            view.nbytes == BLOCK_SIZE
+            and not (fua or offset & _IN_BLOCK)
+            and (batch := self._open_batch(volume)) is not None
+        ):
             self._append_blocks(batch, volume, offset >> BLOCK_SHIFT, view, 1)
             batch.replies.append(reply)
-            engine.log.seal_if_full()
+            if batch.room == 0:
+                engine.log.seal_if_full()
             return
         settled = self._settler(fua, reply)
         if (offset | view.nbytes) & _IN_BLOCK:
@@ -284,6 +288,30 @@ class Writes:
         self._engine.reads.read(volume, lba << BLOCK_SHIFT, BLOCK_SIZE, got)
 
     # --- waiting ----------------------------------------------------------------------------------------------
+
+    def _open_batch(self, volume: "CacheVolume") -> Batch | None:
+        """Return the batch that takes one more block of a volume, None if it has to wait.
+
+        Room is asked for once a batch, as long as that stays in its record: what the answer depends on changes when
+        records are applied and when zones are begun, but for the volume's own bound.
+        """
+        if volume.key in self._waiting:
+            return None
+        log = self._engine.log
+        batch = log.gathered
+        if (
+            batch is not None
+            and batch.admitted_key == volume.key
+            and batch.room
+            and not batch.changes
+            and volume.appended_blocks < volume.appended_max
+        ):
+            return batch
+        if not self._engine.has_room(volume):
+            return None
+        batch = log.data_batch()
+        batch.admitted_key = volume.key
+        return batch
 
     def _in_turn(self, volume: "CacheVolume", settled: Settled, act: Callable[[], None]) -> None:
         if self._is_open(volume):
