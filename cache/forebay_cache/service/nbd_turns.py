@@ -18,8 +18,8 @@ from typing import Final, Protocol
 
 from forebay_cache.engine.front import FrontVolume
 
-TURN_NS: Final = 300_000
-"""After so long others get their turn; a connection's own share of it is bounded by BATCH_MAX."""
+TURN_NS: Final = 200_000
+"""After so long others get their turn. The last connection's own share of it is bounded by BATCH_MAX."""
 
 EVENTS_MAX: Final = 64
 """Sockets that one look finds."""
