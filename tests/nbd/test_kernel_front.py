@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from forebay_cache.format import nbd
 from forebay_cache.format.volume_note import Front, FrontKind
 from forebay_cache.service import kernel_front
 from forebay_cache.service.device_fronts import DeviceFronts
+from forebay_cache.service.device_links import make_link
 from forebay_cache.service.kernel_front import KernelFront
 from forebay_cache.service.nbd_server import NbdServer
 from forebay_core.errors import ForebayError, RefusedError
@@ -384,5 +386,26 @@ def test_a_start_goes_on_when_the_kernel_does_not_end_a_stray(play, caplog) -> N
         rig.kernel.refusals = [errno.EPERM]
         await rig.front.end_strays([])
         assert "/dev/nbd0 can't be disconnected" in caplog.text
+
+    play(scenario)
+
+
+def test_who_waits_for_a_start_finds_devices_by_the_names_that_udev_gives_them(play, monkeypatch) -> None:
+    """A start must not wait for udev before it asks the store: udev may read what only that has."""
+    monkeypatch.setattr(kernel_front, "links_by_udev", lambda: True)
+    udev = threading.Event()
+
+    def make(name: str, path: str, folder: Path) -> str:
+        assert udev.wait(30)
+        return make_link(name, path, folder)
+
+    monkeypatch.setattr(kernel_front, "make_link", make)
+
+    async def scenario(rig: Rig) -> None:
+        await rig.fronts.resume([rig.volume])
+        assert rig.fronts.place(rig.volume) == ("/dev/nbd0", "")
+        udev.set()
+        await rig.front.named()
+        assert os.listdir(rig.front._links) == ["vm1"]
 
     play(scenario)

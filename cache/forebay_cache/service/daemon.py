@@ -195,6 +195,7 @@ class _Daemon:
         self._shell.resume()
         ready = await self._listen()
         self._session.start()
+        await self._kernel.named()  # udev may read what only the store has; who waits for us opens devices by name
         _LOG.info("%s", ready)
         tell_parent(ready)
         notify("READY=1")

@@ -78,6 +78,11 @@ class Steps:
         self._tasks.add(task)
         task.add_done_callback(partial(self._ended, failure))
 
+    async def finish(self, timeout_s: float) -> None:
+        """Wait for what is under way, but not longer than that."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
     def cancel(self) -> None:
         """Give up what is under way."""
         for task in self._tasks:

@@ -33,6 +33,9 @@ from forebay_wire import messages
 NODE_WAIT_S: Final = 5.0
 """How long the node of a new device may take to appear."""
 
+NAMES_WAIT_S: Final = 10.0
+"""How long a start waits for udev to name devices, behind the first answers; what takes longer comes later."""
+
 KERNEL_WAIT_S: Final = 20.0
 """How long the kernel may take to answer a message; a start does not wait longer for a device."""
 
@@ -77,6 +80,7 @@ class KernelFront:
         self._note = note
         self._attached: dict[str, _Attached] = {}
         self._steps = Steps()
+        self._naming = Steps()
         self._closing = False
         self._guarded = False
 
@@ -103,7 +107,7 @@ class KernelFront:
             await self._bring(attached)
             # udev may want to read what only the store has, which is not asked before we are there.
             if links_by_udev():
-                self._steps.start(self._name(attached), f"{attached.path} gets no name")
+                self._naming.start(self._name(attached), f"{attached.path} gets no name")
             else:
                 await self._name(attached)
 
@@ -130,6 +134,10 @@ class KernelFront:
         for device in found:
             if device.identifier == self._identifier(name):
                 await self._end(device)
+
+    async def named(self) -> None:
+        """Wait until devices that came back have their names, by which guests open them; for a while."""
+        await self._naming.finish(NAMES_WAIT_S)
 
     async def end_strays(self, served: Collection[str]) -> None:
         """Disconnect devices of this cache that belong to no volume served by them: nobody will ever answer there.
@@ -170,6 +178,7 @@ class KernelFront:
             if attached.sever is not None:
                 attached.sever()
         self._steps.cancel()
+        self._naming.cancel()
 
     # --- steps ------------------------------------------------------------------------------------------------
 
