@@ -72,6 +72,16 @@ def image(job: Path, arguments: str, folder: Path) -> Path:
     return whole
 
 
+def programs() -> Iterator[tuple[Path, str]]:
+    """Yield what a guest with a system of its own needs to run our commands: files of this host, and their places.
+
+    That is Python, its libraries, our sources under SITE and the tools of an installation; no root file system.
+    """
+    yield from _base_files(modules_for(kernel(), MODULES))
+    yield from _own_sources()
+    yield from ((path, f"/system/{path.name}") for path in _tree(_REPOSITORY / "tools" / "system"))
+
+
 class Archive:
     """Writes a cpio archive as the kernel unpacks it (format newc)."""
 
@@ -181,10 +191,14 @@ def _base_files(modules: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     yield from ((path, str(path)) for path in _libraries(binaries))
 
 
-def _own_files(job: Path) -> Iterator[tuple[Path, str]]:
+def _own_sources() -> Iterator[tuple[Path, str]]:
     for root in _SOURCE_ROOTS:
         for path in _tree(_REPOSITORY / root):
             yield path, f"{SITE}/{path.relative_to(_REPOSITORY / root)}"
+
+
+def _own_files(job: Path) -> Iterator[tuple[Path, str]]:
+    yield from _own_sources()
     yield job, "/job.py"
     yield _REPOSITORY / "tools" / "system" / "90-forebay.rules", "/etc/udev/rules.d/90-forebay.rules"
 

@@ -33,8 +33,8 @@ def file_drive(path: Path) -> str:
 class Machine(Agent):
     """A running guest; leaving the context ends it at once, as a power cut would."""
 
-    def __init__(self, folder: Path, drive: str, *, processors: int = 2) -> None:
-        """Start it; `folder` gets its socket and its console.
+    def __init__(self, folder: Path, drive: str, *, second: Path | None = None, processors: int = 2) -> None:
+        """Start it, with a raw file as second disk if one is given; `folder` gets its socket and its console.
 
         Raises:
             CannotError: this host can't run guests.
@@ -55,6 +55,8 @@ class Machine(Agent):
             *("-chardev", f"socket,id=a,path={port},server=on,wait=off", "-device", "virtio-serial-pci"),
             *("-device", f"virtserialport,chardev=a,name={vm_debian.PORT}"),
         ]
+        if second is not None:
+            command += ["-drive", f"file={second},format=raw,if=none,id=e", "-device", "virtio-blk-pci,drive=e"]
         with (folder / "qemu.log").open("wb") as log:
             self._child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._complaints = folder / "qemu.log"
