@@ -286,7 +286,9 @@ class Scenario:
     def settle(self, guest: Guest) -> None:
         """See to it that a guest is served and idle."""
         guest.writing = False
-        if guest.broken or guest.volume is None or guest.volume.error:
+        self.world.run(self._all_decided, limit_s=60)  # whoever settled another guest may have killed its host
+        served = guest.host is not None and guest.host.running
+        if guest.broken or guest.volume is None or guest.volume.error or not served:
             self.place(guest, guest.host or self.caches[0])
         self.world.run(lambda: guest.idle or bool(guest.broken), limit_s=200)
 
