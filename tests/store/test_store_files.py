@@ -454,3 +454,13 @@ def test_a_segment_on_a_full_disk_leaves_nothing(small_disk: Path) -> None:
     assert os.listdir(small_disk) == [NAME]
     backend.create(OTHER, [bytes(1 << 20)])
     backend.close()
+
+
+def test_an_index_is_not_made_of_no_segments(tmp_path: Path) -> None:
+    open_store(tmp_path / "s", now_ns=1).close()
+    for segment in (tmp_path / "s" / "segments").iterdir():
+        segment.unlink()
+    before = (tmp_path / "s" / "index" / "data.mdb").read_bytes()
+    with pytest.raises(ForebayError, match="holds no segment"):
+        rebuild_index(tmp_path / "s")
+    assert (tmp_path / "s" / "index" / "data.mdb").read_bytes() == before

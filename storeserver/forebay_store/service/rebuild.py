@@ -34,13 +34,19 @@ def rebuild_index(data: Path) -> Summary:
     """Make the index of a data folder anew; a missing identity file comes back from the segments as well.
 
     Raises:
-        ForebayError: in use, no store, or a segment is damaged or missing (named); the old index is left as it was.
+        ForebayError: in use, no store, no segment, or a segment is damaged or missing (named); the old index is left as
+            it was.
     """
     folder = open_folder(data)
     try:
         backend = DirBackend(folder.segments)
         try:
             backend.recover()
+            if folder.has_identity and not segment_names(backend):
+                raise ForebayError(
+                    f"{folder.segments} holds no segment, so the index would be that of an empty store; put "
+                    "the segments back, or begin a new store in another folder"
+                )
             if not folder.has_identity:
                 folder.write_identity(_find_store(backend, folder))
             return make_index(backend, folder)
