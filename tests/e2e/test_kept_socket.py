@@ -60,3 +60,13 @@ def test_a_kept_socket_that_nobody_finds_is_replaced(service: Cache) -> None:
         start_again(service)
         with connect(service) as client:
             assert client.recv(8) == GREETING
+
+
+def test_a_kept_socket_behind_the_file_of_a_dead_one_is_replaced(service: Cache) -> None:
+    service.kill()
+    service.socket.unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(service.socket))
+    start_again(service)
+    with connect(service) as client:
+        assert client.recv(8) == GREETING

@@ -154,3 +154,13 @@ def test_an_event_of_a_socket_that_is_closed_meanwhile_is_dropped(rig: Rig) -> N
         client.far.send(b"x")
     rig.loop.turn()
     assert len(rig.heard) == 1
+
+
+def test_who_asks_again_in_its_turn_gets_one_more_and_not_two(rig: Rig) -> None:
+    def again() -> None:
+        rig.turns.soon(again)
+
+    again()
+    for _ in range(5):
+        assert len(rig.loop.soon) == 1
+        rig.loop.soon.popleft()()

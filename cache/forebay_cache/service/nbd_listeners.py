@@ -157,6 +157,17 @@ def socket_inode(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def leads_somewhere(path: str) -> bool:
+    """Tell whether a socket listens behind the file at `path`."""
+    return socket_inode(path) is not None and _knock(path) != errno.ECONNREFUSED
+
+
+def _knock(path: str) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path)
+
+
 def _remove_stale(path: str) -> None:
     try:
         mode = os.lstat(path).st_mode
@@ -164,9 +175,6 @@ def _remove_stale(path: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise ForebayError(f"NBD socket {path}: there is something that is not a socket; remove it or choose another")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        outcome = probe.connect_ex(path)
-    if outcome != errno.ECONNREFUSED:
+    if _knock(path) != errno.ECONNREFUSED:
         raise InUseError(f"NBD socket {path}: another process listens there")
     os.unlink(path)

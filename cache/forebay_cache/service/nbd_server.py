@@ -32,6 +32,7 @@ from forebay_cache.service.nbd_buffers import BufferPool
 from forebay_cache.service.nbd_connection import NbdConnection, Shared
 from forebay_cache.service.nbd_listeners import (
     inherited_listeners,
+    leads_somewhere,
     open_to,
     remove_own_socket,
     socket_inode,
@@ -91,7 +92,7 @@ class NbdServer:
         """
         group = self._settings.socket_group
         listener = next((one for one in self._listeners if one.getsockname() == path), None)
-        if listener is not None and socket_inode(path) is None:  # nobody finds it any more
+        if listener is not None and not leads_somewhere(path):  # nobody finds it any more
             self._leave(listener)
             let_go(KEPT_NAME)
             listener = None

@@ -5,6 +5,7 @@ record instead of sixteen, and the event loop's own work is done once for all of
 
 Invariants:
     A volume that was given requests in a turn is kicked at the end of that turn, once.
+    `_take_due` is with the loop at most once, and is so whenever somebody is due.
     A turn ends after TURN_NS even if sockets are left: they are first in the next one, before any other.
 Crash: nothing of this survives.
 """
@@ -47,6 +48,7 @@ class Turns:
         self._watched: dict[int, tuple[Polled, int]] = {}  # by descriptor: whose, and what for
         self._events: deque[tuple[int, int]] = deque()  # that the last turn left
         self._due: deque[Callable[[], None]] = deque()
+        self._due_asked = False
         self._kicks: dict[FrontVolume, None] = {}
         self._in_turn = False
         loop.add_reader(self._epoll.fileno(), self._take_turn)
@@ -56,20 +58,19 @@ class Turns:
         wanted = (_READ if reading else 0) | (_WRITE if writing else 0)
         if fd not in self._watched:
             if wanted:
-                self._watched[fd] = owner, wanted
                 self._epoll.register(fd, wanted)
+                self._watched[fd] = owner, wanted
         elif wanted:
-            self._watched[fd] = owner, wanted
             self._epoll.modify(fd, wanted)
+            self._watched[fd] = owner, wanted
         else:  # an error would be told of whatever is asked for, and again and again
             del self._watched[fd]
             self._epoll.unregister(fd)
 
     def soon(self, call: Callable[[], None]) -> None:
         """Call in a turn of its own, together with all others who ask until then."""
-        if not self._due:
-            self._loop.call_soon(self._take_due)
         self._due.append(call)
+        self._ask_for_due()
 
     def kick(self, volume: FrontVolume) -> None:
         """Kick the volume when the turn is over; outside of one, now."""
@@ -101,6 +102,7 @@ class Turns:
             self._end_turn()
 
     def _take_due(self) -> None:
+        self._due_asked = False
         due, until_ns = self._due, self._begin_turn()
         try:
             for _ in range(len(due)):
@@ -108,9 +110,13 @@ class Turns:
                 if time.monotonic_ns() > until_ns:
                     break
         finally:
+            self._ask_for_due()
             self._end_turn()
-            if due:
-                self._loop.call_soon(self._take_due)
+
+    def _ask_for_due(self) -> None:
+        if self._due and not self._due_asked:
+            self._due_asked = True
+            self._loop.call_soon(self._take_due)
 
     def _begin_turn(self) -> int:
         self._in_turn = True
