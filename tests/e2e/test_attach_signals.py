@@ -34,10 +34,13 @@ at() {{
         kill -$(cat {folder}/signal) $(cat {folder}/target)
     fi
 }}
-case " $* " in *" {word} "*) at before;; esac
+case " $* " in *" {word} "*) ;; *) exec {program} "$@";; esac
+at before
+# What dies with the daemon is the process that it started: that must be the program, or what it does goes on without.
+[ "$(cat {folder}/stage 2>/dev/null)" = "{name} behind" ] || exec {program} "$@"
 {program} "$@"
 code=$?
-case " $* " in *" {word} "*) at behind;; esac
+at behind
 exit $code
 """
 
