@@ -143,7 +143,7 @@ def test_64_nbd_requests_are_parsed_and_answered(benchmark: BenchmarkFixture, co
     )
     session = Session(_InstantVolume(), ReplyStyle.SIMPLE, False)  # type: ignore[arg-type]
     account = Account(lambda: None)
-    transmission = Transmission(session, account, wake=lambda: None, reuse=lambda _buffer: None)
+    transmission = Transmission(session, account, wake=lambda: None, kick=lambda: None, reuse=lambda _buffer: None)
     buffer = ReceiveBuffer(memoryview(received))
 
     def converse() -> int:
