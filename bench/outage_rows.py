@@ -13,9 +13,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fio import GRACE_S, MIB, BenchError
+from qemu_front import RECONNECT_DELAY_S, through_qemu
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
-from servers import START_TIMEOUT_S, Cache, Store
+from servers import Cache, Store
 from service_manager import ServiceManager
 
 VOLUME_SIZE = 128 * MIB
@@ -23,7 +24,6 @@ LOAD_SIZE = 64 * MIB
 OPERATIONS_PER_S = 1000
 OUTAGE_S = 10.0
 BEFORE_S = 3.0
-RECONNECT_DELAY_S = 60
 STALL_GOAL = Goal(3.0, 1.0, less_is_better=True)
 NOTE = (
     f"kill -9 of the cache daemon, start after {OUTAGE_S:g} s, 4 KiB random writes with checksums, d16, read back "
@@ -101,29 +101,9 @@ def _attached(kind: str, store: Store, cache: Cache, folder: Path) -> Iterator[l
     place = json.loads(cache.command("attach", volume, "--front", front))
     try:
         if kind == "qemu":
-            with _qemu(volume, cache.socket, folder) as socket:
+            with through_qemu(folder, cache.socket, volume) as socket:
                 yield ["--ioengine=nbd", f"--uri=nbd+unix:///{volume}?socket={socket}"]
         else:
             yield ["--ioengine=libaio", "--direct=1", f"--filename={place['path']}"]
     finally:
         cache.command("detach", volume, "--timeout", "10")
-
-
-@contextmanager
-def _qemu(volume: str, socket: Path, folder: Path) -> Iterator[Path]:
-    own = folder / "qemu.sock"
-    upstream = f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={volume}"
-    words = ["qemu-storage-daemon", "--blockdev", f"{upstream},reconnect-delay={RECONNECT_DELAY_S}"]
-    words += ["--nbd-server", f"addr.type=unix,addr.path={own},max-connections=0"]
-    words += ["--export", f"type=nbd,id=export,node-name=disk,name={volume},writable=on"]
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not own.exists():
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise BenchError("qemu-storage-daemon did not start")
-            time.sleep(0.02)
-        yield own
-    finally:
-        child.kill()
-        child.wait()

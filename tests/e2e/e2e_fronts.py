@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,22 +18,30 @@ from e2e_rig import READY_TIMEOUT_S, Rig
 from forebay_cache.service import loop_device
 from forebay_cache.service.device_links import FOLDER
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+
+from qemu_front import through_qemu
+
 NBD, QEMU, FUSE, LOOP = "nbd", "qemu", "fuse", "loop"
 RECONNECTING = (QEMU, FUSE, LOOP)
 """Those that outlive the daemon; who speaks plain NBD has to connect again himself."""
 
-RECONNECT_DELAY_S = 60
 LOAD_TIMEOUT_S = 170.0
 
 
-def fronts_missing() -> str:
-    """Say why not all fronts can be had here; empty if they can."""
+def loop_missing() -> str:
+    """Say why there are no loop devices here; empty if there are."""
     if fuse_missing():
         return fuse_missing()
     if os.geteuid():
         return "no loop devices: only root makes them"
-    if not loop_device.CONTROL.exists():
-        return f"no loop devices: there is no {loop_device.CONTROL}"
+    return "" if loop_device.CONTROL.exists() else f"no loop devices: there is no {loop_device.CONTROL}"
+
+
+def fronts_missing() -> str:
+    """Say why not all fronts can be had here; empty if they can."""
+    if loop_missing():
+        return loop_missing()
     return "" if shutil.which("qemu-storage-daemon") else "no qemu-storage-daemon: apt-get install qemu-utils"
 
 
@@ -58,7 +66,7 @@ class Front:
             return
         socket = rig.run_dir / "nbd.sock"
         if self.kind == QEMU:
-            socket = stack.enter_context(_through_qemu(rig.folder, socket, self.volume))
+            socket = stack.enter_context(through_qemu(rig.folder, socket, self.volume))
         self.target = ["--ioengine=nbd", f"--uri=nbd+unix:///{self.volume}?socket={socket}"]
 
     def load(self, *flags: str) -> "Load":
@@ -138,23 +146,3 @@ def take_loop_away(rig: Rig, volume: str) -> None:
         if volume in loop_device.backing_of(number):
             loop_device.remove(number)
     link.unlink(missing_ok=True)
-
-
-@contextmanager
-def _through_qemu(folder: Path, socket: Path, volume: str) -> Iterator[Path]:
-    """Put a qemu between a client and the daemon, with the options of a guest's disk; yields its own socket."""
-    own = folder / "qemu.sock"
-    upstream = f"driver=nbd,node-name=disk,server.type=unix,server.path={socket},export={volume}"
-    words = ["qemu-storage-daemon", "--blockdev", f"{upstream},reconnect-delay={RECONNECT_DELAY_S}"]
-    words += ["--nbd-server", f"addr.type=unix,addr.path={own},max-connections=0"]
-    words += ["--export", f"type=nbd,id=export,node-name=disk,name={volume},writable=on"]
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while not own.exists():
-            assert child.poll() is None and time.monotonic() < deadline, "qemu-storage-daemon does not start"
-            time.sleep(0.01)
-        yield own
-    finally:
-        child.kill()
-        child.wait(READY_TIMEOUT_S)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_fuse import end_front, front_pid, fuse_missing, tidy
+from e2e_fronts import loop_missing, take_loop_away
+from e2e_fuse import end_front, front_pid, tidy
 from e2e_rig import Rig
 
 from forebay_cache.service import loop_device
@@ -19,15 +20,6 @@ SIZE = 32 * MIB
 WRITERS = 16
 NAME = f"loop-{os.getpid()}"
 LINK = Path("/dev/forebay", NAME)
-
-
-def loop_missing() -> str:
-    """Say why there are no loop devices here; empty if there are."""
-    if fuse_missing():
-        return fuse_missing()
-    if os.geteuid():
-        return "no loop devices: only root makes them"
-    return "" if loop_device.CONTROL.exists() else f"no loop devices: there is no {loop_device.CONTROL}"
 
 
 pytestmark = pytest.mark.skipif(bool(loop_missing()), reason=loop_missing())
@@ -51,14 +43,7 @@ def loop(rig: Rig) -> Iterator[Rig]:
 def take_away(rig: Rig) -> None:
     """Take away whatever of ours is left: mount, device, link."""
     subprocess.run(["umount", "--lazy", rig.folder / "mnt"], stderr=subprocess.DEVNULL, check=False)
-    if rig.cache is not None and not rig.cache.running:
-        end_front(rig, signal.SIGKILL)  # what waits for a dead daemon ends with an error
-    target = LINK.resolve()
-    if target.name.startswith("loop"):
-        number = int(target.name[4:])
-        if NAME in loop_device.backing_of(number):
-            loop_device.remove(number)
-    LINK.unlink(missing_ok=True)
+    take_loop_away(rig, NAME)
 
 
 def run(*words: str | Path) -> str:
