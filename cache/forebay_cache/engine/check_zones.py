@@ -146,11 +146,14 @@ class ZoneCheck:
 
     def _tells_of_reuse(self, zone: int, view: memoryview) -> bool:
         """Look for traces of a later life, whose headers may be torn: then for damage that begins near the front."""
-        incarnation, end = self._zones.incarnations[zone], self._recovered.point.position
+        incarnation = self._zones.incarnations[zone]
+        behind = self._zones.first_positions[zone] + self._zones.zone_blocks  # a zone holds fewer records than blocks
         for at in range(0, view.nbytes, BLOCK_SIZE):
-            fields = record.peek_header(view[at : at + BLOCK_SIZE])
-            ours = (fields.device, fields.zone) == (self._tag, zone)
-            if ours and fields.incarnation > incarnation and fields.log_position >= end:
+            block = view[at : at + BLOCK_SIZE]
+            fields = record.peek_header(block)
+            later = (fields.device, fields.zone) == (self._tag, zone) and fields.incarnation > incarnation
+            # One flipped bit makes a higher incarnation, but not at a later log position or with a sum that matches.
+            if later and (fields.log_position >= behind or record.is_summed(bytearray(block))):
                 return True
         scan = self._scan(zone, view)
         bad = scan.gaps[0].block if scan.gaps else self._zones.zone_blocks if scan.sealed else scan.end
