@@ -1,5 +1,8 @@
 """The head of a volume in the index: entries that never overlap, and how a change replaces them.
 
+LMDB has no checksums of its pages. A row whose key lost a bit stands where the search for its old place ends, as one
+of the neighbours, for it did not move. So those are checked too before anybody is told that nothing is there.
+
 Invariants:
     no two entries of a volume overlap; what has none was never written: zeros, or of a clone the origin.
     a hole over a hole keeps the older one, and what was never written gets one in a clone only: nothing else changes.
@@ -18,6 +21,7 @@ from forebay_store.engine.ports import IndexReader, IndexWriter
 from forebay_store.format.entries import (
     HOLE,
     HeadEntry,
+    check_neighbours,
     decode_entry,
     encode_entry,
     head_key,
@@ -32,17 +36,26 @@ _ENTRIES_PER_STEP: Final = 4096
 
 
 def overlapping(reader: IndexReader, number: int, start: int, end: int) -> Iterator[HeadEntry]:
-    """Yield the entries that share a block with [start, end), in order, whole."""
+    """Yield the entries that share a block with [start, end), in order, whole.
+
+    Raises:
+        CorruptionError: one of them is damaged, or those around them are.
+    """
     assert start < end
-    first, last = head_key(number, start), head_key(number, end)
-    rows = reader.scan(Table.HEAD, first)
+    key, last = head_key(number, start), head_key(number, end)
+    rows = reader.scan(Table.HEAD, key)
     row = next(rows, None)
-    if row is None or row[0] != first:  # One that begins exactly here tells that none reaches in from before.
+    if row is None or row[0] != key:  # One that begins exactly here tells that none reaches in from before.
         reaching = _before(reader, number, start)
         if reaching is not None and reaching.end > start:
             yield reaching
-    while row is not None and row[0] < last:
-        yield decode_entry(*row)
+    while row is not None:
+        check_neighbours("head", None, key, row[0])
+        entry = decode_entry(*row)
+        if row[0] >= last:
+            return
+        yield entry
+        key = head_key(number, entry.end)
         row = next(rows, None)
 
 
@@ -147,8 +160,13 @@ def _joins(left: HeadEntry, right: HeadEntry) -> bool:
 
 
 def _before(reader: IndexReader, number: int, start: int) -> HeadEntry | None:
-    found = reader.before(Table.HEAD, head_key(number, start))
-    return decode_entry(*found) if found is not None and number_of(found[0]) == number else None
+    key = head_key(number, start)
+    found = reader.before(Table.HEAD, key)
+    if found is None:
+        return None
+    check_neighbours("head", found[0], key, None)
+    entry = decode_entry(*found)
+    return entry if number_of(found[0]) == number else None
 
 
 def _at(writer: IndexWriter, number: int, start: int) -> HeadEntry | None:

@@ -14,6 +14,7 @@ from typing import Final
 from forebay_store.engine.head_change import HeadChange
 from forebay_store.format.entries import (
     HeadEntry,
+    check_neighbours,
     decode_entry,
     encode_entry,
     head_key,
@@ -85,15 +86,21 @@ class _Walk:
         self._show(self._cursor.seek(key))
         if self._next_start != start:  # One that begins exactly here tells that none reaches in from before.
             before = self._cursor.before()
-            if before is not None and number_of(before[0]) == self._number:
-                self._keep_last(decode_entry(*before))
+            check_neighbours("head", before and before[0], key, self._next[0] or None)
+            if before is not None:
+                entry = decode_entry(*before)
+                if number_of(before[0]) == self._number:
+                    self._keep_last(entry)
 
     def _show(self, row: tuple[bytes, bytes] | None) -> None:
         if row is not None and number_of(row[0]) == self._number:
             self._next = row
             self._next_start = start_of(row[0])
-        else:
-            self._next_start = _NOWHERE
+            return
+        if row is not None:
+            decode_entry(*row)  # A key with a flipped bit looks like another volume's.
+        self._next = (b"", b"")
+        self._next_start = _NOWHERE
 
     def _cut(self, last: HeadEntry, start: int, end: int) -> None:
         """Take [start, end) out of the entry that reaches into it from before."""

@@ -15,7 +15,7 @@ from forebay_core.errors import RefusedError
 from forebay_core.frame import FRAME_BLOCKS_MAX
 from forebay_core.units import BLOCK_SIZE, ID_SIZE
 from forebay_store.engine.head import overlapping
-from forebay_store.engine.ports import IndexReader
+from forebay_store.engine.ports import IndexCursor, IndexReader
 from forebay_store.engine.snapshots import find_snapshot, find_snapshot_id
 from forebay_store.engine.sweeps import sweeps_in
 from forebay_store.engine.volumes import find_volume
@@ -26,6 +26,7 @@ from forebay_store.format.entries import (
     LEVEL_BITS,
     ORIGIN,
     HeadEntry,
+    check_neighbours,
     decode_history,
     history_key,
     make_hole,
@@ -223,18 +224,31 @@ def history_at(reader: IndexReader, number: int, level: int, version: int, start
     first = start >> bits << bits if level else max(0, start - FRAME_BLOCKS_MAX + 1)
     cursor = reader.cursor(Table.HISTORY)
     prefix = number << 8 | level
-    row = cursor.seek(history_key(number, level, first, version))
+    row = _seek(cursor, history_key(number, level, first, version))
     while row is not None:
         found_prefix, at, last = HISTORY_KEY.unpack(row[0])
         if found_prefix != prefix or at >= end:
             return
         if last < version:
-            row = cursor.seek(history_key(number, level, at, version))
+            row = _seek(cursor, history_key(number, level, at, version))
             continue
         entry, _ = decode_history(*row)
         if entry.end > start:
             yield narrow(entry, max(at, start), min(entry.end, end))
-        row = cursor.seek(history_key(number, level, at + 1, version))
+        row = _seek(cursor, history_key(number, level, at + 1, version))
+
+
+def _seek(cursor: IndexCursor, key: bytes) -> tuple[bytes, bytes] | None:
+    """Go to the first row at or after a key, and check the one before as well, as `overlapping` does."""
+    row = cursor.seek(key)
+    if row is not None and row[0] == key:
+        return row
+    before = cursor.before()
+    check_neighbours("history", before and before[0], key, row and row[0])
+    for neighbour in (before, row):
+        if neighbour is not None:
+            decode_history(*neighbour)
+    return row
 
 
 def origin_depth(reader: IndexReader, view: View) -> int:

@@ -169,8 +169,27 @@ def decode_history(key: bytes, value: bytes) -> tuple[HeadEntry, int]:
     Raises:
         CorruptionError: the entry was damaged.
     """
+    if len(key) != HISTORY_KEY.size:
+        raise CorruptionError(
+            place=f"index history {key.hex()}", what="key size", expected=HISTORY_KEY.size, found=len(key)
+        )
     _, start, last = HISTORY_KEY.unpack(key)
     return _decode_value("history", key, start, value), last
+
+
+def check_neighbours(table: str, before: bytes | None, sought: bytes, found: bytes | None) -> None:
+    """Compare the keys that a table has before and at or behind the one that was sought.
+
+    Raises:
+        CorruptionError: they can't be its neighbours: the table is not sorted any more, or was entered at a wrong page.
+    """
+    if (before is not None and before >= sought) or (found is not None and found < sought):
+        raise CorruptionError(
+            place=f"index {table} {sought.hex()}",
+            what="neighbours of a key",
+            expected="one below and one not below it; run store rebuild-index",
+            found=f"{before.hex() if before else 'none'} and {found.hex() if found else 'none'}",
+        )
 
 
 def is_data_in(value: bytes, segment: SegmentName) -> bool:
