@@ -300,7 +300,7 @@ class Shell:
                 await self._fronts.abandon(name, before)
             await self._leave(stopped)
             return await self._show(await self._open(name, read_only=read_only, take_over=True, front=front))
-        except BaseException:
+        except (Exception, asyncio.CancelledError):
             await asyncio.shield(self._fronts.abandon(name, before))
             raise
 
