@@ -1,5 +1,5 @@
-/* The native twins of `forebay_cache.engine.entering`, and of `put_writes` in `forebay_cache.format.record`: see there
-   what each function does, takes and returns.
+/* The native twins of `forebay_cache.engine.entering`, and of `put_writes` and `mark_written` in
+   `forebay_cache.format.record`: see there what each function does, takes and returns.
 
    Everything lies in arrays that Python owns; here they are only read and written, with their bounds checked first.
    A chain that leads out of the map would be a bug of ours, so it raises SystemError instead of crashing the daemon. */
@@ -15,7 +15,9 @@
 #define ENTRY_SIZE 32
 #define BLOCK_ENTRIES (4096 / ENTRY_SIZE)
 #define ENTRIES_INDEX 3 /* the fixed fields of a record take the room of so many entries */
+#define ENTRIES_MAX (BLOCK_ENTRIES - ENTRIES_INDEX)
 #define WRITE 1
+#define KEY_SLOTS 256
 
 typedef struct {
     uint64_t lba, version, checksum;
@@ -24,6 +26,7 @@ typedef struct {
 } entry_t;
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "records are little-endian; elsewhere the twin does the work");
+_Static_assert(ENTRIES_MAX < KEY_SLOTS, "a slot is always free");
 _Static_assert(sizeof(entry_t) == ENTRY_SIZE, "an entry has 32 bytes");
 
 typedef struct {
@@ -182,7 +185,138 @@ end:
     return answer;
 }
 
+static PyObject *enter_moves(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    Py_ssize_t head_count = 0, place_count = 0, key_count = 0, version_count = 0, sum_count = 0, live_count = 0;
+    Py_ssize_t packed_count = 0, count = 0;
+    Py_ssize_t room[3] = {0};
+    uint64_t n[3];
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 7 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 6
+        || !PyTuple_Check(arguments[6]) || PyTuple_GET_SIZE(arguments[6]) != 3) {
+        PyErr_SetString(PyExc_TypeError, "enter_moves takes 7 arguments, the first and last are tuples of 6 and 3");
+        return NULL;
+    }
+    PyObject *const views = arguments[0], *const found = arguments[6];
+    uint32_t *heads = items(&held, PyTuple_GET_ITEM(views, 0), 1, 4, &head_count);
+    uint32_t *nexts = heads ? items(&held, PyTuple_GET_ITEM(views, 1), 1, 4, &place_count) : NULL;
+    uint64_t *keys = nexts ? items(&held, PyTuple_GET_ITEM(views, 2), 1, 8, &key_count) : NULL;
+    uint64_t *versions = keys ? items(&held, PyTuple_GET_ITEM(views, 3), 1, 8, &version_count) : NULL;
+    uint64_t *sums = versions ? items(&held, PyTuple_GET_ITEM(views, 4), 1, 8, &sum_count) : NULL;
+    uint16_t *live = sums ? items(&held, PyTuple_GET_ITEM(views, 5), 1, 2, &live_count) : NULL;
+    const char *packed = live ? items(&held, arguments[2], 0, ENTRY_SIZE, &packed_count) : NULL;
+    const uint64_t *sources = packed ? items(&held, arguments[4], 0, 8, &count) : NULL;
+    uint64_t *out[3];
+    for (int i = 0; i < 3; i++) {
+        out[i] = sources ? items(&held, PyTuple_GET_ITEM(found, i), 1, 8, &room[i]) : NULL;
+        if (out[i] == NULL)
+            sources = NULL;
+    }
+    if (sources == NULL || numbers(arguments + 1, 1, n) < 0 || numbers(arguments + 3, 1, n + 1) < 0
+        || numbers(arguments + 5, 1, n + 2) < 0)
+        goto end;
+    const uint64_t zone_blocks = n[0], index = n[1], first_place = n[2], entries = (uint64_t)count;
+    int fits = zone_blocks > 0 && head_count > 0 && key_count == place_count && version_count == place_count
+        && sum_count == place_count && (uint64_t)live_count * zone_blocks >= (uint64_t)place_count
+        && entries <= (uint64_t)packed_count && index <= (uint64_t)packed_count - entries
+        && entries <= (uint64_t)place_count && first_place <= (uint64_t)place_count - entries
+        && (first_place != NIL || entries == 0);
+    for (int i = 0; i < 3; i++)
+        fits = fits && count <= room[i];
+    for (Py_ssize_t i = 0; i < count && fits; i++)
+        fits = sources[i] != NIL && sources[i] < (uint64_t)place_count;
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or the entries do not fit them");
+        goto end;
+    }
+    uint64_t moved_count = 0, held_count = 0;
+    for (uint64_t i = 0; i < entries; i++) {
+        entry_t entry;
+        memcpy(&entry, packed + (index + i) * ENTRY_SIZE, ENTRY_SIZE);
+        const uint64_t key = (uint64_t)entry.volume_key << LBA_BITS | entry.lba;
+        const uint32_t source = (uint32_t)sources[i], place = (uint32_t)(first_place + i);
+        if (keys[source] != key || versions[source] != entry.version)
+            continue;
+        if (nexts[source] == UNLINKED) {
+            out[2][held_count++] = i;
+            continue;
+        }
+        uint32_t *link = &heads[key % (uint64_t)head_count];
+        while (*link != source && *link != NIL && *link < (uint64_t)place_count)
+            link = &nexts[*link];
+        if (*link != source || keys[place] != 0) {
+            PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
+            goto end;
+        }
+        *link = place;
+        nexts[place] = nexts[source];
+        nexts[source] = UNLINKED;
+        keys[source] = 0;
+        live[source / zone_blocks]--;
+        keys[place] = key;
+        versions[place] = entry.version;
+        sums[place] = entry.checksum;
+        live[place / zone_blocks]++;
+        out[0][moved_count] = source;
+        out[1][moved_count++] = place;
+    }
+    answer = Py_BuildValue("(KK)", (unsigned long long)moved_count, (unsigned long long)held_count);
+end:
+    release(&held);
+    return answer;
+}
+
+/* Where a key is looked for first among KEY_SLOTS; at most ENTRIES_MAX of them are taken, so a search ends. */
+static inline unsigned slot_of(uint64_t key) { return (unsigned)(key * 0x9E3779B97F4A7C15u >> 56); }
+
+static PyObject *mark_written(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    Py_ssize_t entry_count = 0, key_count = 0, found_count = 0;
+    uint64_t count;
+    uint8_t slots[KEY_SLOTS] = {0}; /* number of a key plus one */
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 4) {
+        PyErr_SetString(PyExc_TypeError, "mark_written takes 4 arguments");
+        return NULL;
+    }
+    const char *const block = items(&held, arguments[0], 0, ENTRY_SIZE, &entry_count);
+    const uint64_t *const keys = block ? items(&held, arguments[2], 0, 8, &key_count) : NULL;
+    uint8_t *const found = keys ? items(&held, arguments[3], 1, 1, &found_count) : NULL;
+    if (found == NULL || numbers(arguments + 1, 1, &count) < 0)
+        goto end;
+    if (entry_count != BLOCK_ENTRIES || count > ENTRIES_MAX || key_count != found_count || key_count > ENTRIES_MAX) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or are too long");
+        goto end;
+    }
+    for (Py_ssize_t i = 0; i < key_count; i++) {
+        unsigned slot = slot_of(keys[i]);
+        while (slots[slot])
+            slot = (slot + 1) % KEY_SLOTS;
+        slots[slot] = (uint8_t)(i + 1);
+    }
+    for (uint64_t i = 0; i < count; i++) {
+        entry_t entry;
+        memcpy(&entry, block + (ENTRIES_INDEX + i) * ENTRY_SIZE, ENTRY_SIZE);
+        if (entry.kind != WRITE)
+            continue;
+        const uint64_t key = (uint64_t)entry.volume_key << LBA_BITS | entry.lba;
+        for (unsigned slot = slot_of(key); slots[slot]; slot = (slot + 1) % KEY_SLOTS)
+            if (keys[slots[slot] - 1] == key)
+                found[slots[slot] - 1] = 1;
+    }
+    answer = Py_NewRef(Py_None);
+end:
+    release(&held);
+    return answer;
+}
+
 static PyMethodDef methods[] = {
+    {"mark_written", (PyCFunction)(void (*)(void))mark_written, METH_FASTCALL, NULL},
+    {"enter_moves", (PyCFunction)(void (*)(void))enter_moves, METH_FASTCALL, NULL},
     {"put_writes", (PyCFunction)(void (*)(void))put_writes, METH_FASTCALL, NULL},
     {"enter_writes", (PyCFunction)(void (*)(void))enter_writes, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},

@@ -3,7 +3,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.engine.entering import Entered, MapViews
+from forebay_cache.engine.entering import Entered, MapViews, Moved
 from forebay_core.units import Buffer
 
 NIL: Final[int]
@@ -11,6 +11,17 @@ NIL: Final[int]
 def put_writes(
     block: bytearray, index: int, volume_key: int, lba: int, version: int, checksums: npt.NDArray[np.uint64], /
 ) -> None: ...
+def mark_written(block: Buffer, count: int, keys: npt.NDArray[np.uint64], found: npt.NDArray[np.bool_], /) -> None: ...
+def enter_moves(
+    views: MapViews,
+    zone_blocks: int,
+    packed: Buffer,
+    index: int,
+    sources: npt.NDArray[np.int64],
+    first_place: int,
+    found: Moved,
+    /,
+) -> tuple[int, int]: ...
 def enter_writes(
     views: MapViews,
     zone_blocks: int,

@@ -240,12 +240,31 @@ static PyObject *core_entered(core_t *self, PyObject *argument)
 
 static PyObject *core_moved(core_t *self, PyObject *const *arguments, Py_ssize_t given)
 {
-    uint64_t n[2];
-    if (numbers(arguments, given, 2, n) < 0 || !is_place(self, n[0], 1) || !is_place(self, n[1], 1))
+    Py_buffer held[2];
+    Py_ssize_t source_count = 0, target_count = 0;
+    if (given != 2) {
+        PyErr_SetString(PyExc_TypeError, "2 arguments were expected");
         return NULL;
-    if (n[0] != n[1])
-        transplant(self, (uint32_t)n[0], (uint32_t)n[1]);
-    Py_RETURN_NONE;
+    }
+    const int64_t *sources = items(arguments[0], &held[0], &source_count);
+    if (sources == NULL)
+        return NULL;
+    const int64_t *targets = items(arguments[1], &held[1], &target_count);
+    if (targets == NULL) {
+        PyBuffer_Release(&held[0]);
+        return NULL;
+    }
+    int fits = source_count == target_count;
+    if (!fits)
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+    for (Py_ssize_t i = 0; i < source_count && fits; i++)
+        fits = is_place(self, (uint64_t)sources[i], 1) && is_place(self, (uint64_t)targets[i], 1);
+    for (Py_ssize_t i = 0; i < source_count && fits; i++)
+        if (sources[i] != targets[i])
+            transplant(self, (uint32_t)sources[i], (uint32_t)targets[i]);
+    PyBuffer_Release(&held[0]);
+    PyBuffer_Release(&held[1]);
+    return fits ? Py_NewRef(Py_None) : NULL;
 }
 
 static void write_block(core_t *self, uint32_t place, int64_t old, uint64_t key)

@@ -174,7 +174,7 @@ def run_backlog(seed: int) -> None:
         assert rig.write(start * BLOCK_SIZE, payload) == IoError.OK
         model[start * BLOCK_SIZE : (start + count) * BLOCK_SIZE] = payload
     check_books(rig.engine)
-    assert rig.engine.reclaim.moved_blocks > 0
+    assert rig.engine.reclaim.moving.moved_blocks > 0
     assert_same(rig.read(0, 600 * BLOCK_SIZE), model[: 600 * BLOCK_SIZE])
     rig.store.away = False
     assert rig.drain()

@@ -13,10 +13,11 @@ from test_engine_model import run_power_cuts, run_requests
 
 from forebay_cache.engine import blockmap, cache, entering
 from forebay_cache.engine.blockmap import BlockMap, make_key
-from forebay_cache.engine.entering import Entered, enter_writes
+from forebay_cache.engine.entering import Entered, Moved, enter_moves, enter_writes
 from forebay_cache.engine.policy import FrequencyPolicy
 from forebay_cache.engine.policy_core import Core
-from forebay_cache.format.record import ENTRY, WRITE
+from forebay_cache.format import record
+from forebay_cache.format.record import ENTRY, MOVE, WRITE
 
 ZONE_BLOCKS = 16
 PLACES = 8 * ZONE_BLOCKS
@@ -37,7 +38,7 @@ def pack(lbas: list[int], version: int) -> bytes:
     return b"".join(ENTRY.pack(lba, version + i, lba * 7, 1 + lba % 2, WRITE, 0, 0xFF, 0) for i, lba in enumerate(lbas))
 
 
-def state_of(table: BlockMap, found: Entered) -> list[list[int]]:
+def state_of(table: BlockMap, found: Entered | Moved) -> list[list[int]]:
     arrays = (table._head_array, table._next_array, table.key_array, table.version_array, table.checksum_array)
     return [array.tolist() for array in (*arrays, table.live_array, *found)]
 
@@ -65,6 +66,63 @@ def test_both_twins_leave_the_same_map(writes: list[list[int]], buckets: int, on
         first += len(lbas)
         version += len(lbas)
     check_chains(twins[0][0])
+
+
+@needs_native
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=40, unique=True),
+    st.lists(st.tuples(st.integers(1, 50), st.booleans()), min_size=1, max_size=30, unique_by=lambda one: one[0]),
+    st.sets(st.integers(0, 40), max_size=10),
+    st.sampled_from([1, 7, 131]),
+)
+def test_both_twins_move_the_same_blocks(
+    lbas: list[int], moves: list[tuple[int, bool]], unlinked: set[int], buckets: int
+) -> None:
+    """From places that hold the block, or another version, or nothing, or a pinned version."""
+    twins = [(BlockMap(PLACES, zone_blocks=ZONE_BLOCKS, bucket_count=buckets), Moved.make()) for _ in range(2)]
+    for table, _ in twins:
+        for place, lba in enumerate(lbas, 1):
+            table.insert(make_key(1 + lba % 2, lba), 100 + place, lba * 7, place)
+        for lba in sorted(unlinked):
+            table.unlink(make_key(1 + lba % 2, lba))
+    table = twins[0][0]
+    keys, versions = table.keys, table.versions
+    rows = [(keys[place] & 0xFF, versions[place] + stale, max(1, keys[place] >> 40)) for place, stale in moves]
+    packed = b"x" * ENTRY.size + b"".join(ENTRY.pack(lba, v, lba * 7, key, MOVE, 0, 0xFF, 0) for lba, v, key in rows)
+    sources = np.array([place for place, _ in moves])
+    answers = [
+        move(table._views, ZONE_BLOCKS, packed, 1, sources, 64, found)
+        for move, (table, found) in zip((native.enter_moves, enter_moves), twins, strict=True)
+    ]
+    assert answers[0] == answers[1]
+    assert state_of(*twins[0]) == state_of(*twins[1])
+    check_chains(table)
+    held = {lba for lba in unlinked if lba in lbas}
+    moved = {lbas[place - 1] for place, stale in moves if place <= len(lbas) and not stale} - held
+    assert moved == {lba for lba in lbas if table.find(make_key(1 + lba % 2, lba)) >= 64}
+
+
+@needs_native
+def test_moves_that_do_not_fit_are_refused() -> None:
+    table, found = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS), Moved.make()
+    packed = pack([1, 2], 1)
+    for index, sources, first in (
+        (1, [1, 2], 3),
+        (0, [0], 3),
+        (0, [-1], 3),
+        (0, [PLACES], 3),
+        (0, [1], 0),
+        (0, [1], PLACES),
+    ):
+        with pytest.raises(ValueError, match="fit"):
+            native.enter_moves(table._views, ZONE_BLOCKS, packed, index, np.array(sources), first, found)
+    with pytest.raises(TypeError):
+        native.enter_moves(table._views, ZONE_BLOCKS, packed, 0, np.array([1]), 3, found[:2])
+    table.insert(make_key(2, 1), 1, 7, 5)
+    table._heads[make_key(2, 1) % table.bucket_count] = PLACES + 5
+    with pytest.raises(SystemError, match="damaged"):
+        native.enter_moves(table._views, ZONE_BLOCKS, packed, 0, np.array([5]), 7, found)
 
 
 def test_dirty_and_pinned_are_told_by_the_version_that_was_overwritten() -> None:
@@ -119,6 +177,8 @@ def test_arguments_of_another_kind_are_refused() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_engine_holds_with_the_twins(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockmap, "enter_writes_fast", enter_writes)
+    monkeypatch.setattr(blockmap, "enter_moves_fast", enter_moves)
+    monkeypatch.setattr(record, "mark_written_fast", record.mark_written)
     monkeypatch.setattr(cache, "FrequencyPolicy", partial(FrequencyPolicy, core=Core))
     run_requests(random.Random(seed).randrange(1000))
     run_power_cuts(random.Random(seed).randrange(1000))

@@ -166,7 +166,7 @@ class Device:
         elif how == 2 and found >= 0 and self.keys[place] == 0:
             self.keys[found] = 0
             self._put(key, place)
-            self.core.moved(found, place)
+            self.core.moved(np.array([found]), np.array([place]))
         elif how == 3 and found < 0:
             self.core.missed(key, 1, key % 3 == 0)
             if self.core.admits(key) and not (key % 3 == 0 and self.core.passes_over(key)):
@@ -257,7 +257,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for call in (
         lambda: core.hits(np.array([-1])),
         lambda: core.hit_run(5, 9),
-        lambda: core.moved(1, 9),
+        lambda: core.moved(np.array([1]), np.array([9])),
+        lambda: core.moved(np.array([1, 0]), np.array([2, 3])),
         lambda: core.written(7, np.array([-1, -1]), keys[:2]),
         lambda: core.restore(5, states),
     ):
@@ -265,6 +266,8 @@ def test_what_does_not_fit_is_refused() -> None:
             call()
     with pytest.raises(ValueError, match="fit"):
         core.written(1, np.array([-1, -1]), keys[:1])
+    with pytest.raises(ValueError, match="fit"):
+        core.moved(np.array([1]), np.array([2, 3]))
     with pytest.raises(ValueError, match="plan"):
         core.follow(7)
     with pytest.raises(ValueError, match="size"):

@@ -41,6 +41,8 @@ class QuickStore:
         self.steps += 1
         if self.steps % 300 == 0:
             self.rig.tick()
+        if self.rig.alarm_ns is not None and self.rig.alarm_ns <= self.rig.now_ns:
+            self.rig.pace()
         if self.writes_first and device.writes:
             device.writes.pop(0)()
         elif self.syncs and self.syncs[0][0] <= self.steps:
@@ -91,6 +93,7 @@ def worth_moving() -> tuple[Rig, CacheVolume]:
 def begin_moving(rig: Rig) -> Sequence[Callable[[], None]]:
     """Let reclaim choose the zone of block 0; return its reads, which are under way."""
     engine = rig.engine
+    rig.device.now_share = 0.0
     zone = engine.map.find(rig.volume.key << LBA_BITS) // engine.zones.zone_blocks
     spare, engine.reclaim.spare = engine.reclaim.spare, engine.zones.zone_count
     for _ in range(50):
@@ -99,6 +102,7 @@ def begin_moving(rig: Rig) -> Sequence[Callable[[], None]]:
             break
     assert engine.zones.states[zone] == ZoneState.EMPTYING
     engine.reclaim.spare = spare
+    rig.pace()
     reads, rig.device.queue[:] = list(rig.device.queue), []
     return reads
 

@@ -11,8 +11,12 @@ from forebay_cache.format.cut_end import CUT_END, CutEnd, decode_cut_end, encode
 from forebay_cache.format.record import (
     ENTRY,
     ENTRY_DTYPE,
+    FILL,
     HEADER,
+    MOVE,
+    PIN,
     RECORD_ENTRIES_MAX,
+    WRITE,
     RecordHeader,
     decode_note,
     decode_record,
@@ -353,3 +357,40 @@ def test_both_twins_put_the_same_entries(index: int, count: int, lba: int) -> No
             put(block, index, 7, lba, 1 << 63, sums)
     assert twins[0] == twins[1]
     assert not any(twins[0][: record.ENTRIES_OFFSET + index * record.ENTRY_SIZE])
+
+
+@pytest.mark.parametrize("mark", {record.mark_written, record.mark_written_fast})
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.sampled_from([WRITE, FILL, MOVE])), max_size=RECORD_ENTRIES_MAX),
+    st.lists(st.integers(0, 30), max_size=RECORD_ENTRIES_MAX),
+)
+def test_the_written_ones_of_keys_are_marked(mark, entries: list[tuple[int, int]], lbas: list[int]) -> None:
+    block = bytearray(BLOCK_SIZE)
+    for i, (lba, kind) in enumerate(entries):
+        record.ENTRY.pack_into(block, record.ENTRIES_OFFSET + i * record.ENTRY_SIZE, lba, 1, 2, 5, kind, 0, 0xFF, 0)
+    keys = np.array([5 << 40 | lba if lba % 3 else lba for lba in lbas], np.uint64)
+    written = {5 << 40 | lba for lba, kind in entries if kind == WRITE}
+    found = np.zeros(keys.size, np.bool_)
+    mark(block, len(entries), keys, found)
+    assert found.tolist() == [key in written for key in keys.tolist()]
+
+
+@pytest.mark.parametrize("mark", {record.mark_written, record.mark_written_fast})
+def test_keys_and_entries_that_do_not_fit_are_refused(mark) -> None:
+    keys, found = np.zeros(126, np.uint64), np.zeros(126, np.bool_)
+    for count, key_count, found_count in ((1, 126, 126), (1, 3, 2), (130, 1, 1)):
+        with pytest.raises(ValueError):
+            mark(bytearray(BLOCK_SIZE), count, keys[:key_count], found[:found_count])
+
+
+def test_copies_are_entries_as_their_table_says() -> None:
+    block = bytearray(BLOCK_SIZE)
+    keys = np.array([7 << 40 | 3, ((1 << 24) - 1) << 40 | LBA_MAX], np.uint64)
+    versions, sums = np.array([1 << 63, 5], np.uint64), np.array([9, 10], np.uint64)
+    record.put_copies(block, 4, keys, versions, sums, np.array([MOVE, PIN], np.uint8))
+    assert record.entries_in(block, 6)[4:].tolist() == [
+        (3, 1 << 63, 9, 7, MOVE, 0, 255, 0),
+        (LBA_MAX, 5, 10, (1 << 24) - 1, PIN, 0, 255, 0),
+    ]
+    with pytest.raises(ValueError):
+        record.put_copies(block, 124, keys, versions, sums, np.array([MOVE, PIN], np.uint8))

@@ -118,7 +118,7 @@ class PointRun(Scenario):
 
     def _has_gone_round(self) -> bool:
         reclaim = self.caches[0].engine.reclaim
-        return reclaim.dropped_blocks + reclaim.moved_blocks > 0
+        return reclaim.dropped_blocks + reclaim.moving.moved_blocks > 0
 
     def _work(self, goal: int) -> None:
         while sum(guest.requests for guest in self.guests.values()) < goal and not self.crashed:

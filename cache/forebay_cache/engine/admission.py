@@ -17,7 +17,6 @@ from forebay_cache.engine.limits import (
 from forebay_cache.engine.policy import ring_blocks
 from forebay_cache.engine.ports import FetchedPiece
 from forebay_cache.engine.ring import AHEAD, LEAVING, SPARE, USED, Held, Ring
-from forebay_cache.format import record
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, LBA_BITS, LBA_MAX
 
@@ -142,7 +141,7 @@ class Admission:
             return
         log.seal_if_full()
         batch = log.data_batch()
-        log.add_copy(batch, record.FILL, volume.key, lba, held.version, held.checksum)
+        log.add_fill(batch, volume.key, lba, held.version, held.checksum)
         batch.buffers.append(held.plain)
         log.seal_if_full()  # else it waits for company: the next tick or guest's write sends it on its way
         self.ring.move(key, LEAVING)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.engine.entering import Entered
-from forebay_cache.engine.log import Batch, Change, Copy, Writes
+from forebay_cache.engine.entering import Entered, Moved
+from forebay_cache.engine.log import Batch, Change, Fill, Moves, Writes
 from forebay_cache.format import record
 from forebay_cache.format.cut_end import RESIZE, CutEnd
 from forebay_core.extents import Extent, from_blocks
@@ -32,16 +32,17 @@ class Apply:
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
         self._found = Entered.make()
+        self._moved = Moved.make()
 
     def __call__(self, batch: Batch) -> None:
         """Apply one batch."""
         for item in batch.data:
             if isinstance(item, Writes):
                 self._write(item)
-            elif item.kind == record.FILL:
-                self._fill(item)
-            else:
+            elif isinstance(item, Moves):
                 self._move(item)
+            else:
+                self._fill(item)
         if batch.end is not None:
             self._end(batch.end)
         for change in batch.changes:
@@ -81,8 +82,8 @@ class Apply:
         last = record.ENTRIES_INDEX + writes.index + count - 1
         volume.applied = Version(_version_of(writes.header, last * record.ENTRY_SIZE)[0])
 
-    def _fill(self, copy: Copy) -> None:
-        _, volume_key, lba, version, checksum, place, _ = copy
+    def _fill(self, fill: Fill) -> None:
+        volume_key, lba, version, checksum, place = fill
         engine = self._engine
         key = volume_key << LBA_BITS | lba
         if volume_key in engine.volumes and engine.map.find(key) < 0:
@@ -92,21 +93,24 @@ class Apply:
             engine.policy.inserted(place)
         engine.admission.applied(key)
 
-    def _move(self, copy: Copy) -> None:
-        _, volume_key, lba, version, checksum, place, source = copy
-        engine = self._engine
-        table = engine.map
-        key = volume_key << LBA_BITS | lba
-        if table.hidden:
-            engine.sweeps.settle_places(np.array([source]))
-        if table.keys[source] != key or table.versions[source] != version:
-            return  # it was overwritten, trimmed or acknowledged meanwhile
-        if table.is_linked(source):
-            table.insert(key, version, checksum, place)
-            engine.policy.moved(source, place)
-            return
+    def _move(self, moves: Moves) -> None:
+        """Blocks that reclaim moved: all at once but for pinned versions, which are few."""
+        engine, found = self._engine, self._moved
+        header, entry, sources, first_place = moves
+        if engine.map.hidden:
+            engine.sweeps.settle_places(sources)
+        entry += record.ENTRIES_INDEX
+        moved_count, held_count = engine.map.enter_moves(header, entry, sources, first_place, found=found)
+        if moved_count:
+            engine.policy.moved(found.sources[:moved_count], found.places[:moved_count])
+        for i in found.held[:held_count].tolist():
+            self._move_held(int(sources[i]), first_place + i)
+
+    def _move_held(self, source: int, place: int) -> None:
+        engine, table = self._engine, self._engine.map
+        key, version, checksum = table.keys[source], table.versions[source], table.checksums[source]
         table.wipe(source)
-        if version > engine.acknowledged_versions[volume_key]:
+        if version > engine.acknowledged_versions[key >> LBA_BITS]:
             table.hold(key, version, checksum, place)
 
     def _end(self, end: CutEnd) -> None:

@@ -25,7 +25,15 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.engine.entering import NIL, UNLINKED, Entered, MapViews, enter_writes_fast
+from forebay_cache.engine.entering import (
+    NIL,
+    UNLINKED,
+    Entered,
+    MapViews,
+    Moved,
+    enter_moves_fast,
+    enter_writes_fast,
+)
 from forebay_cache.engine.limits import (
     LINK_ROUNDS_MAX,
     LOAD_SLICE_PLACES,
@@ -233,6 +241,12 @@ class BlockMap:
         for place in found.pinned_places[:pinned_count].tolist():
             self._hold_place(place)
         return dirty_count, pinned_count
+
+    def enter_moves(
+        self, packed: Buffer, index: int, sources: PlaceArray, first_place: int, *, found: Moved
+    ) -> tuple[int, int]:
+        """Map packed entries to consecutive empty places instead of their sources; see `entering.enter_moves`."""
+        return enter_moves_fast(self._views, self.zone_blocks, packed, index, sources, first_place, found)
 
     def find_run(self, key: int, count: int) -> PlaceArray:
         """Return the places of `count` consecutive blocks, -1 where one is missing."""

@@ -1,6 +1,6 @@
-"""Entering written blocks into the map: the hottest part of applying a record.
+"""Entering written and moved blocks into the map: the hottest part of applying a record.
 
-The function has a native twin, which the engine uses where it was built; this one here says what both do and passes the
+The functions have native twins, which the engine uses where they were built; these here say what both do and pass the
 same tests. Per written block, 2 cores EPYC in a virtual machine, November 2026: 9 us here, 0.1 us natively.
 """
 
@@ -37,6 +37,19 @@ class Entered(NamedTuple):
         """Return arrays that a whole record fits in."""
         lbas, olds = np.zeros(RECORD_ENTRIES_MAX, np.uint64), np.zeros(RECORD_ENTRIES_MAX, np.int64)
         return cls(lbas, olds, lbas.copy(), lbas.copy(), olds.copy())
+
+
+class Moved(NamedTuple):
+    """What a call of `enter_moves` found: arrays as those of `Entered`."""
+
+    sources: npt.NDArray[np.int64]  # of the blocks that were moved
+    places: npt.NDArray[np.int64]  # where these are mapped to now
+    held: npt.NDArray[np.int64]  # numbers of the entries whose source is held
+
+    @classmethod
+    def make(cls) -> "Moved":
+        """Return arrays that a whole record fits in."""
+        return cls(*(np.zeros(RECORD_ENTRIES_MAX, np.int64) for _ in cls._fields))
 
 
 class MapViews(NamedTuple):
@@ -109,4 +122,56 @@ def enter_writes(
     return dirty_count, pinned_count
 
 
+def enter_moves(
+    views: MapViews,
+    zone_blocks: int,
+    packed: Buffer,
+    index: int,
+    sources: npt.NDArray[np.int64],
+    first_place: int,
+    found: Moved,
+    /,
+) -> tuple[int, int]:
+    """Map packed entries from `index` on, copied from the places `sources`, to the places from `first_place` on; return
+    how many were moved, and how many are not because their source is held.
+
+    An entry whose source has not its key and version any more is left out: it was overwritten, trimmed or acknowledged
+    meanwhile.
+    """
+    heads, nexts, keys, versions, checksums, live = views
+    moved_count = held_count = 0
+    for i, source in enumerate(sources.tolist()):
+        lba, version, checksum, volume_key, *_ = ENTRY.unpack_from(packed, (index + i) * ENTRY_SIZE)
+        key = volume_key << LBA_BITS | lba
+        if keys[source] != key or versions[source] != version:
+            continue
+        if nexts[source] == UNLINKED:
+            found.held[held_count] = i
+            held_count += 1
+            continue
+        place = first_place + i
+        assert keys[place] == 0 and place != NIL, place
+        bucket = key % len(heads)
+        before, old = NIL, heads[bucket]
+        while old != source:
+            before, old = old, nexts[old]
+        if before == NIL:
+            heads[bucket] = place
+        else:
+            nexts[before] = place
+        nexts[place] = nexts[source]
+        nexts[source] = UNLINKED
+        keys[source] = 0
+        live[source // zone_blocks] -= 1
+        keys[place] = key
+        versions[place] = version
+        checksums[place] = checksum
+        live[place // zone_blocks] += 1
+        found.sources[moved_count] = source
+        found.places[moved_count] = place
+        moved_count += 1
+    return moved_count, held_count
+
+
+enter_moves_fast = getattr(_native, "enter_moves", enter_moves)  # it lacks in what was built from an older source
 enter_writes_fast = enter_writes if _native is None else _native.enter_writes

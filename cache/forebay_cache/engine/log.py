@@ -21,6 +21,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from forebay_cache.engine.front import IoError, Reply
 from forebay_cache.engine.limits import BATCH_RECORDS_MAX, BATCHES_IN_FLIGHT_MAX, RUN_BLOCKS_MIN, ZONES_FOR_MOVES
@@ -39,16 +40,23 @@ Settled = Callable[[bool], None]
 """Told once: True when what was asked for is so, False when the device failed."""
 
 
-class Copy(NamedTuple):
-    """The entry of a FILL, MOVE or PIN; `source` is the place that the latter two copy from, or -1."""
+class Fill(NamedTuple):
+    """The entry of a FILL."""
 
-    kind: int
     volume_key: int
     lba: int
     version: int
     checksum: int
     place: int
-    source: int
+
+
+class Moves(NamedTuple):
+    """Consecutive entries of MOVEs and PINs, of which the batch knows no more than their packed form."""
+
+    header: bytearray  # block of their record
+    entry: int  # the first one in the record
+    sources: npt.NDArray[np.int64]  # the places that they copy from
+    first_place: int  # of their blocks
 
 
 class Writes:
@@ -131,7 +139,7 @@ class Batch:
         self.index = 0  # of the entry that comes next in the last record
         self.room = 0  # data blocks that still fit it
         self.next_place = 0  # of the block that comes next
-        self.data: list[Writes | Copy] = []
+        self.data: list[Writes | Fill | Moves] = []
         self.newest: Writes | None = None  # the last of `data`, as long as it may grow
         self.changes: list[Change] = []
         self.end: CutEnd | None = None  # alone in its record
@@ -160,16 +168,20 @@ class Batch:
 
     def data_entries(self) -> record.EntryArray:
         """Return the entries of all data blocks."""
-        counts = [self.record_blocks] * (len(self.headers) - 1)
-        counts.append(self.data_count - sum(counts))
-        return np.concatenate([record.entries_in(header, n) for header, n in zip(self.headers, counts, strict=True)])
+        return np.concatenate([record.entries_in(header, count) for header, count in self.data_counts()])
+
+    def data_counts(self) -> list[tuple[bytearray, int]]:
+        """Return the header of each record, and of how many data blocks it has the entries."""
+        full = len(self.headers) - 1
+        counts = [*[self.record_blocks] * full, self.data_count - full * self.record_blocks]
+        return list(zip(self.headers, counts, strict=True))
 
     @property
     def can_wait(self) -> bool:
         """Whether all that it holds is a few blocks that were fetched."""
         if self.replies or self.settled or self.changes or self.data_count >= RUN_BLOCKS_MIN:
             return False
-        return all(isinstance(item, Copy) and item.kind == record.FILL for item in self.data)
+        return all(isinstance(item, Fill) for item in self.data)
 
 
 class Log:
@@ -273,15 +285,29 @@ class Log:
         record.put_writes_fast(header, batch.index, volume_key, lba, version, checksums)
         self._added(batch, count)
 
-    def add_copy(
-        self, batch: Batch, kind: int, volume_key: int, lba: int, version: int, checksum: int, source: int = -1
-    ) -> None:
-        """Add the entry of a block that is filled or moved; the caller adds the bytes to `batch.buffers`."""
-        batch.data.append(Copy(kind, volume_key, lba, version, checksum, batch.next_place, source))
+    def add_fill(self, batch: Batch, volume_key: int, lba: int, version: int, checksum: int) -> None:
+        """Add the entry of a block that was fetched; the caller adds the bytes to `batch.buffers`."""
+        batch.data.append(Fill(volume_key, lba, version, checksum, batch.next_place))
         batch.newest = None
         at = _ENTRIES_OFFSET + batch.index * _ENTRY_SIZE
-        _pack_into(batch.headers[-1], at, lba, version, checksum, volume_key, kind, 0, 0xFF, 0)
+        _pack_into(batch.headers[-1], at, lba, version, checksum, volume_key, record.FILL, 0, 0xFF, 0)
         self._added(batch, 1)
+
+    def add_moves(
+        self,
+        batch: Batch,
+        kinds: npt.NDArray[np.uint8],
+        keys: U64Array,
+        versions: U64Array,
+        checksums: U64Array,
+        sources: npt.NDArray[np.int64],
+    ) -> None:
+        """Add the entries of blocks that are moved from places; the caller adds the bytes to `batch.buffers`."""
+        assert sources.size <= batch.room
+        batch.data.append(Moves(batch.headers[-1], batch.index, sources, batch.next_place))
+        batch.newest = None
+        record.put_copies(batch.headers[-1], batch.index, keys, versions, checksums, kinds)
+        self._added(batch, int(sources.size))
 
     def _added(self, batch: Batch, count: int) -> None:
         batch.data_count += count

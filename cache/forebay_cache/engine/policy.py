@@ -116,9 +116,9 @@ class FrequencyPolicy:
         """A block that was not in the cache was fetched and lies here now."""
         self._core.entered(place)
 
-    def moved(self, source: int, target: int) -> None:
-        """Reclaim moved a cached block."""
-        self._core.moved(source, target)
+    def moved(self, sources: PlaceArray, targets: PlaceArray) -> None:
+        """Reclaim moved cached blocks; the targets are distinct empty places."""
+        self._core.moved(sources, targets)
 
     def written(self, first_place: int, olds: PlaceArray, keys: U64Array) -> None:
         """Blocks were written to consecutive places; `olds` are the places they had before, -1 for those not cached.

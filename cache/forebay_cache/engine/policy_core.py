@@ -308,12 +308,17 @@ class Core:
             self._cache.writes += 1
             self._cache.enter(place)
 
-    def moved(self, source: int, target: int) -> None:
-        """A cached block has another place now."""
-        self._check(source, 1)
-        self._check(target, 1)
-        if source != target:
-            self._cache.replace(source, target)
+    def moved(self, sources: PlaceArray, targets: PlaceArray) -> None:
+        """Cached blocks have other places now."""
+        if sources.size != targets.size:
+            raise ValueError("the arrays do not fit each other")
+        moves = list(zip(sources.tolist(), targets.tolist(), strict=True))
+        for source, target in moves:
+            self._check(source, 1)
+            self._check(target, 1)
+        for source, target in moves:
+            if source != target:
+                self._cache.replace(source, target)
 
     def written(self, first: int, olds: PlaceArray, keys: U64Array) -> None:
         """Blocks were written to consecutive places; -1 stands for those that had none before."""

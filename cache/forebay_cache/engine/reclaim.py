@@ -6,17 +6,14 @@ Invariants:
     whose use counts the policy does not know yet.
     A zone is freed only when a sync has covered all that superseded or moved its blocks; at once if nothing was moved
     and all that it ever held is upstream: should the superseding be lost, these blocks are fetched again.
-    Moved blocks keep version and checksum; a block that changed while it was moved is not touched.
-    No MOVE stands in the log behind a newer change of its block: replay may not know that change any more. Where a
-    closed cut needs the older version it is moved by a PIN, which replay never takes for the newest.
     Guests stop at ZONES_RESERVED free zones, moves go on below it; a victim fills less than it frees: its blocks are
     gathered, so that their records are full ones.
-Crash: a moved block is found at either place; of equal versions the later record wins.
+Crash: see `moving`.
 """
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +26,8 @@ from forebay_cache.engine.limits import (
     ZONES_SPARE_MAX,
     ZONES_SPARE_MIN,
 )
-from forebay_cache.engine.log import Batch
-from forebay_cache.format import record
-from forebay_core.checksums import checksum
-from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX, Buffer
+from forebay_cache.engine.moving import Moving
+from forebay_core.units import LBA_BITS
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -45,20 +40,6 @@ class _Victim(NamedTuple):
     keep: PlaceArray
 
 
-class _Move:
-    """The blocks of one victim on their way: read run by run, appended a record's worth at a time."""
-
-    __slots__ = ("blocks", "places", "slices", "unread", "whole", "zone")
-
-    def __init__(self, zone: int, runs: int) -> None:
-        self.zone = zone
-        self.places: list[int] = []  # read, not appended yet
-        self.blocks: list[memoryview] = []  # and their bytes
-        self.unread = runs
-        self.slices = 0  # appended, not applied
-        self.whole = True
-
-
 class Reclaim:
     """Keeps some zones free."""
 
@@ -66,10 +47,9 @@ class Reclaim:
         self._engine = engine
         self.spare = min(ZONES_SPARE_MAX, max(ZONES_SPARE_MIN, engine.zones.zone_count // ZONES_PER_SPARE))
         self._busy = 0  # zones being emptied or waiting for the sync that frees them
-        self._moving = 0  # blocks that are about to take new places
+        self.moving: Final = Moving(engine, self._moved)
         self._empty: list[int] = []  # wait to be synced together
         self._lingering: list[int] = []  # synced, but somebody still reads from them
-        self.moved_blocks = 0
         self.dropped_blocks = 0
 
     def kick(self) -> None:
@@ -83,13 +63,13 @@ class Reclaim:
             engine.checkpoints.want()
             self._free_empty()
             return
-        if victim.keep.size and self._moving + victim.keep.size > self._room():
+        if victim.keep.size and self.moving.blocks + victim.keep.size > self._room():
             self._free_empty()  # what is moving already may take the last free zones
             return
         self._busy += 1
         engine.zones.begin_emptying(victim.zone)
         if victim.keep.size:
-            self._move(victim.zone, victim.keep)
+            self.moving.begin(victim.zone, victim.keep)
         elif self._is_upstream(victim.zone):
             self._forget(victim.zone)
             self._synced([victim.zone])
@@ -106,7 +86,7 @@ class Reclaim:
     def promised_zones(self) -> int:
         """Free zones that moves under way will fill; guests and fills leave them alone."""
         zones = self._engine.zones
-        return -(-self._moving * 4 // (3 * zones.zone_blocks))
+        return -(-self.moving.blocks * 4 // (3 * zones.zone_blocks))
 
     def _room(self) -> int:
         """Return how many blocks may be moved without touching the last free zone; a quarter is left for headers."""
@@ -137,7 +117,7 @@ class Reclaim:
         When zones are really short, clean blocks are kept nowhere: only what is dirty must not be lost.
         """
         zones = self._engine.zones
-        good = min(zones.zone_blocks * 3 // 4, self._room() - self._moving)
+        good = min(zones.zone_blocks * 3 // 4, self._room() - self.moving.blocks)
         strict = len(zones.free) > ZONES_RESERVED
         oldest = [zone for zone in islice(zones.full, VICTIM_CANDIDATES) if self._is_victim(zone)]
         best = self._best(oldest, worthy=strict)
@@ -203,102 +183,16 @@ class Reclaim:
 
     # --- moving -----------------------------------------------------------------------------------------------
 
-    def _move(self, zone: int, keep: PlaceArray) -> None:
-        """Read what is kept, run by run, and append it; when all is applied and durable the zone is empty."""
-        breaks = np.flatnonzero(np.diff(keep) != 1) + 1
-        runs = [run.tolist() for run in np.split(keep, breaks)]
-        self._moving += keep.size
-        move = _Move(zone, len(runs))
-        for places in runs:
-            self._move_run(move, places)
-
-    def _move_run(self, move: _Move, places: list[int]) -> None:
-        engine = self._engine
-
-        def done(answer: Buffer | None) -> None:
-            if engine.failed:
-                return
-            move.unread -= 1
-            if answer is None:
-                engine.report(f"zone {move.zone} can't be read and is left as it is")
-                move.whole = False
-                self._moving -= len(places)
-            else:
-                view = memoryview(answer)
-                move.places += places
-                move.blocks += [view[at : at + BLOCK_SIZE] for at in range(0, view.nbytes, BLOCK_SIZE)]
-            if move.unread == 0 or len(move.places) >= record.RECORD_ENTRIES_MAX:
-                self._append(move)
-
-        engine.device.read(engine.zones.offset_of(places[0]), len(places) << BLOCK_SHIFT, done)
-
-    def _append(self, move: _Move) -> None:
-        """Append the blocks that are still wanted. Dirty ones go as they are: a bad one stays an error."""
-        engine = self._engine
-        log = engine.log
-        places, blocks, move.places, move.blocks = move.places, move.blocks, [], []
-        last = self._append_wanted(places, blocks)
-        move.slices += 1
-
-        def applied(ok: bool) -> None:
-            self._moving -= len(places)
-            move.slices -= 1
-            if ok and not (move.unread or move.slices):
-                self._moved(move)
-
-        if last is None:
-            applied(True)
-        else:
-            last.settled.append(applied)
-            log.seal_if_full()
-            log.kick()
-
-    def _append_wanted(self, places: list[int], blocks: list[memoryview]) -> Batch | None:
-        """Return the record after which all is moved or superseded, None if that is so now."""
-        engine = self._engine
-        log, table = engine.log, engine.map
-        engine.sweeps.settle_places(np.array(places))
-        superseded = engine.writes.superseded(table.key_array.take(places)).tolist()
-        last: Batch | None = None
-        for place, block, is_superseded in zip(places, blocks, superseded, strict=True):
-            key = table.keys[place]
-            is_linked = table.is_linked(place)
-            if key == 0 or (is_linked and is_superseded) or not self._is_sound(key, place, block):
-                continue
-            log.seal_if_full()
-            last = log.data_batch()
-            volume_key, lba = key >> LBA_BITS, key & LBA_MAX
-            kind = record.MOVE if is_linked else record.PIN
-            log.add_copy(last, kind, volume_key, lba, table.versions[place], table.checksums[place], place)
-            last.buffers.append(block)
-            self.moved_blocks += 1
-        if any(superseded):
-            last = log.unapplied()[-1]
-        return last
-
-    def _moved(self, move: _Move) -> None:
+    def _moved(self, zone: int, whole: bool) -> None:
         """All is applied: what was kept has left, unless a cut was closed and needs a version that was superseded."""
-        if not move.whole:
+        if not whole:
             self._busy -= 1  # it stays as it is, with what could not be read; the next start looks at it again
             return
-        left = self._to_keep(move.zone, worthy=False)
+        left = self._to_keep(zone, worthy=False)
         if left.size:
-            self._move(move.zone, left)
+            self.moving.begin(zone, left)
         else:
-            self._clear(move.zone)
-
-    def _is_sound(self, key: int, place: int, block: memoryview) -> bool:
-        """Compare a block with its checksum; forget it if it is bad and the store has it."""
-        engine = self._engine
-        expected, found = engine.map.checksums[place], checksum(block)
-        if expected == found:
-            return True
-        volume = engine.volumes[key >> LBA_BITS]
-        clean = engine.map.is_linked(place) and engine.map.versions[place] <= volume.acknowledged
-        engine.report_corruption(volume, key & LBA_MAX, place, expected, found, clean=clean)
-        if clean:
-            engine.drop_block(key, place)
-        return not clean
+            self._clear(zone)
 
     def _clear(self, zone: int) -> None:
         self._forget(zone)

@@ -170,11 +170,12 @@ class Writes:
     def superseded(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Tell of each key whether a guest's change of it is appended but not applied."""
         unapplied = self._engine.log.unapplied()
+        found = np.zeros(keys.size, np.bool_)
         if not unapplied:
-            return np.zeros(keys.size, np.bool_)  # a trim that still waits for a zone will stand behind what comes now
-        rows = np.concatenate([batch.data_entries() for batch in unapplied])
-        rows = rows[rows["kind"] == record.WRITE]
-        found = np.isin(keys, rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"])
+            return found  # a trim that still waits for a zone will stand behind what comes now
+        for batch in unapplied:
+            for header, count in batch.data_counts():
+                record.mark_written_fast(header, count, keys, found)
         for volume_key, extent in self._events:
             # A key below the first one wraps around to a huge distance.
             found |= keys - np.uint64(volume_key << LBA_BITS | extent.start) < np.uint64(extent.count)

@@ -68,7 +68,7 @@ from forebay_cache.format.volume_note import (
 )
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
-from forebay_core.units import BLOCK_SIZE, LBA_MAX, Buffer
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, LBA_MAX, Buffer
 
 try:
     from forebay_cache import _native
@@ -212,6 +212,43 @@ def put_writes(
 
 
 put_writes_fast = getattr(_native, "put_writes", put_writes)  # it lacks in what was built from an older source
+
+
+def put_copies(
+    block: bytearray,
+    index: int,
+    keys: npt.NDArray[np.uint64],
+    versions: npt.NDArray[np.uint64],
+    checksums: npt.NDArray[np.uint64],
+    kinds: npt.NDArray[np.uint8],
+) -> None:
+    """Put the entries of copied blocks into a header block, from `index` on; a key is `volume_key << 40 | lba`.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    rows = np.frombuffer(block, ENTRY_DTYPE, keys.size, ENTRIES_OFFSET + index * ENTRY_SIZE)
+    rows["lba"] = keys & np.uint64(LBA_MAX)
+    rows["version"] = versions
+    rows["checksum"] = checksums
+    rows["volume_key"] = keys >> np.uint64(LBA_BITS)
+    rows["kind"] = kinds
+    rows["sector_mask"] = SECTOR_MASK_ALL
+
+
+def mark_written(block: Buffer, count: int, keys: npt.NDArray[np.uint64], found: npt.NDArray[np.bool_], /) -> None:
+    """Set `found` of each key that one of the first `count` entries of a header block is a WRITE of.
+
+    At most RECORD_ENTRIES_MAX keys. The native twin takes a microsecond for 125 entries and keys, this one 20.
+    """
+    if keys.size != found.size or keys.size > RECORD_ENTRIES_MAX:
+        raise ValueError("the arrays do not fit each other, or are too long")
+    rows = entries_in(block, count)
+    rows = rows[rows["kind"] == WRITE]
+    found |= np.isin(keys, rows["volume_key"].astype(np.uint64) << np.uint64(LBA_BITS) | rows["lba"])
+
+
+mark_written_fast = getattr(_native, "mark_written", mark_written)
 
 
 def entries_in(block: Buffer, count: int) -> EntryArray:

@@ -20,6 +20,6 @@ def policy_status(engine: CacheEngine) -> PolicyStatus:
         admitted_blocks=policy.admitted_blocks,
         refused_blocks=policy.refused_blocks,
         entered_blocks=figures["writes"],
-        moved_blocks=engine.reclaim.moved_blocks,
+        moved_blocks=engine.reclaim.moving.moved_blocks,
         memory_bytes=policy.memory_bytes,
     )
