@@ -139,8 +139,9 @@ DAMAGE_TEXT_MAX: Final = 512
 DAMAGE_PER_PAGE_MAX: Final = 1024
 """Damaged extents in one answer."""
 
-SCRUB_ROWS_PER_LOOK: Final = 16384
-"""Entries of the index that the scrub looks at before it gives way."""
+SCRUB_ROWS_PER_LOOK: Final = 4096
+SCRUB_YIELD_S: Final = 0.004
+"""Rows of the index that the scrub looks at before it gives way, and for how long: as long as it took."""
 
 SCRUB_PAUSE_S: Final = 60.0
 """How long the scrub waits before it looks again whether it is due, and at most between two writes of its file."""

@@ -5,12 +5,13 @@ from clean_load import EAGER, CleanLoad
 from store_twins import STORE
 
 from forebay_core.errors import CorruptionError
-from forebay_store.engine.books import Books
+from forebay_store.engine.books import Audit, Books
 from forebay_store.engine.checkpoint import checkpoint_records
 from forebay_store.engine.cleaner import Cleaner
+from forebay_store.engine.ports import IndexReader
 from forebay_store.engine.replay import segment_names
 from forebay_store.format.entries import decode_entry, decode_history
-from forebay_store.format.rows import Table
+from forebay_store.format.rows import Table, decode_segment_row
 from forebay_store.format.segment import SegmentName
 
 
@@ -57,6 +58,42 @@ def test_no_row_with_data_can_vanish_or_change_unseen(table: Table) -> None:
             check(load)
         load.twin.index.update(lambda writer, key=key, to=value: writer.put(table, key, to))  # type: ignore[misc]
     check(load)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        Table.HISTORY,
+        Table.DISPLACED,
+        Table.VOLUMES,
+        Table.NAMES,
+        Table.SNAPSHOTS,
+        Table.SNAPSHOT_IDS,
+        Table.SNAPSHOT_NAMES,
+        Table.SEGMENTS,
+    ],
+)
+def test_no_row_that_others_tell_of_can_vanish_unseen(table: Table) -> None:
+    load = loaded(3)
+    rows = {
+        key: value
+        for key, value in load.twin.index.rows()[table].items()
+        if table is not Table.SEGMENTS or decode_segment_row(value).live
+    }
+    assert rows
+    for key, value in rows.items():
+        load.twin.index.update(lambda writer, key=key: writer.delete(table, key))  # type: ignore[misc]
+        with load.twin.index.view() as reader, pytest.raises(CorruptionError, match="rebuild-index"):
+            audit(reader)
+        load.twin.index.update(lambda writer, key=key, to=value: writer.put(table, key, to))  # type: ignore[misc]
+    with load.twin.index.view() as reader:
+        audit(reader)
+
+
+def audit(reader: IndexReader) -> None:
+    look = Audit(reader)
+    while look.step(7):
+        pass
 
 
 def test_the_cleaner_deletes_nothing_once_rows_of_the_index_are_gone() -> None:

@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from store_daemon import StoreDaemon, Writer, create, frame, plain, run
 
-from forebay_core.errors import ForebayError
+from forebay_core.errors import ForebayError, RefusedError
 from forebay_core.extents import Extent, pack
 from forebay_core.units import BLOCK_SIZE
 from forebay_store.format.damage_file import ScrubState
@@ -17,6 +18,7 @@ from forebay_store.service.damage_file import DamageFile
 from forebay_store.service.folder import open_folder
 from forebay_store.service.fsck import fsck
 from forebay_store.service.lmdb_index import LmdbIndex
+from forebay_store.service.opening import open_store
 from forebay_store.service.rebuild import rebuild_index
 from forebay_wire import messages
 from forebay_wire.client import WireClient
@@ -220,28 +222,64 @@ def test_a_scrub_finds_damage_by_volume_snapshot_and_block_and_keeps_it(tmp_path
         run(again(daemon))
 
 
-def test_a_damaged_entry_of_the_index_is_found(tmp_path: Path) -> None:
+def damage_row(value: bytes) -> bytes:
+    return bytes([value[0] ^ 1]) + value[1:]
+
+
+@pytest.mark.parametrize(("change", "meets"), [("damaged", "audit"), ("gone", "audit"), ("damaged", "read")])
+def test_a_store_with_a_damaged_index_answers_nothing_and_says_what_to_do(
+    tmp_path: Path, change: str, meets: str
+) -> None:
+    row_id = b""
+
     async def fill(daemon: StoreDaemon) -> None:
+        nonlocal row_id
         async with daemon.client() as client:
-            await create(client, "vm", BLOCKS)
+            row_id = (await create(client, "vm", BLOCKS)).id
             writer = await Writer.open(client, "vm")
             for at in range(4):
                 await writer.write(at * 10, at)
 
+    def harm() -> None:
+        index = LmdbIndex(tmp_path / "s" / "index")
+        with index.view() as reader:
+            key, value = list(reader.scan(Table.HEAD, b""))[1]
+        if change == "gone":
+            index.update(lambda writer: writer.delete(Table.HEAD, key))
+        else:
+            index.update(lambda writer: writer.put(Table.HEAD, key, damage_row(value)))
+        index.close()
+
     async def find(daemon: StoreDaemon) -> None:
         async with daemon.client() as client:
-            await scrub(client)
-            assert [(row.volume, row.start, row.segment) for row in await damage(client)] == [("vm", 10, "")]
+            if meets == "read":
+                with pytest.raises(RefusedError, match="rebuild-index"):
+                    await read(client, row_id, Extent(10, 1))
+            status = await status_when(client, lambda status: bool(status.error))
+            assert f"rebuild-index --data {tmp_path / 's'}" in status.error
+            for message in (messages.Read(row_id, pack([Extent(0, 1)])), messages.GetVolume("vm")):
+                with pytest.raises(RefusedError, match="rebuild-index") as refused:
+                    await client.ask(message, messages.Blocks)
+                assert refused.value.code == messages.STOPPING
 
     with StoreDaemon(tmp_path / "s") as daemon:
         run(fill(daemon))
-    index = LmdbIndex(tmp_path / "s" / "index")
-    with index.view() as reader:
-        key, value = list(reader.scan(Table.HEAD, b""))[1]
-    index.update(lambda writer: writer.put(Table.HEAD, key, bytes([value[0] ^ 1]) + value[1:]))
-    index.close()
+    harm()
     with StoreDaemon(tmp_path / "s") as daemon:
         run(find(daemon))
+    with pytest.raises(ForebayError, match=r"is damaged \(corrupt .*rebuild-index --data"):
+        open_store(tmp_path / "s", now_ns=1)
+    assert {one.code for one in fsck(tmp_path / "s")} == {"index-bad", "index-differs"}
+    rebuild_index(tmp_path / "s")
+    assert fsck(tmp_path / "s") == []
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(again(daemon, row_id))
+
+
+async def again(daemon: StoreDaemon, row_id: bytes) -> None:
+    async with daemon.client() as client:
+        found = await read(client, row_id, Extent(0, 40))
+        assert [at for at, block in enumerate(found) if block is not None] == [0, 10, 20, 30]
 
 
 def test_a_read_that_meets_damage_tells_the_scrub(tmp_path: Path) -> None:

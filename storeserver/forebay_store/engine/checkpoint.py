@@ -14,12 +14,11 @@ from typing import Final, NamedTuple
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
 from forebay_core.units import Buffer
-from forebay_store.engine.books import Books
+from forebay_store.engine.books import Books, all_rows
 from forebay_store.engine.ports import Index, IndexReader, IndexWriter, SegmentBackend
 from forebay_store.engine.volumes import read_applied
 from forebay_store.format.index_chunk import IndexRow, pack_chunk, unpack_chunk
 from forebay_store.format.records import RECORD_HEADER, Kind, Record, RecordHeader, decode_body, decode_record_header
-from forebay_store.format.rows import STORE_KEY, Table
 from forebay_store.format.segment import SEGMENT_FOOTER, SEGMENT_HEADER, SegmentName
 from forebay_store.format.space_records import CheckpointComplete, IndexChunk
 from forebay_store.limits import CHUNK_PLAIN_MAX, CHUNK_SIZE
@@ -57,7 +56,7 @@ def checkpoint_records(
     books = Books()
     sums: list[int] = []
     row_count = stored_size = 0
-    for rows in _portions(_all_rows(reader), chunk_size):
+    for rows in _portions(all_rows(reader), chunk_size):
         books.add(rows)
         payload, plain_size = pack_chunk(rows)
         found = checksum(payload)
@@ -161,14 +160,6 @@ def _chunks(
                 assert isinstance(record, IndexChunk)
                 if record.checkpoint == checkpoint:
                     yield record, payload, f"segment {name.text} offset {placed.offset}"
-
-
-def _all_rows(reader: IndexReader) -> Iterator[IndexRow]:
-    """Yield all rows; those of `meta` last, so that a half loaded index bears no applied mark."""
-    for table in sorted(Table, key=lambda table: (table is Table.META, table.value)):
-        for key, value in reader.scan(table, b""):
-            if not (table is Table.META and key == STORE_KEY):
-                yield table, key, value
 
 
 def _portions(rows: Iterable[IndexRow], size_max: int) -> Iterator[list[IndexRow]]:

@@ -18,6 +18,7 @@ from forebay_core.frame import FrameBuilder
 from forebay_core.units import Buffer
 from forebay_store.engine.checkpoint import checkpoint_records
 from forebay_store.engine.cleaning import Copied, DamagedPlace, copy_live
+from forebay_store.engine.live import find_segment
 from forebay_store.engine.log import TOGETHER_MAX, record_size_max
 from forebay_store.engine.moving import leaving_segments, read_checkpoint, segment_name
 from forebay_store.engine.ports import Index, IndexReader, SegmentBackend
@@ -201,8 +202,8 @@ class Cleaner:
 
 def delete_leaving(backend: SegmentBackend, index: Index) -> None:
     """Delete the files that the newest record of this kind names; after a crash some may be there still."""
-    with index.view() as reader:
-        names = leaving_segments(reader)
+    with index.view() as reader:  # Keys bear no checksum: one that was damaged may name a segment that is needed.
+        names = [name for name in leaving_segments(reader) if find_segment(reader, name) is None]
     if names:
         backend.delete([name.text for name in names])
 

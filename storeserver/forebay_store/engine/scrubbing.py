@@ -1,4 +1,4 @@
-"""Reading and verifying everything: segments whole, frames down to each block, and the entries of the index.
+"""Reading and verifying segments: whole, and frames down to each block. The index is checked by `books`.
 
 Pure but for the ports. What a check finds are places in segments; `shown_at` then tells which blocks of which volumes
 and snapshots are damaged by that: it looks at each entry that refers to the segment, and reads what the entry needs.
@@ -6,7 +6,7 @@ and snapshots are damaged by that: it looks at each entry that refers to the seg
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError, ForebayError
@@ -28,18 +28,11 @@ from forebay_store.format.index_chunk import unpack_chunk
 from forebay_store.format.layout import payload_of
 from forebay_store.format.records import FRAME_RECORDS
 from forebay_store.format.rows import Table, decode_volume
-from forebay_store.format.segment import NO_SEGMENT, SegmentName, parse_name
+from forebay_store.format.segment import SegmentName, parse_name
 from forebay_store.format.snapshot_rows import decode_snapshot, snapshot_key
 from forebay_store.format.space_records import IndexChunk
 
 _PLACE: Final = re.compile(r"segment ([0-9a-f]{8}-[0-9a-f]{12})(?: offset ([0-9]+))?")
-
-
-class IndexPage(NamedTuple):
-    """What one look at some rows found, and where the next one begins; None at the end."""
-
-    found: list[Shown]
-    position: tuple[Table, bytes] | None
 
 
 def check_segment(backend: SegmentBackend, name: SegmentName, *, store: bytes) -> list[DamagedPlace]:
@@ -135,29 +128,6 @@ def _wrong(backend: SegmentBackend, entry: HeadEntry, places: list[DamagedPlace]
     except ForebayError as error:
         return str(error)
     return ""
-
-
-def check_index(
-    reader: IndexReader, position: tuple[Table, bytes], segments: dict[SegmentName, int], *, rows_max: int
-) -> IndexPage:
-    """Look at some entries from a key on: each must be whole and lie within a segment that there is."""
-    table, key = position
-    names = Names(reader)
-    found: list[Shown] = []
-    for seen, (row_key, value) in enumerate(reader.scan(table, key)):
-        if seen == rows_max:
-            return IndexPage(found, (table, row_key))
-        number, start, version = _split_key(table, row_key)
-        try:
-            entry = decode_entry(row_key, value) if table is Table.HEAD else decode_history(row_key, value)[0]
-        except CorruptionError as error:
-            found.append(Shown(names.name(number, version), start, 1, NO_SEGMENT, 0, str(error)))
-            continue
-        end = entry.frame_offset + entry.frame_size
-        if entry.is_data and end > segments.get(entry.segment, 0):
-            text = f"the index refers to segment {entry.segment.text} up to {end}, which has no such bytes"
-            found.append(_shown(names, number, version, entry, text))
-    return IndexPage(found, (Table.HISTORY, b"") if table is Table.HEAD else None)
 
 
 class Names:

@@ -21,6 +21,7 @@ from forebay_core.units import Buffer, make_version
 from forebay_store.engine import changes, snapshot_changes
 from forebay_store.engine.apply import LogSegment
 from forebay_store.engine.background import Background, Copied, CopyOrigin
+from forebay_store.engine.books import is_of_index
 from forebay_store.engine.changes import Change, Incoming, QueuedChange, SnapshotChange
 from forebay_store.engine.log import TOGETHER_MAX, Log, Written, record_size_max
 from forebay_store.engine.ports import Index, IndexReader, NothingKeptError
@@ -118,6 +119,7 @@ class StoreEngine:
         self._index_full = False
         self._retry_index = False
         self._stopping = False
+        self.index_damage: ForebayError | None = None  # what a request met
         self._error = ""
         self._cuts = 0
         self._advance()
@@ -162,7 +164,7 @@ class StoreEngine:
             with self._index.view() as reader:
                 self._sort(reader, Turn(ticket, incoming, payload))
         except ForebayError as error:
-            self._answer(ticket, _failed(error))
+            self._answer(ticket, self._excuse(error))
         self._advance()
 
     def submit_records(self, ticket: int, records: Sequence[tuple[Record, Buffer]]) -> None:
@@ -198,6 +200,13 @@ class StoreEngine:
         self._stopping = True
         self._retry_index = True
         self._advance()
+
+    def condemn(self, error: str) -> None:
+        """The index is damaged: nothing is answered from it and nothing built on it any more. Who waits may repeat the
+        request: with an index that was made anew, the store does all that it was asked for."""
+        self._error = error
+        self._applying = ()
+        self._refuse_all(messages.Failed(messages.STOPPING, error))
 
     def complete_write(self, error: ForebayError | None) -> None:
         """The segment of the last WriteSegment is durable, or nothing of it remains, or nobody knows."""
@@ -314,7 +323,7 @@ class StoreEngine:
                 records = self._decide(reader, turn)
                 reply = None if records else self._reply(reader, turn)
         except ForebayError as error:
-            reply, records = _failed(error), []
+            reply, records = self._excuse(error), []
         if reply is not None:
             self._end(turn, reply)
             return
@@ -435,7 +444,7 @@ class StoreEngine:
                 with self._index.view() as reader:
                     reply = self._reply(reader, owner)
             except ForebayError as error:
-                reply = _failed(error)
+                reply = self._excuse(error)
             self._end(owner, reply)
 
     def _end(self, turn: Turn, reply: messages.AnyMessage) -> None:
@@ -514,6 +523,13 @@ class StoreEngine:
         return self._stopping or lagging or self._urgent >= self._unapplied[0].first_serial
 
     # Refusals.
+
+    def _excuse(self, error: ForebayError) -> messages.Failed:
+        """Return the answer to what met an error; damage to the index is no final no."""
+        if not is_of_index(error):
+            return _failed(error)
+        self.index_damage = self.index_damage or error
+        return messages.Failed(messages.STOPPING, str(error))
 
     def _answer(self, ticket: int, message: messages.AnyMessage) -> None:
         self._commands.append(Answer(ticket, message))

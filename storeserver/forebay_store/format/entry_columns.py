@@ -5,9 +5,9 @@ The bytes are those that `forebay_store.format.entries` has the table of. Decode
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -27,13 +27,22 @@ from forebay_store.format.entries import (
 from forebay_store.format.segment import SegmentName
 from forebay_store.limits import INCARNATION_MAX, SEGMENT_NUMBER_MAX
 
+_OFFSET_MASK: Final = (1 << FRAME_SIZE_SHIFT) - 1
 _PLACE_MASK: Final = (1 << KIND_SHIFT) - 1
 _EXTENT_MASK: Final = (1 << CHECK_SHIFT) - 1
 _SIZE_MASK: Final = (1 << LENGTH_SHIFT - FRAME_SIZE_SHIFT) - 1
 
 
-def stored_shares(table: str, rows: Sequence[tuple[bytes, bytes]]) -> Iterator[tuple[SegmentName, int]]:
-    """Yield by segment the bytes that rows with keys of one size count for, as `stored_share` has it for one entry.
+class Totals(NamedTuple):
+    """What some entries come to: by segment the bytes that they count for, as `stored_share` has it for one, and where
+    the last frame ends; by volume's number those bytes, and the blocks."""
+
+    segments: dict[SegmentName, tuple[int, int]]
+    volumes: dict[int, tuple[int, int]]
+
+
+def totals(table: str, rows: Sequence[tuple[bytes, bytes]]) -> Totals:
+    """Return what rows with keys of one size come to.
 
     Raises:
         CorruptionError: one of them is damaged.
@@ -42,18 +51,39 @@ def stored_shares(table: str, rows: Sequence[tuple[bytes, bytes]]) -> Iterator[t
     for key, value in rows:
         if len(value) != ENTRY.size or len(key) != key_size:
             raise _damaged(table, key, "size", ENTRY.size, len(value))
-    columns = np.dtype([("key", f"V{key_size}"), ("version", "<u8"), ("place", "<u8"), ("extent", "<u8")])
+    keys = [("number_high", "u1"), ("number_low", ">u2"), ("key", f"V{key_size - 3}")]
+    columns = np.dtype([*keys, ("version", "<u8"), ("place", "<u8"), ("extent", "<u8")])
     entries = np.frombuffer(b"".join(chain.from_iterable(rows)), columns)
     _check(table, rows, entries)
     data = entries[(entries["place"] >> np.uint64(KIND_SHIFT)) & np.uint64(3) == DATA]
     place, extent = data["place"], data["extent"]
     frame_sizes = extent >> np.uint64(FRAME_SIZE_SHIFT) & np.uint64(_SIZE_MASK)
     frame_blocks = (place >> np.uint64(FRAME_BLOCKS_SHIFT) & np.uint64(15)) + np.uint64(1)
-    shares = ((extent >> np.uint64(LENGTH_SHIFT) & np.uint64(15)) + np.uint64(1)) * (frame_sizes // frame_blocks)
+    blocks = (extent >> np.uint64(LENGTH_SHIFT) & np.uint64(15)) + np.uint64(1)
+    shares = blocks * (frame_sizes // frame_blocks)
     segments, which = np.unique(place & np.uint64(_PLACE_MASK), return_inverse=True)
-    sums = np.bincount(which, weights=shares)  # exact: far below 2**53
-    for segment, size in zip(segments.tolist(), sums.tolist(), strict=True):
-        yield SegmentName(segment & INCARNATION_MAX, segment >> SEGMENT_NUMBER_SHIFT & SEGMENT_NUMBER_MAX), int(size)
+    ends = np.zeros(len(segments), np.uint64)
+    np.maximum.at(ends, which, (extent & np.uint64(_OFFSET_MASK)) + frame_sizes)
+    numbers, whose = np.unique(
+        data["number_high"].astype(np.int64) << 16 | data["number_low"].astype(np.int64), return_inverse=True
+    )
+    return Totals(
+        {
+            SegmentName(one & INCARNATION_MAX, one >> SEGMENT_NUMBER_SHIFT & SEGMENT_NUMBER_MAX): (int(size), end)
+            for one, size, end in zip(segments.tolist(), _sums(which, shares), ends.tolist(), strict=True)
+        },
+        {
+            number: (int(size), int(count))
+            for number, size, count in zip(numbers.tolist(), _sums(whose, shares), _sums(whose, blocks), strict=True)
+        },
+    )
+
+
+def _sums(
+    which: "np.ndarray[tuple[int], np.dtype[np.int64]]", of: "np.ndarray[tuple[int], np.dtype[np.uint64]]"
+) -> list[float]:
+    sums: list[float] = np.bincount(which, weights=of).tolist()  # exact: far below 2**53
+    return sums
 
 
 def _check(

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Final, assert_never
 
 from forebay_core.errors import ForebayError, NoSpaceError
+from forebay_store.engine.books import is_of_index
 from forebay_store.engine.cleaner import Append, Cleaner, Job, Pause, Records, Work
 from forebay_store.engine.cleaning import DamagedPlace
 from forebay_store.engine.ports import Index, SegmentBackend
@@ -50,12 +51,14 @@ class CleanerShell:
         append: Callable[[Records], Awaitable[None]],
         fresh_number: Callable[[], int],
         on_damage: Callable[[list[DamagedPlace]], None],
+        condemn: Callable[[ForebayError], None],
         purging: Callable[[], bool],
         shrink: Callable[[], object],
     ) -> None:
         """`rate` is in bytes per second; `room` asks the disk; `append` puts records into the log and returns when the
-        index shows them; `purging` tells whether what was deleted is still being taken out of the index; `shrink` gives
-        back what the index no longer needs, and is called when a thorough pass has ended.
+        index shows them; `condemn` is told of damage to the index; `purging` tells whether what was deleted is still
+        being taken out of the index; `shrink` gives back what the index no longer needs, and is called when a thorough
+        pass has ended.
         """
         self._room = room
         self._cleaner = Cleaner(index, backend, store=store, room=lambda: room().free)
@@ -63,6 +66,7 @@ class CleanerShell:
         self._append = append
         self._fresh_number = fresh_number
         self._on_damage = on_damage
+        self._condemn = condemn
         self._purging = purging
         self._shrink = shrink
         self._loop = asyncio.get_running_loop()
@@ -236,6 +240,8 @@ class CleanerShell:
         except ForebayError as error:
             self._error = str(error)
             _LOG.warning("cleaning ended early: %s", error)
+            if is_of_index(error):
+                self._condemn(error)
         except Exception as error:
             self._error = f"a bug ({type(error).__name__}: {error})"
             _LOG.exception("a bug in the cleaner")

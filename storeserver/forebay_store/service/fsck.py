@@ -14,7 +14,7 @@ what replay of the segments gives. Codes of findings are stable:
     block-plain         a frame opens to other blocks than were put in
     checkpoint-chunk    rows of a checkpoint are damaged
     index-missing       there is no index
-    index-bad           the index can't be read, or is another store's
+    index-bad           the index can't be read, is another store's, or a store found it damaged
     index-differs       a row of the index is not what the segments give
     index-unchecked     the segments are too damaged to say what the index should hold
     more                there is more of the same than is listed
@@ -41,6 +41,7 @@ from forebay_store.format.records import FRAME_RECORDS
 from forebay_store.format.rows import Table
 from forebay_store.format.segment import NO_SEGMENT, SegmentName, parse_name
 from forebay_store.format.space_records import CheckpointComplete, IndexChunk
+from forebay_store.service.condemned import CONDEMNED_NAME, why_condemned
 from forebay_store.service.dir_backend import DirBackend, is_temporary
 from forebay_store.service.folder import (
     FOREIGN_ALLOWED,
@@ -55,7 +56,7 @@ from forebay_store.service.lmdb_index import LmdbIndex
 
 FINDINGS_MAX: Final = 1000
 REPAIRABLE: Final = frozenset(("leftover-file", "segment-leaked"))
-INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb"))
+INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb", CONDEMNED_NAME))
 
 
 class CheckError(ForebayError):
@@ -232,6 +233,10 @@ def _check_index(folder: StoreFolder, backend: DirBackend, store: bytes, finding
     if not (folder.index / "data.mdb").exists():
         findings.add("index-missing", str(folder.index), f"run: forebay store rebuild-index --data {folder.path}")
         return
+    why = why_condemned(folder.index)
+    if why:
+        text = f"found damaged by the store: {why}; run: forebay store rebuild-index --data {folder.path}"
+        findings.add("index-bad", str(folder.index), text)
     with findings.noting("index-bad"):
         index = LmdbIndex(folder.index, read_only=True)
         try:

@@ -18,6 +18,7 @@ from forebay_store.engine.volumes import read_store
 from forebay_store.format.layout import build_segment
 from forebay_store.format.records import StoreClaimed
 from forebay_store.format.segment import NO_SEGMENT, SegmentHeader, SegmentName
+from forebay_store.service.condemned import condemn, why_condemned
 from forebay_store.service.damage_file import DamageFile
 from forebay_store.service.dir_backend import DirBackend
 from forebay_store.service.folder import NEW_INDEX_NAME, StoreFolder, make_folder
@@ -52,6 +53,10 @@ class OpenStore:
     def shrink(self) -> None:
         """Give room back to the disk that the index no longer needs. Raises what LmdbIndex.shrink does."""
         self.index.shrink(self.folder.path / NEW_INDEX_NAME)
+
+    def condemn(self, text: str) -> None:
+        """Note that the index is damaged: no start reads from it any more. Raises OSError."""
+        condemn(self.folder.index, text)
 
     def close(self) -> None:
         """Close everything; the lock goes last."""
@@ -118,6 +123,9 @@ def _open_index(folder: StoreFolder, backend: DirBackend) -> LmdbIndex:
             raise ForebayError(f"the index {folder.index} is {'empty' if folder.index.is_dir() else 'missing'}; {hint}")
         make_index(backend, folder)
     shutil.rmtree(folder.path / NEW_INDEX_NAME, ignore_errors=True)
+    why = why_condemned(folder.index)
+    if why:
+        raise ForebayError(f"the index {folder.index} is damaged ({why}); {hint}")
     index = LmdbIndex(folder.index)
     try:
         with index.view() as reader:

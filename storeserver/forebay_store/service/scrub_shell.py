@@ -7,20 +7,22 @@ Crash: the pass goes on behind the last segment that its file names.
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final, Protocol, TypeVar
 
 from forebay_core.errors import CorruptionError, ForebayError
+from forebay_store.engine.books import Audit, is_of_index
 from forebay_store.engine.cleaning import DamagedPlace
 from forebay_store.engine.moving import segment_name
 from forebay_store.engine.ports import Index, SegmentBackend
-from forebay_store.engine.scrubbing import IndexPage, check_index, check_segment, place_of, shown_at
+from forebay_store.engine.scrubbing import check_segment, place_of, shown_at
 from forebay_store.format.damage_file import ScrubState, Shown
 from forebay_store.format.rows import Table, decode_segment_row
 from forebay_store.format.segment import NO_SEGMENT, SegmentName
-from forebay_store.limits import DAMAGE_PER_PAGE_MAX, DAMAGE_ROWS_MAX, SCRUB_PAUSE_S, SCRUB_ROWS_PER_LOOK
+from forebay_store.limits import DAMAGE_PER_PAGE_MAX, DAMAGE_ROWS_MAX, SCRUB_PAUSE_S, SCRUB_ROWS_PER_LOOK, SCRUB_YIELD_S
 from forebay_wire import messages
 
 Result = TypeVar("Result")
@@ -51,8 +53,10 @@ class ScrubShell:
         every_ns: int,
         wall_ns: Callable[[], int],
         bar: Callable[[Iterable[SegmentName]], None],
+        condemn: Callable[[ForebayError], None],
     ) -> None:
-        """`rate` is in bytes per second; a pass begins by itself `every_ns` after the last one, never with 0."""
+        """`rate` is in bytes per second; a pass begins by itself `every_ns` after the last one, never with 0. `condemn`
+        is told of damage to the index, which is looked at once after the start as well."""
         self._index = index
         self._backend = backend
         self._file = file
@@ -61,6 +65,9 @@ class ScrubShell:
         self._every_ns = every_ns
         self._wall_ns = wall_ns
         self._bar = bar
+        self._condemn = condemn
+        self._is_audited = False  # since the start
+        self._ending = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "scrub")
         self._wake = asyncio.Event()
@@ -114,6 +121,7 @@ class ScrubShell:
 
     async def stop(self) -> None:
         """End after the step under way; the next start goes on from there."""
+        self._ending.set()
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -125,12 +133,17 @@ class ScrubShell:
     async def _run(self) -> None:
         while True:
             try:
+                if not self._is_audited:
+                    await self._in_thread(self._audit)
                 await self._look_up()
                 if self._is_due() and not self._state.is_running:
                     self._begin()
                 if self._state.is_running:
                     await self._pass()
             except ForebayError as error:
+                if is_of_index(error):
+                    self._condemn(error)
+                    return
                 _LOG.warning("the scrub waits: %s", error)
             except Exception:
                 _LOG.exception("a bug in the scrub")
@@ -159,7 +172,7 @@ class ScrubShell:
         for name, size in segments:
             if name > self._state.position:
                 await self._check(name, size)
-        await self._check_index()
+        await self._in_thread(self._audit)
         self._state = self._state._replace(
             position=NO_SEGMENT,
             finished_ns=self._wall_ns(),
@@ -186,14 +199,6 @@ class ScrubShell:
         if name in {one for one, _ in needed}:
             self._note(await self._in_thread(lambda: self._shown(places)))
             self._bar({name})
-
-    async def _check_index(self) -> None:
-        position: tuple[Table, bytes] | None = (Table.HEAD, b"")
-        while position is not None:
-            page = await self._in_thread(lambda at=position: self._index_page(at))  # type: ignore[misc]
-            self._note(page.found)
-            position = page.position
-            await asyncio.sleep(0)
 
     async def _look_up(self) -> None:
         """Find out what is damaged by the damage that others met."""
@@ -228,10 +233,15 @@ class ScrubShell:
         with self._index.view() as reader:
             return shown_at(reader, self._backend, places)
 
-    def _index_page(self, position: tuple[Table, bytes]) -> IndexPage:
+    def _audit(self) -> None:
+        """Compare the rows of the index with each other, giving way to the event loop again and again."""
         with self._index.view() as reader:
-            segments = dict(self._segments())
-            return check_index(reader, position, segments, rows_max=SCRUB_ROWS_PER_LOOK)
+            audit = Audit(reader)
+            while audit.step(SCRUB_ROWS_PER_LOOK):
+                if self._ending.wait(SCRUB_YIELD_S):
+                    return
+        self._is_audited = True
+        _LOG.info("the index is whole: %d rows", audit.row_count)
 
 
 def _damaged(row: Shown) -> messages.DamagedExtent:

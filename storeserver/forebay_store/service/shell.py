@@ -17,6 +17,7 @@ from forebay_core.errors import CorruptionError, ForebayError, RefusedError
 from forebay_core.units import ID_SIZE, KIB, Buffer
 from forebay_store.engine.apply import apply_segments
 from forebay_store.engine.background import Copied, CopyOrigin
+from forebay_store.engine.books import is_of_index
 from forebay_store.engine.changes import Change, Incoming, expect_name
 from forebay_store.engine.cleaner import Records, delete_leaving
 from forebay_store.engine.ports import BackendError, SegmentMissingError
@@ -74,6 +75,7 @@ class StoreShell:
         self._copy_delay_s = FLATTEN_RETRY_S
         self._idle = asyncio.Event()
         self._reported = ""
+        self._condemned = ""
         names = store.backend.list()
         self._segments = len(names)
         self._segment_bytes = sum(store.backend.stat(name) for name in names)
@@ -86,6 +88,7 @@ class StoreShell:
             append=self._append,
             fresh_number=lambda: int.from_bytes(fresh_id(8), "little"),
             on_damage=lambda places: self._scrub.note_places(places),
+            condemn=self._condemn,
             purging=lambda: self._engine.purging,
             shrink=store.shrink,
         )
@@ -98,11 +101,32 @@ class StoreShell:
             every_ns=int(settings.scrub_every_days * DAY_NS),
             wall_ns=wall_ns,
             bar=self._cleaner.bar,
+            condemn=self._condemn,
         )
         self._pump()
 
     async def answer(self, peer: Peer, message: messages.AnyMessage, payload: memoryview) -> Reply:
         """Answer one request; what is raised is answered as Failed by the wire server."""
+        self._expect_whole(message)
+        try:
+            return await self._answer(peer, message, payload)
+        except CorruptionError as error:
+            if is_of_index(error):
+                self._condemn(error)
+                self._expect_whole(message)
+            raise
+
+    def _expect_whole(self, message: messages.AnyMessage) -> None:
+        """Refuse all but questions about the store itself once the index is damaged. Who asks waits, as for a store
+        that is away, until it was made anew: an error would reach the guests, and no answer of it can be trusted.
+
+        Raises:
+            RefusedError: STOPPING.
+        """
+        if self._condemned and not isinstance(message, messages.GetStoreStatus | messages.GetDamage):
+            raise RefusedError(messages.STOPPING, self._condemned)
+
+    async def _answer(self, peer: Peer, message: messages.AnyMessage, payload: memoryview) -> Reply:
         match message:
             case messages.Read():
                 return await self._read(peer, message)
@@ -306,10 +330,27 @@ class StoreShell:
 
     # Commands.
 
+    def _condemn(self, error: ForebayError) -> None:
+        """The index is damaged: answer nothing from it any more, neither now nor after a restart."""
+        if self._condemned:
+            return
+        data = self._store.folder.path
+        self._condemned = (
+            f"the index is damaged ({error}); stop the store and run: forebay store rebuild-index --data {data}"
+        )
+        self._engine.condemn(self._condemned)
+        try:
+            self._store.condemn(str(error))
+        except OSError as failure:
+            _LOG.error("the next start will not know that the index is damaged: %s", failure)
+        self._pump()
+
     def _pump(self) -> None:
         """Start what the engine wants."""
         for command in self._engine.take_commands():
             self._start(command)
+        if self._engine.index_damage is not None and not self._condemned:
+            self._condemn(self._engine.index_damage)
         if self._engine.error and not self._reported:
             self._reported = self._engine.error
             _LOG.error("the store refuses changes: %s", self._engine.error)
@@ -377,4 +418,6 @@ class StoreShell:
             _LOG.error("a bug in the store", exc_info=error)
             error = BackendError(f"a bug ({type(error).__name__}: {error})")
         done(error)
+        if isinstance(error, ForebayError) and is_of_index(error):
+            self._condemn(error)
         self._pump()
