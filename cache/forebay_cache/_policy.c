@@ -443,7 +443,7 @@ static void core_free(core_t *self)
     PyTypeObject *type = Py_TYPE(self);
     end_cache(&self->cache);
     end_chooser(&self->chooser);
-    free(self->sketch.counters);
+    end_sketch(&self->sketch);
     PyBuffer_Release(&self->keys);
     PyBuffer_Release(&self->states);
     type->tp_free(self);
@@ -660,7 +660,7 @@ static void replay_free(replay_t *self)
     PyTypeObject *type = Py_TYPE(self);
     end_keyed(&self->keyed);
     end_chooser(&self->chooser);
-    free(self->sketch.counters);
+    end_sketch(&self->sketch);
     end_streams(self->streams);
     free(self->volume_hits);
     type->tp_free(self);

@@ -356,6 +356,24 @@ def test_the_window_never_grows_beyond_its_setting() -> None:
         assert replay.figures()["window_max"] <= 50
 
 
+@needs_native
+def test_a_large_native_core_counts_as_its_twin() -> None:
+    places = 200_000  # the counters take more than a mebibyte: they lie in memory mapped for them
+    cores = [
+        core(places, places // 2, np.zeros(places, np.uint64), np.zeros(places, np.uint8), 16, 64, 5, 0.01, 0.8)
+        for core in (Core, policy_core.CoreFast)
+    ]
+    rng = random.Random(4)
+    keys = [rng.randrange(1 << 40, 1 << 41) for _ in range(400)]
+    for core in cores:
+        for key in keys:
+            core.missed(key, 1 + key % 3, False)
+    asked = [key + more for key in keys for more in range(4)]
+    counts, native_counts = ([core.frequency(key) for key in asked] for core in cores)
+    assert native_counts == counts
+    assert max(counts) > 0
+
+
 def test_a_place_costs_at_most_17_bytes() -> None:
     policy = FrequencyPolicy(np.zeros(1 << 16, np.uint64))
     assert policy.memory_bytes <= 17 << 16
