@@ -99,6 +99,10 @@ class Moving:
     # --- reading ----------------------------------------------------------------------------------------------
 
     def _read(self, one: _Slice) -> None:
+        """Read what is in memory run by run, and have the rest read.
+
+        Reading over gaps, or all runs by one native call, was tried: each took less time here, and as much more later.
+        """
         device, offset_of = self._engine.device, self._engine.zones.offset_of
         view = one.content.data
         places = one.places.tolist()
@@ -187,8 +191,8 @@ class Moving:
             places, linked = places[wanted], linked[wanted]
             content = content.reshape(-1, BLOCK_SIZE)[wanted].reshape(-1)
         kinds = np.where(linked, np.uint8(record.MOVE), np.uint8(record.PIN))
-        columns = (kinds, *(array.take(places) for array in (table.key_array, table.version_array)))
-        columns = (*columns, table.checksum_array.take(places), places)
+        arrays = (table.key_array, table.version_array, table.checksum_array)
+        columns = (kinds, *(array.take(places) for array in arrays), places)
         at, count = 0, places.size
         while True:
             log.seal_if_full()

@@ -168,7 +168,7 @@ class Writes:
         return found
 
     def superseded(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Tell of each key whether a guest's change of it is appended but not applied."""
+        """Tell of each key, at most RECORD_ENTRIES_MAX, whether a guest's change of it is appended but not applied."""
         unapplied = self._engine.log.unapplied()
         found = np.zeros(keys.size, np.bool_)
         if not unapplied:
