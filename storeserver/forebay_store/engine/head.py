@@ -76,38 +76,74 @@ def trim(change: HeadChange, start: int, end: int, *, entries_max: int, own_too:
 
     What the change itself wrote stays, unless `own_too`.
     """
-    at = begin = start  # [begin, at) is known to need a hole
+    at = start
     while at < end and entries_max > 0:
         count = min(entries_max, _ENTRIES_PER_STEP)
         found = list(islice(overlapping(change.writer, change.number, at, end), count))
         entries_max -= len(found)
-        for entry in found:
-            if at < entry.start:
-                begin, at = _pass_gap(change, begin, at, entry.start)
-            stop = min(entry.end, end)
-            if entry.kind == HOLE or entry.version >= change.version + own_too:
-                _end_hole(change, begin, at)
-                begin = stop
-            else:
-                _cut_out(change, entry, at, stop)
-            at = stop
-        if len(found) < count and at < end:
-            begin, at = _pass_gap(change, begin, at, end)
-    _end_hole(change, begin, at)
+        stop = end if len(found) < count else min(found[-1].end, end)
+        _trim_found(change, found, at, stop, own_too=own_too)
+        at = stop
     return at, entries_max
 
 
-def _pass_gap(change: HeadChange, begin: int, at: int, end: int) -> tuple[int, int]:
-    """Go on from `at` to `end` over blocks that were never written; return where the hole begins now, and `end`."""
-    if change.is_clone:
-        return begin, end
-    _end_hole(change, begin, at)
-    return end, end
+def _trim_found(change: HeadChange, found: Sequence[HeadEntry], start: int, end: int, *, own_too: bool) -> None:
+    """Make [start, end) read as zeros, where `found` is what there is of it.
+
+    The rows are written at once, mostly over those that they replace: entry by entry it was 10 us for each, not 6.
+    """
+    holes: list[HeadEntry] = []
+    rests: list[HeadEntry] = []
+    removed: list[int] = []
+    at = start
+    for entry in found:
+        if at < entry.start and change.is_clone:
+            _add_hole(holes, make_hole(at, entry.start - at, change.version))
+        at, stop = max(entry.start, at), min(entry.end, end)
+        if entry.kind == HOLE or entry.version >= change.version + own_too:
+            if entry.kind == HOLE and entry.version == change.version:
+                removed.append(entry.start)
+                _add_hole(holes, entry)
+        else:
+            removed.append(entry.start)
+            rests += [narrow(entry, *rest) for rest in ((entry.start, at), (stop, entry.end)) if rest[0] < rest[1]]
+            change.displace(narrow(entry, at, stop))
+            _add_hole(holes, make_hole(at, stop - at, change.version))
+        at = stop
+    if at < end and change.is_clone:
+        _add_hole(holes, make_hole(at, end - at, change.version))
+    _join_around(change, holes, removed, start, end)
+    _exchange(change, removed, holes + rests)
 
 
-def _end_hole(change: HeadChange, begin: int, end: int) -> None:
-    if begin < end:
-        _put_hole(change, make_hole(begin, end - begin, change.version))
+def _add_hole(holes: list[HeadEntry], hole: HeadEntry) -> None:
+    if holes and _joins(holes[-1], hole):
+        holes[-1] = make_hole(holes[-1].start, holes[-1].length + hole.length, hole.version)
+    else:
+        holes.append(hole)
+
+
+def _join_around(change: HeadChange, holes: list[HeadEntry], removed: list[int], start: int, end: int) -> None:
+    """Join the outermost of some holes with neighbours of their version outside [start, end)."""
+    if holes and holes[0].start <= start:
+        left = _before(change.writer, change.number, holes[0].start)
+        if left is not None and _joins(left, holes[0]):
+            removed.append(left.start)
+            holes[0] = make_hole(left.start, left.length + holes[0].length, left.version)
+    if holes and holes[-1].end >= end:
+        right = _at(change.writer, change.number, holes[-1].end)
+        if right is not None and _joins(holes[-1], right):
+            removed.append(right.start)
+            _add_hole(holes, right)
+
+
+def _exchange(change: HeadChange, removed: Sequence[int], entries: Sequence[HeadEntry]) -> None:
+    """Put entries in the place of those that begin at some blocks."""
+    rows = [encode_entry(change.number, entry) for entry in entries]
+    rows.sort()
+    for start in sorted(set(removed).difference([entry.start for entry in entries])):
+        change.writer.delete(Table.HEAD, head_key(change.number, start))
+    change.writer.put_many(Table.HEAD, rows)
 
 
 def _cut_out(change: HeadChange, entry: HeadEntry, start: int, end: int) -> None:
