@@ -18,6 +18,7 @@ from typing import Final
 from forebay_core.extents import EXTENT_COUNT_MAX
 from forebay_store.engine.head_change import HeadChange
 from forebay_store.engine.ports import IndexReader, IndexWriter
+from forebay_store.engine.trim_batch import Turned, turn
 from forebay_store.format.entries import (
     HOLE,
     HeadEntry,
@@ -79,12 +80,33 @@ def trim(change: HeadChange, start: int, end: int, *, entries_max: int, own_too:
     at = start
     while at < end and entries_max > 0:
         count = min(entries_max, _ENTRIES_PER_STEP)
-        found = list(islice(overlapping(change.writer, change.number, at, end), count))
-        entries_max -= len(found)
-        stop = end if len(found) < count else min(found[-1].end, end)
-        _trim_found(change, found, at, stop, own_too=own_too)
+        reaching = _before(change.writer, change.number, at)
+        turned = None
+        if reaching is None or reaching.end <= at:
+            turned = turn(change, at, end, count=count, own_too=own_too)
+        if turned is not None:
+            found_count, stop = len(turned), turned.end if len(turned) == count else end
+            _put_turned(change, turned, at, stop)
+        else:
+            found = list(islice(overlapping(change.writer, change.number, at, end), count))
+            found_count, stop = len(found), end if len(found) < count else min(found[-1].end, end)
+            _trim_found(change, found, at, stop, own_too=own_too)
+        entries_max -= found_count
         at = stop
     return at, entries_max
+
+
+def _put_turned(change: HeadChange, turned: Turned, start: int, end: int) -> None:
+    holes = turned.outermost()
+    around: list[int] = []
+    _join_around(change, holes, around, start, end)
+    rows = [encode_entry(change.number, hole) for hole in holes]
+    first, last = rows[0], rows[-1]
+    removed = {*turned.removed_keys(), *(head_key(change.number, one) for one in around)}
+    turned.displace()
+    for key in sorted((removed | {turned.first_key}) - {first[0], last[0]}):
+        change.writer.delete(Table.HEAD, key)
+    change.writer.put_many(Table.HEAD, [first, *turned.inner_rows(), *rows[1:]])
 
 
 def _trim_found(change: HeadChange, found: Sequence[HeadEntry], start: int, end: int, *, own_too: bool) -> None:

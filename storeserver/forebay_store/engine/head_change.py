@@ -24,6 +24,7 @@ from forebay_store.format.entries import (
     narrow,
     stored_share,
 )
+from forebay_store.format.entry_columns import Totals
 from forebay_store.format.head_rows import HeadRows
 from forebay_store.format.rows import Table, VolumeState
 from forebay_store.format.segment import SegmentName
@@ -75,6 +76,14 @@ class HeadChange:
                 self._live.add(entry.segment, -share)
         if entry.version <= self.newest_snapshot:
             self._keep(entry)
+
+    def displace_dead(self, totals: Totals) -> None:
+        """Entries are in the head no more that no snapshot shows."""
+        for segment, (share, _) in totals.segments.items():
+            self._live.add(segment, -share)
+        for share, blocks in totals.volumes.values():
+            self.stored_size -= share
+            self.data_blocks -= blocks
 
     def end(self) -> VolumeState:
         """Write what was kept; return the volume's row with its counters changed."""

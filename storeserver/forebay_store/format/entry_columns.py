@@ -20,12 +20,19 @@ from forebay_store.format.entries import (
     ENTRY,
     FRAME_BLOCKS_SHIFT,
     FRAME_SIZE_SHIFT,
+    HEAD_KEY,
+    HOLE,
     KIND_SHIFT,
     LENGTH_SHIFT,
+    NUMBER_SHIFT,
     SEGMENT_NUMBER_SHIFT,
 )
 from forebay_store.format.segment import SegmentName
 from forebay_store.limits import INCARNATION_MAX, SEGMENT_NUMBER_MAX
+
+_WHOLE: Final = struct.Struct(f"{HEAD_KEY.size + ENTRY.size}s")
+_ROW: Final = struct.Struct(f"{HEAD_KEY.size}s{ENTRY.size}s")
+assert HOLE == 0
 
 _OFFSET_MASK: Final = (1 << FRAME_SIZE_SHIFT) - 1
 _PLACE_MASK: Final = (1 << KIND_SHIFT) - 1
@@ -41,21 +48,51 @@ class Totals(NamedTuple):
     volumes: dict[int, tuple[int, int]]
 
 
+class Columns:
+    """Rows of `head` or `history` with keys of one size, by column; `starts` and `ends` are right for `head` alone."""
+
+    def __init__(self, table: str, rows: Sequence[tuple[bytes, bytes]]) -> None:
+        """Take them apart.
+
+        Raises:
+            CorruptionError: one of them is damaged.
+        """
+        key_size = len(rows[0][0])
+        for key, value in rows:
+            if len(value) != ENTRY.size or len(key) != key_size:
+                raise _damaged(table, key, "size", ENTRY.size, len(value))
+        keys = [("number_high", "u1"), ("number_low", ">u2"), ("start_high", "u1"), ("start_low", ">u4")]
+        rest = [("rest", f"V{key_size - HEAD_KEY.size}")] if key_size > HEAD_KEY.size else []
+        values = [("version", "<u8"), ("place", "<u8"), ("extent", "<u8")]
+        self.entries = np.frombuffer(b"".join(chain.from_iterable(rows)), np.dtype([*keys, *rest, *values]))
+        _check(table, rows, self.entries)
+        self.versions = self.entries["version"]
+        self.kinds = self.entries["place"] >> np.uint64(KIND_SHIFT) & np.uint64(3)
+
+    @property
+    def starts(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        """First blocks."""
+        return self.entries["start_high"].astype(np.int64) << 32 | self.entries["start_low"].astype(np.int64)
+
+    @property
+    def ends(self) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+        """First blocks behind them, of those with data."""
+        lengths = (self.entries["extent"] >> np.uint64(LENGTH_SHIFT) & np.uint64(15)) + np.uint64(1)
+        return self.starts + lengths.astype(np.int64)
+
+
 def totals(table: str, rows: Sequence[tuple[bytes, bytes]]) -> Totals:
     """Return what rows with keys of one size come to.
 
     Raises:
         CorruptionError: one of them is damaged.
     """
-    key_size = len(rows[0][0])
-    for key, value in rows:
-        if len(value) != ENTRY.size or len(key) != key_size:
-            raise _damaged(table, key, "size", ENTRY.size, len(value))
-    keys = [("number_high", "u1"), ("number_low", ">u2"), ("key", f"V{key_size - 3}")]
-    columns = np.dtype([*keys, ("version", "<u8"), ("place", "<u8"), ("extent", "<u8")])
-    entries = np.frombuffer(b"".join(chain.from_iterable(rows)), columns)
-    _check(table, rows, entries)
-    data = entries[(entries["place"] >> np.uint64(KIND_SHIFT)) & np.uint64(3) == DATA]
+    return totals_of(Columns(table, rows))
+
+
+def totals_of(columns: Columns) -> Totals:
+    """Return what rows come to."""
+    data = columns.entries[columns.kinds == DATA]
     place, extent = data["place"], data["extent"]
     frame_sizes = extent >> np.uint64(FRAME_SIZE_SHIFT) & np.uint64(_SIZE_MASK)
     frame_blocks = (place >> np.uint64(FRAME_BLOCKS_SHIFT) & np.uint64(15)) + np.uint64(1)
@@ -84,6 +121,22 @@ def _sums(
 ) -> list[float]:
     sums: list[float] = np.bincount(which, weights=of).tolist()  # exact: far below 2**53
     return sums
+
+
+def pack_holes(
+    number: int,
+    starts: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+    lengths: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+    version: int,
+) -> list[tuple[bytes, bytes]]:
+    """Return the rows of `head` of holes, as `encode_entry` makes each."""
+    packed = np.zeros(len(starts), [("key", ">u8"), ("version", "<u8"), ("place", "<u8"), ("extent", "<u8")])
+    packed["key"] = starts | number << NUMBER_SHIFT
+    packed["version"] = version
+    packed["extent"] = lengths
+    checks = [checksum(row) & CHECK_MASK for (row,) in _WHOLE.iter_unpack(packed.tobytes())]
+    packed["extent"] |= np.array(checks, np.uint64) << np.uint64(CHECK_SHIFT)
+    return list(_ROW.iter_unpack(packed.tobytes()))
 
 
 def _check(
