@@ -21,6 +21,7 @@ from forebay_cache.service.device_file import DeviceFile, drop_pages, open_devic
 from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.gathering import rest_of
 from forebay_cache.service.ring_reads import RING_ENTRIES
+from forebay_cache.service.turns import Turns
 from forebay_cache.service.uring import Ring
 from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
 from forebay_core.units import BLOCK_SIZE, MIB, Buffer
@@ -37,11 +38,11 @@ def mark_of(file: DeviceFile) -> FailureMark:
 
 
 def threads(file: DeviceFile) -> FileDevice:
-    return FileDevice(file, asyncio.get_running_loop(), mark_of(file), ring=False)
+    return FileDevice(file, Turns(asyncio.get_running_loop()), mark_of(file), ring=False)
 
 
 def uring(file: DeviceFile) -> FileDevice:
-    return FileDevice(file, asyncio.get_running_loop(), mark_of(file), ring=True)
+    return FileDevice(file, Turns(asyncio.get_running_loop()), mark_of(file), ring=True)
 
 
 @pytest.fixture(params=[threads, uring])
@@ -220,7 +221,7 @@ def test_nothing_is_refused_before_the_mark_is_left_and_the_reason_told(tmp_path
     async def run() -> None:
         fd = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
         mark = SlowMark(tmp_path, fd)
-        device = FileDevice(DeviceFile(fd, tmp_path / "device", SIZE, True), asyncio.get_running_loop(), mark)
+        device = FileDevice(DeviceFile(fd, tmp_path / "device", SIZE, True), Turns(asyncio.get_running_loop()), mark)
         device.on_failure = told.append
         try:
             device.sync(told.append)

@@ -10,17 +10,20 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+
+from forebay_cache.service.turns import Turns
 
 
 class Completions:
-    """Runs what threads post on the loop's thread, in the order of `post`."""
+    """Has what threads post told in turns of the loop's thread, in the order of `post`."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
         self._posted: deque[Callable[[], None]] = deque()
         self._woken = False
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        loop.add_reader(self._fd, self._wake)
+        turns.loop.add_reader(self._fd, partial(turns.take, self._wake))
 
     def post(self, call: Callable[[], None]) -> None:
         """Have `call` called soon; from any thread."""
@@ -29,34 +32,26 @@ class Completions:
             self._woken = True
             os.eventfd_write(self._fd, 1)
 
-    def post_here(self, call: Callable[[], None]) -> None:
-        """Have `call` called soon; from the loop's thread, which needs no eventfd to be woken."""
-        self._posted.append(call)
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon(self._run)
-
     def run(self) -> None:
-        """Call the rest now."""
+        """Call the rest now, what was posted to the turns first."""
+        self._turns.tell_posted()
         while self._posted:
             self._posted.popleft()()
+            self._turns.tell_posted()
 
     def close(self) -> None:
         """Call the rest and stop; no thread may post any more, calls may."""
         self.run()
-        self._loop.remove_reader(self._fd)
+        self._turns.loop.remove_reader(self._fd)
         os.close(self._fd)
 
     def _wake(self) -> None:
-        os.eventfd_read(self._fd)
-        self._run()
-
-    def _run(self) -> None:
         # First the flag, then the deque: what is posted from here on wakes the loop again.
+        os.eventfd_read(self._fd)
         self._woken = False
         posted = self._posted
         for _ in range(len(posted)):
-            posted.popleft()()
+            self._turns.post(posted.popleft())
 
 
 async def outcome(start: Callable[[Callable[[bool], None]], None]) -> bool:

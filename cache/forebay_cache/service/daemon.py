@@ -46,6 +46,7 @@ from forebay_cache.service.sample_file import SampleFile
 from forebay_cache.service.shell import Shell
 from forebay_cache.service.spinning import SpinningSelector
 from forebay_cache.service.store_session import StoreSession
+from forebay_cache.service.turns import Turns
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.config import CacheSettings
 from forebay_core.errors import EXIT_FAILED, ForebayError, WrongUsageError
@@ -114,9 +115,10 @@ async def _serve(
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_crash)
-    device = FileDevice(file, loop, mark)
+    turns = Turns(loop)
+    device = FileDevice(file, turns, mark)
     try:
-        daemon = _Daemon(settings, key, folder, device, recovered)
+        daemon = _Daemon(settings, key, folder, device, recovered, turns)
         try:
             return await daemon.serve()
         finally:
@@ -129,7 +131,13 @@ class _Daemon:
     """The parts of a running daemon."""
 
     def __init__(
-        self, settings: CacheSettings, key: bytes | None, folder: RunFolder, device: FileDevice, recovered: Recovered
+        self,
+        settings: CacheSettings,
+        key: bytes | None,
+        folder: RunFolder,
+        device: FileDevice,
+        recovered: Recovered,
+        turns: Turns,
     ) -> None:
         self._settings = settings
         self._folder = folder
@@ -163,7 +171,7 @@ class _Daemon:
         device.on_failure = self._engine.fail
         self._sample = SampleFile(self._engine, folder.path, identity)
         self._exports = AttachedExports()
-        self._nbd = NbdServer(self._exports, NbdSettings(socket_group=folder.group))
+        self._nbd = NbdServer(self._exports, NbdSettings(socket_group=folder.group), turns)
         self._kernel = KernelFront(NbdNetlink(), self._nbd, cache=identity, note=self._note_front)
         self._fronts = self._make_fronts()
         self._shell = Shell(

@@ -13,7 +13,6 @@ Invariants:
 Crash: what was written is in the page cache and survives the daemon; what a finished sync covers survives the host.
 """
 
-import asyncio
 import logging
 import os
 import resource
@@ -35,6 +34,7 @@ from forebay_cache.service.ring_syncs import SYNC_ENTRIES, RingSyncs
 from forebay_cache.service.sync_order import SyncOrder
 from forebay_cache.service.thread_reads import ThreadReads
 from forebay_cache.service.thread_syncs import ThreadSyncs, fdatasync
+from forebay_cache.service.turns import Turns
 from forebay_cache.service.uring import Ring
 from forebay_core.units import BLOCK_SIZE, Buffer
 
@@ -90,9 +90,7 @@ class Syncs(Protocol):
 class FileDevice:
     """Implements the engine's `Device` port; takes the descriptor over and closes it."""
 
-    def __init__(
-        self, file: DeviceFile, loop: asyncio.AbstractEventLoop, mark: FailureMark, *, ring: bool = True
-    ) -> None:
+    def __init__(self, file: DeviceFile, turns: Turns, mark: FailureMark, *, ring: bool = True) -> None:
         """`ring` False: read by threads even where there is an io_uring.
 
         `on_failure`, when set, is told why before the first failed command is completed.
@@ -102,8 +100,9 @@ class FileDevice:
         self._failed = False
         self._mark = mark
         self.on_failure: Callable[[str], None] | None = None
-        self._completions = Completions(loop)
-        self._reads, self._syncs = self._make_rings(file, loop) if ring else self._make_threads(file)
+        self._turns = turns
+        self._completions = Completions(turns)
+        self._reads, self._syncs = self._make_rings(file) if ring else self._make_threads(file)
         self._order = SyncOrder(self._begin_sync, self._sync_failed)
         self._closed = False
         self._stopping: threading.Thread | None = None
@@ -166,7 +165,7 @@ class FileDevice:
         if self._refuses("sync", self._order.waiting):
             self._completions.post(partial(done, False))
         elif self._order.ask(done):
-            self._completions.post_here(lambda: done(not self._failed))
+            self._turns.post(lambda: done(not self._failed))
 
     def close(self) -> None:
         """Finish what was given, join the threads, complete the rest and unlock the device."""
@@ -182,11 +181,11 @@ class FileDevice:
         self._completions.close()
         os.close(self._fd)
 
-    def _make_rings(self, file: DeviceFile, loop: asyncio.AbstractEventLoop) -> tuple[Reads, Syncs]:
+    def _make_rings(self, file: DeviceFile) -> tuple[Reads, Syncs]:
         try:
-            syncs = RingSyncs(file.fd, Ring(SYNC_ENTRIES), loop)
+            syncs = RingSyncs(file.fd, Ring(SYNC_ENTRIES), self._turns)
             try:
-                return RingReads(file, Ring(RING_ENTRIES), loop), syncs
+                return RingReads(file, Ring(RING_ENTRIES), self._turns), syncs
             except OSError:
                 syncs.close()
                 raise
@@ -224,7 +223,7 @@ class FileDevice:
         elif self._watched_writes:
             self._watched_writes -= 1
         self._order.written()
-        self._completions.post_here(partial(done, True))
+        self._turns.post(partial(done, True))
 
     def _slow(self, *, waited: bool) -> None:
         if waited:
@@ -271,7 +270,7 @@ class FileDevice:
 
     def _begin_sync(self, done: Callable[[OSError | None], None]) -> None:
         if self._closed:  # what a completion asks for while we close
-            self._completions.post_here(partial(done, fdatasync(self._fd)))
+            self._turns.post(partial(done, fdatasync(self._fd)))
         else:
             self._syncs.sync(done)
 

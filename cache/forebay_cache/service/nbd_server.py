@@ -39,7 +39,8 @@ from forebay_cache.service.nbd_listeners import (
     tcp_listener,
     unix_listener,
 )
-from forebay_cache.service.nbd_turns import Turns
+from forebay_cache.service.nbd_sockets import Sockets
+from forebay_cache.service.turns import Turns
 from forebay_core.notify import keep, let_go
 from forebay_core.units import MIB
 
@@ -69,12 +70,14 @@ class NbdSettings:
 class NbdServer:
     """Serves the volumes of `exports` to NBD clients."""
 
-    def __init__(self, exports: Exports, settings: NbdSettings | None = None) -> None:
+    def __init__(self, exports: Exports, settings: NbdSettings | None = None, turns: Turns | None = None) -> None:
         self._settings = settings or NbdSettings()
         self._budget = Budget(self._settings.budget_bytes)
         self._loop = asyncio.get_running_loop()
-        self._turns = Turns(self._loop)
-        self._shared = Shared(exports, self._budget, BufferPool(), self, self._turns, self._settings.linger_timeout_s)
+        turns = turns or Turns(self._loop)
+        self._sockets = Sockets(turns)
+        linger_timeout_s = self._settings.linger_timeout_s
+        self._shared = Shared(exports, self._budget, BufferPool(), self, turns, self._sockets, linger_timeout_s)
         self._listeners: dict[socket.socket, tuple[int, int] | None] = {}
         self._connections: set[NbdConnection] = set()
         self._negotiating: dict[NbdConnection, asyncio.TimerHandle] = {}
@@ -164,7 +167,7 @@ class NbdServer:
             remove_own_socket(listener, inode)
             self._leave(listener)
         await _close_all(list(self._connections), grace_s)
-        self._turns.close()
+        self._sockets.close()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
 

@@ -9,16 +9,17 @@ Invariants:
     The memory of a read stays referenced in _reads until its completion.
 """
 
-import asyncio
 import ctypes
 import errno
 import logging
 import os
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from forebay_cache.service.device_file import DeviceFile
+from forebay_cache.service.turns import Turns
 from forebay_cache.service.uring import Ring
 from forebay_core.units import Buffer
 
@@ -49,16 +50,17 @@ class _Read:
 class RingReads:
     """Implements the device's `Reads`."""
 
-    def __init__(self, file: DeviceFile, ring: Ring, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, file: DeviceFile, ring: Ring, turns: Turns) -> None:
         self._file = file
         self._ring = ring
-        self._loop = loop
+        self._turns = turns
+        self._loop = turns.loop
         self._tag = 0
         self._reads: dict[int, _Read] = {}  # by tag
         self._waiting: deque[_Read] = deque()
         self._flushing = False
         self._closed = False
-        loop.add_reader(ring.event_fd, self._wake)
+        self._loop.add_reader(ring.event_fd, partial(turns.take, self._wake))
 
     @property
     def waiting(self) -> int:
@@ -84,7 +86,7 @@ class RingReads:
         self._waiting.append(read)
         if not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._turns.soon(self._flush)
 
     def _flush(self) -> None:
         """Give the kernel all that there is room for, in one call."""
@@ -112,7 +114,7 @@ class RingReads:
             self._arrived(self._reads.pop(tag), result)
         if self._waiting and not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)
+            self._turns.soon(self._flush)
 
     def _arrived(self, read: _Read, result: int) -> None:
         if result > 0:

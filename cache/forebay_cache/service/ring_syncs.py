@@ -6,12 +6,13 @@ after 2 us instead of 47, and it began 20 us earlier.
 Invariant: every sync is completed once, on the loop's thread, never inside the call; one is under way at most.
 """
 
-import asyncio
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
+from forebay_cache.service.turns import Turns
 from forebay_cache.service.uring import Ring
 
 SYNC_ENTRIES: Final = 1
@@ -21,12 +22,12 @@ _RESUBMIT_S: Final = 0.001
 class RingSyncs:
     """Implements the device's `Syncs`."""
 
-    def __init__(self, fd: int, ring: Ring, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, fd: int, ring: Ring, turns: Turns) -> None:
         self._fd = fd
         self._ring = ring
-        self._loop = loop
+        self._loop = turns.loop
         self._done: Callable[[OSError | None], None] | None = None
-        loop.add_reader(ring.event_fd, self._wake)
+        self._loop.add_reader(ring.event_fd, partial(turns.take, self._wake))
 
     def sync(self, done: Callable[[OSError | None], None]) -> None:
         """Begin one; `done` is told of its error."""

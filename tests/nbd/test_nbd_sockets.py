@@ -1,4 +1,4 @@
-"""The turns of the NBD front, on real sockets and a loop whose callbacks the test runs itself."""
+"""The sockets of the NBD front and their turns, on a loop whose callbacks the test runs itself."""
 
 import socket
 from collections import deque
@@ -8,8 +8,9 @@ from contextlib import ExitStack
 import pytest
 from ram_volume import RamVolume
 
-from forebay_cache.service import nbd_turns
-from forebay_cache.service.nbd_turns import Turns
+from forebay_cache.service import nbd_sockets
+from forebay_cache.service.nbd_sockets import Sockets
+from forebay_cache.service.turns import Turns
 
 
 class Loop:
@@ -37,8 +38,8 @@ class Loop:
 class Client:
     """A socket that is watched, and what it was told."""
 
-    def __init__(self, turns: Turns, heard: list["Client"], act: Callable[[], None], stack: ExitStack) -> None:
-        self.turns = turns
+    def __init__(self, sockets: Sockets, heard: list["Client"], act: Callable[[], None], stack: ExitStack) -> None:
+        self.sockets = sockets
         self.heard = heard
         self.act = act
         self.near, self.far = (stack.enter_context(end) for end in socket.socketpair())
@@ -46,7 +47,7 @@ class Client:
         self.watch(reading=True)
 
     def watch(self, *, reading: bool = False, writing: bool = False) -> None:
-        self.turns.watch(self.near.fileno(), self, reading=reading, writing=writing)
+        self.sockets.watch(self.near.fileno(), self, reading=reading, writing=writing)
 
     def on_readable(self) -> None:
         self.heard.append(self)
@@ -63,11 +64,12 @@ class Rig:
     def __init__(self, stack: ExitStack) -> None:
         self.loop = Loop()
         self.turns = Turns(self.loop)  # type: ignore[arg-type]
-        stack.callback(self.turns.close)
+        self.sockets = Sockets(self.turns)
+        stack.callback(self.sockets.close)
         self.volume = RamVolume("v", 1 << 20)
         self.heard: list[Client] = []
         kick = self.kick
-        self.clients = [Client(self.turns, self.heard, kick, stack) for _ in range(8)]
+        self.clients = [Client(self.sockets, self.heard, kick, stack) for _ in range(8)]
 
     def kick(self) -> None:
         self.turns.kick(self.volume)
@@ -93,28 +95,13 @@ def test_a_volume_is_kicked_at_once_outside_of_a_turn(rig: Rig) -> None:
 
 
 def test_who_was_left_by_a_long_turn_comes_before_who_has_more(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbd_turns, "TURN_NS", -1)  # each turn is over after one client
+    monkeypatch.setattr(nbd_sockets, "LOOK_NS", -1)  # each look is over after one client
     for client in rig.clients:
         client.far.send(b"x")
     for _ in rig.clients:
         rig.loop.turn()
         rig.heard[-1].far.send(b"y")
     assert set(rig.heard) == set(rig.clients)
-
-
-def test_calls_that_a_long_turn_left_are_made_in_further_ones_in_order(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nbd_turns, "TURN_NS", -1)
-    called: list[int] = []
-    for number in range(3):
-        rig.turns.soon(lambda number=number: called.append(number))  # type: ignore[misc]
-    turns = 0
-    while rig.loop.soon:
-        rig.loop.soon.popleft()()
-        turns += 1
-    assert called == [0, 1, 2]
-    assert turns == 3
 
 
 def test_who_listens_for_nothing_is_told_nothing_even_of_the_end(rig: Rig) -> None:
@@ -154,13 +141,3 @@ def test_an_event_of_a_socket_that_is_closed_meanwhile_is_dropped(rig: Rig) -> N
         client.far.send(b"x")
     rig.loop.turn()
     assert len(rig.heard) == 1
-
-
-def test_who_asks_again_in_its_turn_gets_one_more_and_not_two(rig: Rig) -> None:
-    def again() -> None:
-        rig.turns.soon(again)
-
-    again()
-    for _ in range(5):
-        assert len(rig.loop.soon) == 1
-        rig.loop.soon.popleft()()
