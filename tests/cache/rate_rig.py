@@ -62,8 +62,15 @@ class RateRig(Rig):
         super().start()
 
     def settle(self) -> None:
-        while self.device.step() or self.store.step():
+        while self.device.step() or self.store.step() or self._take_turn():
             pass
+
+    def _take_turn(self) -> bool:
+        """Let the engine go on with what it does step by step: that takes no time, so it is no event of its own."""
+        if self.engine._soon:
+            self.pace()
+            return True
+        return False
 
     def pass_time(self, seconds: float, each: Callable[[], None] = lambda: None) -> None:
         """Let time pass; `each` runs after every event."""

@@ -198,7 +198,9 @@ class CacheEngine:
         self._take_turns()
         if self.failed:
             return
-        due_ns = 0 if self._soon else min(self.destage.pace(now_ns), self.slowing.pace(now_ns))
+        due_ns = NEVER if self._soon else min(self.destage.pace(now_ns), self.slowing.pace(now_ns))
+        if self._soon:  # also what these asked for: their alarm would be replaced
+            due_ns = 0
         if due_ns < NEVER:
             self.alarm(due_ns)
 
