@@ -580,3 +580,28 @@ def test_twins_among_pending_snapshots_are_found() -> None:
     rig.engine.cut_ends._append(cut_ends._Asked(rig.volume, end, lambda _: None))
     settle(rig)
     assert codes(stopped(rig)) == {"snapshot-twice"}
+
+
+def test_of_two_cuts_that_are_one_after_a_start_only_the_newest_versions_are_kept() -> None:
+    rig = Rig(3, size=8 << 20, blocks=BLOCKS)
+    rng = random.Random(3)
+    rig.store.away = True
+    for turn in range(2):
+        for lba in (5, 6, 7):
+            assert rig.write(lba * BLOCK_SIZE, rng.randbytes(BLOCK_SIZE)) == IoError.OK
+        if turn == 0:
+            rig.engine.destage.drain(rig.volume, lambda _: None)  # closes a cut that ends with nothing
+            while rig.device.step():
+                pass
+    trim(rig, 7, 1)
+    held = rig.engine.map.held_count
+    assert held == 3
+    got: list[object] = []
+    rig.engine.cut_ends.snapshot(rig.volume, rng.randbytes(16), "s", 1, got.append)
+    rig.run_until(lambda: bool(got))
+    assert rig.engine.map.held_count == held
+    image = stopped(rig)
+    recovered = recovery.recover(lambda at, size: bytes(image[at : at + size]), rig.engine.superblock)
+    assert recovered.map.held_count == 0
+    assert [end.name for end in recovered.volumes[rig.volume.key].ends] == ["s"]
+    assert check(image) == []

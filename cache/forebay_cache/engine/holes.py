@@ -11,8 +11,10 @@ Invariants:
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+import numpy as np
 from sortedcontainers import SortedDict
 
+from forebay_cache.engine.ports import U64Array
 from forebay_core.extents import Extent
 
 _FEW: Final = 64
@@ -79,6 +81,15 @@ class HoleMap:
         """Return the hole that a block lies in."""
         hole = self._at_or_before(lba)
         return hole if hole is not None and lba < hole.end else None
+
+    def versions_at(self, lbas: U64Array) -> U64Array:
+        """Return for each block the version of the hole that it lies in, 0 where it is in none."""
+        if not self._ends:
+            return np.zeros(lbas.size, np.uint64)
+        starts, ends, versions = np.array(list(self), np.uint64).T
+        before = np.searchsorted(starts, lbas, side="right") - 1
+        at = np.maximum(before, 0)
+        return np.where((before >= 0) & (lbas < ends[at]), versions[at], np.uint64(0))
 
     def overlapping(self, extent: Extent) -> list[Hole]:
         """Return the holes that share a block with the extent, whole, in order."""

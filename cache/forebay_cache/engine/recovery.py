@@ -37,6 +37,7 @@ from forebay_cache.engine.log import LogPoint
 from forebay_cache.engine.log_end import LogEnd
 from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.ports import U64Array
+from forebay_cache.engine.pruning import prune_held
 from forebay_cache.engine.unloaded import Unloaded
 from forebay_cache.engine.zones import ZoneState, ZoneTable
 from forebay_cache.format import checkpoint, record
@@ -67,6 +68,10 @@ class RecoveredVolume(NamedTuple):
     def cut_of(self, version: int) -> int:
         """Return which closed cut a version falls into, or how many there are if it is newer than all."""
         return bisect_left(self.ends, version, key=lambda end: end.version)
+
+    def cuts_of(self, versions: U64Array) -> npt.NDArray[np.int64]:
+        """Return what `cut_of` says of each version."""
+        return np.searchsorted(np.array([end.version for end in self.ends], np.uint64), versions)
 
 
 class Recovered(NamedTuple):
@@ -213,6 +218,7 @@ class _Replay:
         self.load_places()
         for one in records:
             self._apply(one)
+        prune_held(self.map, self.volumes)
         self._settle(end, kept)
         return Recovered(
             self.superblock,

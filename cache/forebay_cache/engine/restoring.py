@@ -128,13 +128,9 @@ class _Listing:
 
 def _settle_holes(table: BlockMap, volume_key: int, cut: Cut, lbas: U64Array) -> None:
     """Let the newer count of a hole of a cut and a block in it."""
-    if not len(cut.holes):
-        return
-    rows = np.array([(hole.start, hole.end, hole.version) for hole in cut.holes], np.uint64)
-    before = np.searchsorted(rows[:, 0], lbas, side="right") - 1
-    inside = np.flatnonzero((before >= 0) & (lbas < rows[np.maximum(before, 0), 1]))
-    for i in inside.tolist():
-        lba, trimmed = int(lbas[i]), int(rows[before[i], 2])
+    versions = cut.holes.versions_at(lbas)
+    for i in np.flatnonzero(versions).tolist():
+        lba, trimmed = int(lbas[i]), int(versions[i])
         key = volume_key << LBA_BITS | lba
         place = table.find(key)
         if place < 0 or not cut.floor < table.versions[place] <= cut.last_version:
