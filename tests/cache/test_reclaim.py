@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 from engine_rig import Rig, check_books
 from test_engine_review import attach_second, settle
@@ -193,7 +194,10 @@ def test_a_write_that_was_overtaken_while_its_zone_was_emptied_is_not_lost() -> 
     assert rig.read(0, BLOCK_SIZE) == NEW
 
 
-def test_zones_whose_content_is_upstream_are_filled_anew_without_waiting_for_a_sync() -> None:
+@pytest.mark.parametrize("moving", [False, True], ids=["", "some blocks moved"])
+def test_zones_whose_content_is_upstream_are_filled_anew_without_waiting_for_a_sync(
+    moving: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rig = Rig(3, size=24 << 20, blocks=6000)
     for lba in range(0, 5000, 100):  # the log goes round
         assert rig.write(lba * BLOCK_SIZE, rig.rng.randbytes(100 * BLOCK_SIZE)) == IoError.OK
@@ -202,8 +206,13 @@ def test_zones_whose_content_is_upstream_are_filled_anew_without_waiting_for_a_s
     checkpointed(rig)
     checkpointed(rig)
     settle(rig, 400)
-    zones, syncs = rig.engine.zones, rig.device.syncs
+    zones, syncs, moved = rig.engine.zones, rig.device.syncs, rig.engine.reclaim.moving.moved_blocks
     before = sum(zones.incarnations)
+    if moving:
+        worthy = rig.engine.policy.worthy
+        monkeypatch.setattr(
+            rig.engine.policy, "worthy", lambda first, count: worthy(first, count) | (np.arange(count) % 16 == 1)
+        )
     answers: list[IoError] = []
     rig.device.sync = lambda done: None  # type: ignore[method-assign]
     for turn in range(20):
@@ -212,6 +221,9 @@ def test_zones_whose_content_is_upstream_are_filled_anew_without_waiting_for_a_s
         rig.run_until(lambda turn=turn: len(answers) == turn + 1)
     assert rig.device.syncs == syncs
     assert sum(zones.incarnations) - before > 20, "the log went on in zones that had held something"
+    assert (rig.engine.reclaim.moving.moved_blocks > moved) == moving
+    settle(rig, 100)
+    assert rig.engine.reclaim._busy == 0, "none waits for a sync"
 
 
 @pytest.mark.parametrize("fault", [False, True], ids=["", "planted fault"])

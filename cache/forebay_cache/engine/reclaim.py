@@ -4,8 +4,8 @@ rest is dropped, and once that is durable the zone is filled anew. So the SSD is
 Invariants:
     A zone that replay from the newest checkpoint would read is no victim, nor one whose entries are not loaded yet or
     whose use counts the policy does not know yet.
-    A zone is freed only when a sync has covered all that superseded or moved its blocks; at once if nothing was moved
-    and all that it ever held is upstream: should the superseding be lost, these blocks are fetched again.
+    A zone is freed only when a sync has covered all that superseded or moved its blocks; at once if all that it ever
+    held is upstream: should the superseding or the moves be lost, these blocks are fetched again.
     Guests stop at ZONES_RESERVED free zones, moves go on below it; a victim fills less than it frees: its blocks are
     gathered, so that their records are full ones.
 Crash: see `moving`.
@@ -70,9 +70,6 @@ class Reclaim:
         engine.zones.begin_emptying(victim.zone)
         if victim.keep.size:
             self.moving.begin(victim.zone, victim.keep)
-        elif self._is_upstream(victim.zone):
-            self._forget(victim.zone)
-            self._synced([victim.zone])
         else:
             self._clear(victim.zone)
 
@@ -196,6 +193,9 @@ class Reclaim:
 
     def _clear(self, zone: int) -> None:
         self._forget(zone)
+        if self._is_upstream(zone):
+            self._synced([zone])
+            return
         self._empty.append(zone)
         if len(self._empty) >= self.spare // 4 or len(self._engine.zones.free) <= ZONES_RESERVED + 1:
             self._free_empty()
