@@ -55,6 +55,13 @@ static void *items(buffers_t *held, PyObject *object, int writable, Py_ssize_t s
     return view->buf;
 }
 
+typedef struct {
+    uint32_t *heads, *nexts;
+    uint64_t *keys, *versions, *sums;
+    uint16_t *live;
+    Py_ssize_t head_count, place_count, key_count, version_count, sum_count, live_count;
+} map_t;
+
 static int numbers(PyObject *const *arguments, int count, uint64_t *into)
 {
     for (int i = 0; i < count; i++) {
@@ -65,12 +72,32 @@ static int numbers(PyObject *const *arguments, int count, uint64_t *into)
     return 0;
 }
 
+/* Get the arrays of a map: its six views, see `BlockMap`. */
+static int open_map(buffers_t *held, PyObject *views, map_t *map)
+{
+    map->heads = items(held, PyTuple_GET_ITEM(views, 0), 1, 4, &map->head_count);
+    map->nexts = map->heads ? items(held, PyTuple_GET_ITEM(views, 1), 1, 4, &map->place_count) : NULL;
+    map->keys = map->nexts ? items(held, PyTuple_GET_ITEM(views, 2), 1, 8, &map->key_count) : NULL;
+    map->versions = map->keys ? items(held, PyTuple_GET_ITEM(views, 3), 1, 8, &map->version_count) : NULL;
+    map->sums = map->versions ? items(held, PyTuple_GET_ITEM(views, 4), 1, 8, &map->sum_count) : NULL;
+    map->live = map->sums ? items(held, PyTuple_GET_ITEM(views, 5), 1, 2, &map->live_count) : NULL;
+    return map->live == NULL ? -1 : 0;
+}
+
+/* Tell whether the arrays of a map fit each other, and so many places from one on are in it. */
+static int takes(const map_t *map, uint64_t zone_blocks, uint64_t first_place, uint64_t count)
+{
+    const uint64_t places = (uint64_t)map->place_count;
+    return zone_blocks > 0 && map->head_count > 0 && map->key_count == map->place_count
+        && map->version_count == map->place_count && map->sum_count == map->place_count
+        && (uint64_t)map->live_count * zone_blocks >= places && count <= places && first_place <= places - count
+        && (first_place != NIL || count == 0);
+}
+
 static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
 {
     buffers_t held = {.count = 0};
-    Py_ssize_t head_count = 0, place_count = 0, key_count = 0, version_count = 0, sum_count = 0, live_count = 0;
-    Py_ssize_t packed_count = 0;
-    Py_ssize_t room[5] = {0};
+    Py_ssize_t packed_count = 0, room[5] = {0};
     uint64_t n[6];
     PyObject *answer = NULL;
     (void)module;
@@ -79,14 +106,11 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
         PyErr_SetString(PyExc_TypeError, "enter_writes takes 9 arguments, the first and last are tuples of 6 and 5");
         return NULL;
     }
-    PyObject *const views = arguments[0], *const found = arguments[8];
-    uint32_t *heads = items(&held, PyTuple_GET_ITEM(views, 0), 1, 4, &head_count);
-    uint32_t *nexts = heads ? items(&held, PyTuple_GET_ITEM(views, 1), 1, 4, &place_count) : NULL;
-    uint64_t *keys = nexts ? items(&held, PyTuple_GET_ITEM(views, 2), 1, 8, &key_count) : NULL;
-    uint64_t *versions = keys ? items(&held, PyTuple_GET_ITEM(views, 3), 1, 8, &version_count) : NULL;
-    uint64_t *sums = versions ? items(&held, PyTuple_GET_ITEM(views, 4), 1, 8, &sum_count) : NULL;
-    uint16_t *live = sums ? items(&held, PyTuple_GET_ITEM(views, 5), 1, 2, &live_count) : NULL;
-    const char *packed = live ? items(&held, arguments[2], 0, ENTRY_SIZE, &packed_count) : NULL;
+    PyObject *const found = arguments[8];
+    map_t map;
+    const char *packed = NULL;
+    if (open_map(&held, arguments[0], &map) == 0)
+        packed = items(&held, arguments[2], 0, ENTRY_SIZE, &packed_count);
     uint64_t *out[5];
     for (int i = 0; i < 5; i++) {
         out[i] = packed ? items(&held, PyTuple_GET_ITEM(found, i), 1, 8, &room[i]) : NULL;
@@ -96,11 +120,8 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
     if (packed == NULL || numbers(arguments + 1, 1, n) < 0 || numbers(arguments + 3, 5, n + 1) < 0)
         goto end;
     const uint64_t zone_blocks = n[0], index = n[1], count = n[2], first_place = n[3], acknowledged = n[4], closed = n[5];
-    int fits = zone_blocks > 0 && head_count > 0 && key_count == place_count && version_count == place_count
-        && sum_count == place_count && (uint64_t)live_count * zone_blocks >= (uint64_t)place_count
-        && count <= (uint64_t)packed_count && index <= (uint64_t)packed_count - count
-        && count <= (uint64_t)place_count && first_place <= (uint64_t)place_count - count
-        && (first_place != NIL || count == 0);
+    int fits = takes(&map, zone_blocks, first_place, count) && count <= (uint64_t)packed_count
+        && index <= (uint64_t)packed_count - count;
     for (int i = 0; i < 5; i++)
         fits = fits && count <= (uint64_t)room[i];
     if (!fits) {
@@ -113,38 +134,38 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
         memcpy(&entry, packed + (index + i) * ENTRY_SIZE, ENTRY_SIZE);
         const uint64_t key = (uint64_t)entry.volume_key << LBA_BITS | entry.lba;
         const uint32_t place = (uint32_t)(first_place + i);
-        uint32_t *link = &heads[key % (uint64_t)head_count];
+        uint32_t *link = &map.heads[key % (uint64_t)map.head_count];
         uint32_t *const head = link;
-        while (*link != NIL && *link < (uint64_t)place_count && keys[*link] != key)
-            link = &nexts[*link];
+        while (*link != NIL && *link < (uint64_t)map.place_count && map.keys[*link] != key)
+            link = &map.nexts[*link];
         const uint32_t old = *link;
-        if (old >= (uint64_t)place_count || keys[place] != 0) {
+        if (old >= (uint64_t)map.place_count || map.keys[place] != 0) {
             PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
             goto end;
         }
         out[0][i] = key;
         out[1][i] = old == NIL ? (uint64_t)-1 : old;
         if (old == NIL) {
-            nexts[place] = *head;
+            map.nexts[place] = *head;
             *head = place;
         } else {
-            nexts[place] = nexts[old];
+            map.nexts[place] = map.nexts[old];
             *link = place;
-            nexts[old] = UNLINKED;
-            live[old / zone_blocks]--;
-            if (versions[old] > acknowledged && versions[old] <= closed) {
+            map.nexts[old] = UNLINKED;
+            map.live[old / zone_blocks]--;
+            if (map.versions[old] > acknowledged && map.versions[old] <= closed) {
                 out[3][pinned_count] = entry.lba;
                 out[4][pinned_count++] = old;
             } else {
-                keys[old] = 0;
+                map.keys[old] = 0;
             }
         }
-        if (old == NIL || versions[old] <= closed)
+        if (old == NIL || map.versions[old] <= closed)
             out[2][dirty_count++] = entry.lba;
-        keys[place] = key;
-        versions[place] = entry.version;
-        sums[place] = entry.checksum;
-        live[place / zone_blocks]++;
+        map.keys[place] = key;
+        map.versions[place] = entry.version;
+        map.sums[place] = entry.checksum;
+        map.live[place / zone_blocks]++;
     }
     answer = Py_BuildValue("(KK)", (unsigned long long)dirty_count, (unsigned long long)pinned_count);
 end:
@@ -188,9 +209,7 @@ end:
 static PyObject *enter_moves(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
 {
     buffers_t held = {.count = 0};
-    Py_ssize_t head_count = 0, place_count = 0, key_count = 0, version_count = 0, sum_count = 0, live_count = 0;
-    Py_ssize_t packed_count = 0, count = 0;
-    Py_ssize_t room[3] = {0};
+    Py_ssize_t packed_count = 0, count = 0, room[3] = {0};
     uint64_t n[3];
     PyObject *answer = NULL;
     (void)module;
@@ -199,14 +218,11 @@ static PyObject *enter_moves(PyObject *module, PyObject *const *arguments, Py_ss
         PyErr_SetString(PyExc_TypeError, "enter_moves takes 7 arguments, the first and last are tuples of 6 and 3");
         return NULL;
     }
-    PyObject *const views = arguments[0], *const found = arguments[6];
-    uint32_t *heads = items(&held, PyTuple_GET_ITEM(views, 0), 1, 4, &head_count);
-    uint32_t *nexts = heads ? items(&held, PyTuple_GET_ITEM(views, 1), 1, 4, &place_count) : NULL;
-    uint64_t *keys = nexts ? items(&held, PyTuple_GET_ITEM(views, 2), 1, 8, &key_count) : NULL;
-    uint64_t *versions = keys ? items(&held, PyTuple_GET_ITEM(views, 3), 1, 8, &version_count) : NULL;
-    uint64_t *sums = versions ? items(&held, PyTuple_GET_ITEM(views, 4), 1, 8, &sum_count) : NULL;
-    uint16_t *live = sums ? items(&held, PyTuple_GET_ITEM(views, 5), 1, 2, &live_count) : NULL;
-    const char *packed = live ? items(&held, arguments[2], 0, ENTRY_SIZE, &packed_count) : NULL;
+    PyObject *const found = arguments[6];
+    map_t map;
+    const char *packed = NULL;
+    if (open_map(&held, arguments[0], &map) == 0)
+        packed = items(&held, arguments[2], 0, ENTRY_SIZE, &packed_count);
     const uint64_t *sources = packed ? items(&held, arguments[4], 0, 8, &count) : NULL;
     uint64_t *out[3];
     for (int i = 0; i < 3; i++) {
@@ -218,15 +234,12 @@ static PyObject *enter_moves(PyObject *module, PyObject *const *arguments, Py_ss
         || numbers(arguments + 5, 1, n + 2) < 0)
         goto end;
     const uint64_t zone_blocks = n[0], index = n[1], first_place = n[2], entries = (uint64_t)count;
-    int fits = zone_blocks > 0 && head_count > 0 && key_count == place_count && version_count == place_count
-        && sum_count == place_count && (uint64_t)live_count * zone_blocks >= (uint64_t)place_count
-        && entries <= (uint64_t)packed_count && index <= (uint64_t)packed_count - entries
-        && entries <= (uint64_t)place_count && first_place <= (uint64_t)place_count - entries
-        && (first_place != NIL || entries == 0);
+    int fits = takes(&map, zone_blocks, first_place, entries) && entries <= (uint64_t)packed_count
+        && index <= (uint64_t)packed_count - entries;
     for (int i = 0; i < 3; i++)
         fits = fits && count <= room[i];
     for (Py_ssize_t i = 0; i < count && fits; i++)
-        fits = sources[i] != NIL && sources[i] < (uint64_t)place_count;
+        fits = sources[i] != NIL && sources[i] < (uint64_t)map.place_count;
     if (!fits) {
         PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or the entries do not fit them");
         goto end;
@@ -237,28 +250,28 @@ static PyObject *enter_moves(PyObject *module, PyObject *const *arguments, Py_ss
         memcpy(&entry, packed + (index + i) * ENTRY_SIZE, ENTRY_SIZE);
         const uint64_t key = (uint64_t)entry.volume_key << LBA_BITS | entry.lba;
         const uint32_t source = (uint32_t)sources[i], place = (uint32_t)(first_place + i);
-        if (keys[source] != key || versions[source] != entry.version)
+        if (map.keys[source] != key || map.versions[source] != entry.version)
             continue;
-        if (nexts[source] == UNLINKED) {
+        if (map.nexts[source] == UNLINKED) {
             out[2][held_count++] = i;
             continue;
         }
-        uint32_t *link = &heads[key % (uint64_t)head_count];
-        while (*link != source && *link != NIL && *link < (uint64_t)place_count)
-            link = &nexts[*link];
-        if (*link != source || keys[place] != 0) {
+        uint32_t *link = &map.heads[key % (uint64_t)map.head_count];
+        while (*link != source && *link != NIL && *link < (uint64_t)map.place_count)
+            link = &map.nexts[*link];
+        if (*link != source || map.keys[place] != 0) {
             PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
             goto end;
         }
         *link = place;
-        nexts[place] = nexts[source];
-        nexts[source] = UNLINKED;
-        keys[source] = 0;
-        live[source / zone_blocks]--;
-        keys[place] = key;
-        versions[place] = entry.version;
-        sums[place] = entry.checksum;
-        live[place / zone_blocks]++;
+        map.nexts[place] = map.nexts[source];
+        map.nexts[source] = UNLINKED;
+        map.keys[source] = 0;
+        map.live[source / zone_blocks]--;
+        map.keys[place] = key;
+        map.versions[place] = entry.version;
+        map.sums[place] = entry.checksum;
+        map.live[place / zone_blocks]++;
         out[0][moved_count] = source;
         out[1][moved_count++] = place;
     }
