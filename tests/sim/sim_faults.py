@@ -24,6 +24,7 @@ from forebay_cache.engine.cut_ends import CutEnds
 from forebay_cache.engine.destage import Destage
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.holes import HoleMap
+from forebay_cache.engine.moving import Moving
 from forebay_cache.engine.origin_map import OriginMap
 from forebay_cache.engine.reclaim import Reclaim
 from forebay_cache.engine.writes import Writes
@@ -195,13 +196,13 @@ def loss_not_told() -> None:
 
 def zone_freed_before_its_blocks_are_written_elsewhere() -> None:
     """Without the sync alone nothing is lost: before a zone is filled anew a checkpoint has synced its blocks."""
-    append = Reclaim._append_wanted
+    append = Moving._append_wanted
 
-    def early(self, places, blocks) -> None:
-        append(self, places, blocks)
+    def early(self, one) -> None:
+        append(self, one)
 
-    Reclaim._append_wanted = early
-    Reclaim._moved = lambda self, move: self._clear(move.zone)
+    Moving._append_wanted = early
+    Reclaim._moved = lambda self, zone, whole: self._clear(zone)
 
 
 def cut_sent_before_sync() -> None:
@@ -424,11 +425,11 @@ PLANTED = (
     Planted(trim_not_replayed, "all"),
     Planted(old_epoch_accepted, "fencing", 40),
     Planted(lost_volume_served_on, "fencing", 60),
-    Planted(loss_not_told, "fencing"),
+    Planted(loss_not_told, "fencing", 40),
     Planted(moved_blocks_dropped, "full"),
     Planted(checkpoint_counts_before_its_header, Directed("a write", "loss")),
     Planted(checkpoint_before_data, Directed("a write", "checkpoint", "away")),
-    Planted(record_chain_not_checked, Directed("a write begins", "twice", "small")),
+    Planted(record_chain_not_checked, Directed("a write", "twice", "small")),
     Planted(zone_freed_before_its_blocks_are_written_elsewhere, "full"),
     Planted(cut_sent_before_sync, "all", 40),
     Planted(part_answered_before_durable, Directed("store segment is written", "full")),
