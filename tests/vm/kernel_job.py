@@ -191,7 +191,9 @@ def full_buffer() -> None:
 def snapshot() -> None:
     """A snapshot is a device that can't be written."""
     report("snapshot", forebay("snapshot", "create", "load@now", "--wait"))
-    report("snapshot attach", forebay("attach", "load@now", "--front", "kernel"))
+    said = forebay("attach", "load@now", "--front", "kernel")
+    report("snapshot attach", said)
+    assert said[0] == 0, said
     number = int(os.path.realpath("/dev/forebay/load@now").removeprefix("/dev/nbd"))
     report("snapshot device", [Path(f"/sys/block/nbd{number}/ro").read_text().strip(), read(number) == read(1)])
     report("snapshot detach", forebay("detach", "load@now", "--timeout", "5"))
