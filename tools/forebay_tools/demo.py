@@ -36,6 +36,8 @@ RUN_DIR_SIZE_MAX: Final = 80
 """Bytes of the run directory's path; a Unix socket's path has little room."""
 OVERWRITTEN: Final = 7
 COLD_SHARE_MAX: Final = 0.1
+HELD_S_MAX: Final = 12.0
+"""Blocks that were read lately wait in memory for up to 10 s until it is decided whether they are worth a write."""
 """Fills of the last moment may be lost in a crash; more is not."""
 
 TOOLS: Final = {"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "nbdcopy": "libnbd-bin", "mkfs.ext4": "e2fsprogs"}
@@ -77,6 +79,7 @@ class Demo:
         self._store: DemoDaemon | None = None
         self._cache: DemoDaemon | None = None
         self._address = ""
+        self._read_blocks = 0  # by the last comparison
 
     def __enter__(self) -> "Demo":
         return self
@@ -165,10 +168,19 @@ class Demo:
         hits = after["hit_blocks"] - before["hit_blocks"]
         misses = after["miss_blocks"] - before["miss_blocks"]
         say(f"{hits} blocks came from the cache, {misses} from the store")
+        self._read_blocks = hits + misses
+
+    def _wait_for_ssd(self) -> None:
+        """Wait until what was read last lies on the SSD: what is in memory alone is fetched again after a crash."""
+        until = time.monotonic() + HELD_S_MAX
+        while time.monotonic() < until and self._status()["cached_bytes"] < self._read_blocks * BLOCK_SIZE:
+            time.sleep(0.2)
 
     def _crash(self) -> None:
         assert self._cache is not None
         _title("Kill the cache daemon with -9 and start it again")
+        if self._image is None:
+            self._wait_for_ssd()
         say(f"dirty bytes before: {format_size(self._status()['dirty_bytes'])}")
         say(f"$ kill -9 {self._cache.number}")
         self._cache.kill()
