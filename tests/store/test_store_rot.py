@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_store_head import volume
 
 from forebay_core.errors import CorruptionError
 from forebay_core.extents import Extent, pack
@@ -26,25 +27,6 @@ VOLUME, SNAPSHOT = b"v" * 16, b"s" * 16
 STARTS = tuple(range(0, BLOCKS, 10))
 
 
-def volume(number: int) -> VolumeState:
-    return VolumeState(
-        VOLUME if number == 1 else bytes([number]) * 16,
-        f"vm{number}",
-        BLOCKS * 4096,
-        epoch=1,
-        version=0,
-        committed_ns=0,
-        created_ns=0,
-        stored_size=0,
-        data_blocks=0,
-        floor=0,
-        in_sync_version=0,
-        writer=b"",
-        origin=b"",
-        number=number,
-    )
-
-
 def write(writer: IndexWriter, row: VolumeState, version: int) -> VolumeState:
     live = LiveBytes()
     change = HeadChange(writer, live, row, version)
@@ -57,7 +39,8 @@ def fill(writer: IndexWriter) -> None:
     """Make three volumes; the one in the middle has a snapshot, and was written anew behind it."""
     note_segment(writer, SEGMENT, 1 << 20)
     for number in range(3):
-        row = write(writer, volume(number), 5)
+        row = volume(number)._replace(id=VOLUME if number == 1 else bytes([number]) * 16, name=f"vm{number}")
+        row = write(writer, row, 5)
         if number == 1:
             row = take_snapshot(writer, row, snapshot=SNAPSHOT, name="s", created_ns=0, version=6)
             row = write(writer, row, 7)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from sim_index import DictIndex
+from test_store_head import volume
 
 from forebay_store.engine.head import replace, trim
 from forebay_store.engine.head_change import HeadChange
@@ -17,26 +18,6 @@ from forebay_store.format.segment import SegmentName
 SEGMENT = SegmentName(1, 7)
 BLOCKS = 2000
 ALL = 1 << 40
-
-
-def volume(*, is_clone: bool, newest_snapshot: int) -> VolumeState:
-    return VolumeState(
-        b"v" * 16,
-        "vm",
-        BLOCKS * 4096,
-        epoch=1,
-        version=0,
-        committed_ns=0,
-        created_ns=0,
-        stored_size=0,
-        data_blocks=0,
-        floor=0,
-        in_sync_version=0,
-        writer=b"",
-        origin=b"o" * 16 if is_clone else b"",
-        number=3,
-        newest_snapshot=newest_snapshot,
-    )
 
 
 class Volume:
@@ -77,7 +58,7 @@ def test_the_rows_do_not_tell_how_many_entries_were_trimmed_at_once(
 ) -> None:
     chance = random.Random(seed)
     gaps = (0, 0, 1, 3) if seed % 2 else (1, 2)
-    row = volume(is_clone=is_clone, newest_snapshot=newest_snapshot)
+    row = volume(3, newest_snapshot=newest_snapshot, origin=b"o" * 16 if is_clone else b"")
     volumes = [Volume(row, step=step) for step in (1, ROWS_MIN - 1, ROWS_MIN + 9, ALL)]
     for version in range(1, 9):
         extents: list[tuple[int, int]] = []
