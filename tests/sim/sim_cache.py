@@ -28,7 +28,8 @@ from forebay_cache.service.store_session import StoreSession
 from forebay_cache.service.upstream import StoreUpstream
 from forebay_core.errors import CorruptionError, ForebayError, StoreUnreachableError
 from forebay_core.frame import FrameBuilder
-from forebay_core.units import BLOCK_SIZE, DeviceId
+from forebay_core.units import BLOCK_SIZE, DeviceId, VolumeId
+from forebay_wire import messages
 from forebay_wire.address import Address
 from forebay_wire.client import WireClient
 from forebay_wire.connection import Connection
@@ -62,6 +63,7 @@ class CacheHost:
         self.loop: SimLoop | None = None
         self.recovered: Callable[[CacheVolume, Branch, bool], None] = lambda volume, branch, power: None
         self.closing: Callable[[str], Awaitable[None]] | None = None
+        self.fenced: Callable[[CacheVolume, str], None] = lambda volume, text: None
         self.power_goes = False  # the next death is one of the whole host
         self.died: Callable[[], None] = lambda: None
         self._power = False
@@ -118,7 +120,7 @@ class CacheHost:
             device=DeviceId(superblock.device),
             jitter=self.random.random,
             on_reopened=lambda volume, opened: self.shell.on_reopened(volume, opened),
-            on_refused=lambda volume, code, text: self.shell.on_refused(volume, code, text),
+            on_refused=self._refused,
             ping_interval_s=1.0,
             ping_timeout_s=4.0,
             held=lambda store: self.shell.held(store, self.world.now_ns + self.wall_skew_ns),
@@ -267,6 +269,12 @@ class CacheHost:
         official.begin(volume.epoch, branch)
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _refused(self, volume_id: VolumeId, code: str, text: str) -> None:
+        volume = self.engine.by_id(volume_id)
+        if code == messages.FENCED and volume is not None and self.loop is not None:
+            self.loop.call_soon(self.fenced, volume, text)
+        self.shell.on_refused(volume_id, code, text)
 
     def _report(self, text: str) -> None:
         self.world.note(f"{self.name} reports: {text}")

@@ -141,6 +141,7 @@ class Scenario:
             host.died = lambda host=host: self._restart_later(host)  # type: ignore[misc]
             host.recovered = lambda volume, branch, power, host=host: self._recovered(host, volume, branch, power)  # type: ignore[misc]
             host.closing = self._closing
+            host.fenced = self._fenced
         self.guests: dict[str, Guest] = {}
         self.left_behind: list[LeftBehind] = []
         self.frozen = b""  # what the snapshot of the first volume shows for ever
@@ -166,6 +167,11 @@ class Scenario:
         guest = self.guests.get(volume.name)
         if guest is not None:
             guest.recovered(host, volume, branch, power)
+
+    def _fenced(self, volume: CacheVolume, text: str) -> None:
+        """A device was told that it lost a volume for good."""
+        if self.judge.volumes[volume.id].epoch <= volume.epoch and not self.world.excuses:
+            raise Violation(f"{volume.name} was taken from its device, and nobody has it: {text}")
 
     async def _closing(self, name: str) -> None:
         if name in self.guests:

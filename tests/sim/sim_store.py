@@ -384,7 +384,7 @@ class StoreHost:
         assert self.shell is not None
         connection = Connection(Role.SERVER, key=KEY, node=STORE, nonce=self.random.randbytes(32))
         self._peers += 1
-        peer = Peer(self._peers, f"client {self._peers}", connection, self.shell.answer, _Owner())
+        peer = Peer(self._peers, f"client {self._peers}", connection, self.shell.answer, _Owner(self.shell))
         peer.attach(Link(sock, connection, peer))  # type: ignore[arg-type]
 
     def ask(self, message: messages.AnyMessage) -> messages.AnyMessage:
@@ -408,6 +408,9 @@ class _Owner:
 
     accepting = True
 
+    def __init__(self, shell: StoreShell) -> None:
+        self._shell = shell
+
     def may_start(self, peer: Peer) -> bool:
         return True
 
@@ -421,7 +424,8 @@ class _Owner:
         pass
 
     def on_lost(self, peer: Peer, error: ForebayError) -> None:
-        pass
+        if peer.greeting is not None and hasattr(self._shell, "lost_connection"):
+            self._shell.lost_connection(peer)
 
     def on_idle(self, peer: Peer) -> None:
         pass

@@ -77,10 +77,10 @@ class StoreDaemon:
         _, errors = self.process.communicate(timeout=30)
         return errors
 
-    async def connect(self, key: bytes | None = None) -> WireClient:
-        """Return a client."""
+    async def connect(self, key: bytes | None = None, *, node: bytes = b"") -> WireClient:
+        """Return a client, somebody new unless `node` says who."""
         assert self.address is not None
-        return await WireClient.connect(self.address, key=key, node=os.urandom(16), timeout_s=10)
+        return await WireClient.connect(self.address, key=key, node=node or os.urandom(16), timeout_s=10)
 
     @asynccontextmanager
     async def client(self, key: bytes | None = None) -> AsyncIterator[WireClient]:

@@ -213,6 +213,65 @@ def test_reads_under_an_older_session_are_fenced(tmp_path: Path) -> None:
         run(test(daemon))
 
 
+def test_an_open_that_arrives_late_on_an_older_connection_changes_nothing(tmp_path: Path) -> None:
+    async def test(daemon: StoreDaemon) -> None:
+        lost = await daemon.connect(node=DEVICE)
+        client = await daemon.connect(node=DEVICE)
+        await create(client, "vm", BLOCKS)
+        writer = await Writer.open(client, "vm")
+        with pytest.raises(RefusedError, match="too late") as caught:
+            await Writer.open(lost, "vm")
+        assert caught.value.code == messages.FENCED
+        await writer.stage(0, [frame(0, "a")])
+        await writer.commit(1)  # the session goes on
+        opened = writer.opened
+        release = messages.ReleaseVolume(opened.row.id, opened.epoch, opened.session)
+        await client.ask(release, messages.Done)
+        with pytest.raises(RefusedError, match="too late"):
+            await Writer.open(lost, "vm")
+        assert not (await client.ask(messages.GetVolume("vm"), messages.Volume))[0].row.writer.strip(b"\0")
+        await client.close()
+        await lost.close()
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(test(daemon))
+
+
+def test_an_older_connection_opens_again_when_the_newer_one_is_gone(tmp_path: Path) -> None:
+    async def test(daemon: StoreDaemon) -> None:
+        older = await daemon.connect(node=DEVICE)
+        newer = await daemon.connect(node=DEVICE)
+        await create(newer, "vm", BLOCKS)
+        await Writer.open(newer, "vm")
+        await newer.close()
+        while True:
+            try:
+                await Writer.open(older, "vm")
+            except RefusedError:  # the store has not seen the end yet
+                await asyncio.sleep(0.01)
+            else:
+                break
+        await older.close()
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(test(daemon))
+
+
+def test_devices_do_not_hinder_each_other_whoever_connected_first(tmp_path: Path) -> None:
+    async def test(daemon: StoreDaemon) -> None:
+        first = await daemon.connect(node=b"device that was1")
+        second = await daemon.connect(node=b"device that came")
+        await create(second, "vm", BLOCKS)
+        await Writer.open(second, "vm", device=b"device that came")
+        taken = await Writer.open(first, "vm", device=b"device that was1", take_over=True)
+        await taken.commit(0)
+        await first.close()
+        await second.close()
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(test(daemon))
+
+
 def test_a_rebuilt_index_gives_identical_answers(tmp_path: Path) -> None:
     async def fill(daemon: StoreDaemon) -> None:
         shuffled = random.Random(3)

@@ -190,10 +190,10 @@ def full_buffer() -> None:
 
 def snapshot() -> None:
     """A snapshot is a device that can't be written."""
-    report("snapshot", forebay("snapshot", "create", "load@now", "--wait"))
-    said = forebay("attach", "load@now", "--front", "kernel")
-    report("snapshot attach", said)
-    assert said[0] == 0, said
+    report("snapshot", done := forebay("snapshot", "create", "load@now", "--wait"))
+    assert done[0] == 0, [done, forebay("status"), forebay("volume", "info", "load")]
+    report("snapshot attach", done := forebay("attach", "load@now", "--front", "kernel"))
+    assert done[0] == 0, [done, forebay("status"), forebay("snapshot", "list", "load")]
     number = int(os.path.realpath("/dev/forebay/load@now").removeprefix("/dev/nbd"))
     report("snapshot device", [Path(f"/sys/block/nbd{number}/ro").read_text().strip(), read(number) == read(1)])
     report("snapshot detach", forebay("detach", "load@now", "--timeout", "5"))

@@ -30,7 +30,8 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object
             found = run_guest(JOB, arguments={"store": store.from_guest}, disk_size=512 * MIB, folder=folder)
         except CannotError as error:
             pytest.skip(f"no guest can run here: {error}")
-        assert found.get("end") == "reached", found.get("failed", found["console"])
+        if found.get("end") != "reached":
+            pytest.fail(f"{found.get('failed', 'the guest ended early')}\n{found['console']}", pytrace=False)
         yield found
 
 

@@ -62,7 +62,9 @@ async def _serve(
     watchdog = Watchdog(loop)
     shell = StoreShell(store, settings=settings)
     try:
-        server = WireServer(shell.answer, key=key, node=store.folder.store, limits=limits)
+        server = WireServer(
+            shell.answer, key=key, node=store.folder.store, on_disconnect=shell.lost_connection, limits=limits
+        )
         try:
             ready = f"store listening on {await server.listen_tcp(address)}"
             _LOG.info("%s, UUID %s", ready, format_store(store.folder.store))

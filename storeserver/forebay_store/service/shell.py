@@ -30,6 +30,7 @@ from forebay_store.limits import FLATTEN_RETRY_S, FLATTEN_RETRY_S_MAX, PART_ENTR
 from forebay_store.service.cleaner_shell import CleanerShell
 from forebay_store.service.copying import copy_origin
 from forebay_store.service.kept_reports import KeptReports
+from forebay_store.service.openers import Openers
 from forebay_store.service.opening import OpenStore
 from forebay_store.service.scrub_shell import ScrubShell
 from forebay_wire import messages
@@ -70,6 +71,7 @@ class StoreShell:
         self._waiting: dict[int, asyncio.Future[messages.AnyMessage]] = {}
         self._ticket = 0
         self._reads = 0
+        self._openers = Openers()
         self._reports = KeptReports(store.reports, store.index.view, self._readers)
         self._copy_retry: asyncio.TimerHandle | None = None
         self._copy_delay_s = FLATTEN_RETRY_S
@@ -162,6 +164,7 @@ class StoreShell:
                 with self._cleaner.room_for(payload.nbytes):
                     return await self._change(message, await self._parse(message, payload), (payload,)), ()
             case messages.OpenVolume():
+                self._openers.expect_newest(peer)
                 opened = await self._change(message, None, ())
                 if isinstance(opened, messages.Opened):
                     self._reports.note_opened(opened)
@@ -184,6 +187,10 @@ class StoreShell:
                 return changed, ()
             case _:
                 raise RefusedError(messages.BAD_REQUEST, f"a store does not answer {type(message).__name__}")
+
+    def lost_connection(self, peer: Peer) -> None:
+        """A client is gone."""
+        self._openers.gone(peer)
 
     async def stop(self) -> None:
         """Refuse further changes, finish what is under way and bring the index up."""
