@@ -1,5 +1,5 @@
-/* The native twins of `forebay_cache.engine.entering`, and of `put_writes` and `mark_written` in
-   `forebay_cache.format.record`: see there what each function does, takes and returns.
+/* The native twins of `forebay_cache.engine.entering`, of `find_runs` in `forebay_cache.engine.runs`, and of
+   `put_writes` and `mark_written` in `forebay_cache.format.record`: see there what each function does, takes and returns.
 
    Everything lies in arrays that Python owns; here they are only read and written, with their bounds checked first.
    A chain that leads out of the map would be a bug of ours, so it raises SystemError instead of crashing the daemon. */
@@ -281,6 +281,65 @@ end:
     return answer;
 }
 
+/* Append a run to a list, unless it is empty. */
+static int add_run(PyObject *runs, int64_t place, uint64_t count)
+{
+    if (count == 0)
+        return 0;
+    PyObject *run = Py_BuildValue("(LK)", (long long)place, (unsigned long long)count);
+    const int failed = run == NULL || PyList_Append(runs, run) < 0;
+    Py_XDECREF(run);
+    return failed ? -1 : 0;
+}
+
+static PyObject *find_runs(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    uint64_t n[2];
+    map_t map;
+    (void)module;
+    if (given != 3 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 6) {
+        PyErr_SetString(PyExc_TypeError, "find_runs takes 3 arguments, the first is a tuple of 6");
+        return NULL;
+    }
+    PyObject *runs = PyList_New(0);
+    if (runs == NULL || open_map(&held, arguments[0], &map) < 0 || numbers(arguments + 1, 2, n) < 0)
+        goto fail;
+    if (map.head_count == 0 || map.key_count != map.place_count) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+        goto fail;
+    }
+    int64_t first = -1;
+    uint64_t length = 0;
+    for (uint64_t i = 0; i < n[1]; i++) {
+        const uint64_t key = n[0] + i;
+        uint32_t at = map.heads[key % (uint64_t)map.head_count];
+        while (at != NIL && at < (uint64_t)map.place_count && map.keys[at] != key)
+            at = map.nexts[at];
+        if (at >= (uint64_t)map.place_count) {
+            PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)at);
+            goto fail;
+        }
+        const int64_t place = at == NIL ? -1 : (int64_t)at;
+        if (length && place == (first < 0 ? -1 : first + (int64_t)length)) {
+            length++;
+            continue;
+        }
+        if (add_run(runs, first, length) < 0)
+            goto fail;
+        first = place;
+        length = 1;
+    }
+    if (add_run(runs, first, length) < 0)
+        goto fail;
+    release(&held);
+    return runs;
+fail:
+    Py_XDECREF(runs);
+    release(&held);
+    return NULL;
+}
+
 /* Where a key is looked for first among KEY_SLOTS; at most ENTRIES_MAX of them are taken, so a search ends. */
 static inline unsigned slot_of(uint64_t key) { return (unsigned)(key * 0x9E3779B97F4A7C15u >> 56); }
 
@@ -329,6 +388,7 @@ end:
 
 static PyMethodDef methods[] = {
     {"mark_written", (PyCFunction)(void (*)(void))mark_written, METH_FASTCALL, NULL},
+    {"find_runs", (PyCFunction)(void (*)(void))find_runs, METH_FASTCALL, NULL},
     {"enter_moves", (PyCFunction)(void (*)(void))enter_moves, METH_FASTCALL, NULL},
     {"put_writes", (PyCFunction)(void (*)(void))put_writes, METH_FASTCALL, NULL},
     {"enter_writes", (PyCFunction)(void (*)(void))enter_writes, METH_FASTCALL, NULL},

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.entering import Entered, MapViews, Moved
+from forebay_cache.engine.runs import Run
 from forebay_core.units import Buffer
 
 NIL: Final[int]
@@ -12,6 +13,7 @@ def put_writes(
     block: bytearray, index: int, volume_key: int, lba: int, version: int, checksums: npt.NDArray[np.uint64], /
 ) -> None: ...
 def mark_written(block: Buffer, count: int, keys: npt.NDArray[np.uint64], found: npt.NDArray[np.bool_], /) -> None: ...
+def find_runs(views: MapViews, key: int, count: int, /) -> list[Run]: ...
 def enter_moves(
     views: MapViews,
     zone_blocks: int,

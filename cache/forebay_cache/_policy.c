@@ -160,27 +160,6 @@ static PyObject *core_hit_run(core_t *self, PyObject *const *arguments, Py_ssize
     Py_RETURN_NONE;
 }
 
-static PyObject *each_place(core_t *self, PyObject *array, void (*act)(core_t *, uint32_t))
-{
-    Py_buffer view;
-    Py_ssize_t count;
-    const int64_t *places = items(array, &view, &count);
-    if (places == NULL)
-        return NULL;
-    int fits = 1;
-    for (Py_ssize_t i = 0; i < count && fits; i++)
-        fits = is_place(self, (uint64_t)places[i], 1);
-    for (Py_ssize_t i = 0; i < count && fits; i++) {
-        if (act == use && i + BLOCKS_AHEAD < count)
-            ask_ahead(self, self->cache.keys[places[i + BLOCKS_AHEAD]]);
-        act(self, (uint32_t)places[i]);
-    }
-    PyBuffer_Release(&view);
-    return fits ? Py_NewRef(Py_None) : NULL;
-}
-
-static PyObject *core_hits(core_t *self, PyObject *array) { return each_place(self, array, use); }
-
 static PyObject *core_removed(core_t *self, PyObject *const *arguments, Py_ssize_t given)
 {
     if (given != 2 || number(arguments[1], &self->cache.volume_of_zero) < 0) {
@@ -188,7 +167,18 @@ static PyObject *core_removed(core_t *self, PyObject *const *arguments, Py_ssize
             PyErr_SetString(PyExc_TypeError, "2 arguments were expected");
         return NULL;
     }
-    return each_place(self, arguments[0], forget);
+    Py_buffer view;
+    Py_ssize_t count;
+    const int64_t *places = items(arguments[0], &view, &count);
+    if (places == NULL)
+        return NULL;
+    int fits = 1;
+    for (Py_ssize_t i = 0; i < count && fits; i++)
+        fits = is_place(self, (uint64_t)places[i], 1);
+    for (Py_ssize_t i = 0; i < count && fits; i++)
+        forget(self, (uint32_t)places[i]);
+    PyBuffer_Release(&view);
+    return fits ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *core_missed(core_t *self, PyObject *const *arguments, Py_ssize_t given)
@@ -840,7 +830,7 @@ end:
 #define NONE(function) (PyCFunction)(void (*)(void))function, METH_NOARGS, NULL
 
 static PyMethodDef core_methods[] = {
-    {"hit", ONE(core_hit)}, {"hits", ONE(core_hits)}, {"hit_run", FAST(core_hit_run)}, {"missed", FAST(core_missed)},
+    {"hit", ONE(core_hit)}, {"hit_run", FAST(core_hit_run)}, {"missed", FAST(core_missed)},
     {"admits", ONE(core_admits)}, {"passes_over", ONE(core_passes_over)}, {"frequency", ONE(core_frequency)}, {"entered", ONE(core_entered)},
     {"moved", FAST(core_moved)}, {"written", FAST(core_written)}, {"removed", FAST(core_removed)},
     {"restore", FAST(core_restore)}, {"follow", ONE(core_follow)}, {"set_floor", FAST(core_set_floor)},

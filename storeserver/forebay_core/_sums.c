@@ -1,4 +1,4 @@
-/* The native twin of `forebay_core.checksums.sum_blocks`: XXH3-64, seed 0, of 4096-byte blocks, as the specification of
+/* The native twins of `sum_blocks` and `are_sound` in `forebay_core.checksums`: XXH3-64, seed 0, of 4096-byte blocks, as the specification of
    xxHash has it (github.com/Cyan4973/xxHash, doc/xxhash_spec.md) for inputs of more than 240 bytes.
 
    For x86-64 with AVX2 only: elsewhere it is not built, or refuses to be imported, and the twin does the work. */
@@ -94,36 +94,67 @@ AVX2 static uint64_t sum(const uint8_t *block)
     return found ^ found >> 32;
 }
 
+typedef struct {
+    Py_buffer blocks, sums;
+} pair_t;
+
+static void release(pair_t *pair)
+{
+    PyBuffer_Release(&pair->sums);
+    PyBuffer_Release(&pair->blocks);
+}
+
+/* Get whole blocks and as many sums from two arguments; -1 with an exception set. */
+static int take(PyObject *const *arguments, Py_ssize_t given, int sums_flag, pair_t *pair)
+{
+    if (given != 2) {
+        PyErr_SetString(PyExc_TypeError, "2 arguments were expected");
+        return -1;
+    }
+    if (PyObject_GetBuffer(arguments[0], &pair->blocks, PyBUF_SIMPLE) < 0)
+        return -1;
+    if (PyObject_GetBuffer(arguments[1], &pair->sums, sums_flag) < 0) {
+        PyBuffer_Release(&pair->blocks);
+        return -1;
+    }
+    if (pair->blocks.len % BLOCK_SIZE == 0 && pair->sums.len == pair->blocks.len / BLOCK_SIZE * 8)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "whole blocks and 8 bytes for each were expected");
+    release(pair);
+    return -1;
+}
+
 static PyObject *sum_blocks(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
 {
-    Py_buffer blocks, sums;
+    pair_t pair;
     (void)module;
-    if (given != 2) {
-        PyErr_SetString(PyExc_TypeError, "sum_blocks takes 2 arguments");
+    if (take(arguments, given, PyBUF_WRITABLE, &pair) < 0)
         return NULL;
+    for (Py_ssize_t i = 0; i < pair.blocks.len / BLOCK_SIZE; i++) {
+        const uint64_t found = sum((const uint8_t *)pair.blocks.buf + i * BLOCK_SIZE);
+        memcpy((char *)pair.sums.buf + i * 8, &found, 8);
     }
-    if (PyObject_GetBuffer(arguments[0], &blocks, PyBUF_SIMPLE) < 0)
-        return NULL;
-    if (PyObject_GetBuffer(arguments[1], &sums, PyBUF_WRITABLE) < 0) {
-        PyBuffer_Release(&blocks);
-        return NULL;
-    }
-    const int fits = blocks.len % BLOCK_SIZE == 0 && sums.len == blocks.len / BLOCK_SIZE * 8;
-    if (fits)
-        for (Py_ssize_t i = 0; i < blocks.len / BLOCK_SIZE; i++) {
-            const uint64_t found = sum((const uint8_t *)blocks.buf + i * BLOCK_SIZE);
-            memcpy((char *)sums.buf + i * 8, &found, 8);
-        }
-    else
-        PyErr_SetString(PyExc_ValueError, "whole blocks and 8 bytes for each were expected");
-    PyBuffer_Release(&sums);
-    PyBuffer_Release(&blocks);
-    if (!fits)
-        return NULL;
+    release(&pair);
     Py_RETURN_NONE;
 }
 
+static PyObject *are_sound(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    pair_t pair;
+    int sound = 1;
+    (void)module;
+    if (take(arguments, given, PyBUF_SIMPLE, &pair) < 0)
+        return NULL;
+    for (Py_ssize_t i = 0; i < pair.blocks.len / BLOCK_SIZE && sound; i++) {
+        const uint64_t found = sum((const uint8_t *)pair.blocks.buf + i * BLOCK_SIZE);
+        sound = memcmp((const char *)pair.sums.buf + i * 8, &found, 8) == 0;
+    }
+    release(&pair);
+    return PyBool_FromLong(sound);
+}
+
 static PyMethodDef methods[] = {
+    {"are_sound", (PyCFunction)(void (*)(void))are_sound, METH_FASTCALL, NULL},
     {"sum_blocks", (PyCFunction)(void (*)(void))sum_blocks, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };

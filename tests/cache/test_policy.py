@@ -255,7 +255,6 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match="outside"):
             core.hit(place)
     for call in (
-        lambda: core.hits(np.array([-1])),
         lambda: core.hit_run(5, 9),
         lambda: core.moved(np.array([1]), np.array([9])),
         lambda: core.moved(np.array([1, 0]), np.array([2, 3])),
@@ -288,10 +287,9 @@ def full_policy(count: int = 400) -> tuple[FrequencyPolicy, np.ndarray]:
     keys = np.arange(count, dtype=np.uint64) + np.uint64(VOLUME)
     keys[0] = 0
     policy = FrequencyPolicy(keys, worthy_share=0.5)
-    places = np.arange(1, count, dtype=np.int64)
     policy.written(1, np.full(count - 1, -1, np.int64), keys[1:])
     for _ in range(20):
-        policy.hits(places[: count // 4])
+        policy.hit_run(1, count // 4)
     return policy, keys
 
 
@@ -338,7 +336,7 @@ def test_a_fetched_block_of_a_full_cache_is_kept_once_it_is_used_often() -> None
     policy, _ = full_policy(4000)
     policy._core.follow(1)  # no window: frequency decides
     for _ in range(3):
-        policy.hits(np.arange(1, 4000))
+        policy.hit_run(1, 3999)
     assert policy.figures()["count"] == policy.capacity
     cold, warm = VOLUME + 50_000, VOLUME + 60_000
     policy.missed(cold, 1)

@@ -14,6 +14,7 @@ from forebay_core import checksums
 from forebay_core.checksums import (
     ZERO_BLOCK,
     ZERO_CHECKSUM,
+    are_sound,
     block_checksums,
     checksum,
     is_zero,
@@ -68,6 +69,32 @@ def test_native_sums_are_those_of_the_twin(seed: int, count: int, shift: int) ->
     native.sum_blocks(blocks, sums)
     sum_blocks(blocks, expected)
     assert sums.tolist() == expected.tolist()
+
+
+JUDGES = [are_sound, *([] if native is None else [native.are_sound])]
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_blocks_are_sound_until_any_byte_of_them_or_of_their_sums_is_another(judge) -> None:
+    plain = random.Random(3).randbytes(5 * BLOCK_SIZE)
+    sums = block_checksums(plain)
+    assert judge(plain, sums.data)
+    assert judge(b"", b"")
+    for at in (0, 1, BLOCK_SIZE - 1, BLOCK_SIZE, 2 * BLOCK_SIZE + 2000, 5 * BLOCK_SIZE - 1):
+        other = bytearray(plain)
+        other[at] ^= 1
+        assert not judge(other, sums.data)
+    for at in range(sums.nbytes):
+        found = bytearray(sums.tobytes())
+        found[at] ^= 128
+        assert not judge(plain, found)
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_sums_that_are_not_one_for_each_block_are_refused(judge) -> None:
+    for size in (0, 8, 24):
+        with pytest.raises(ValueError, match="8 bytes for each"):
+            judge(bytes(2 * BLOCK_SIZE), bytes(size))
 
 
 @needs_native

@@ -42,6 +42,7 @@ from forebay_cache.engine.limits import (
     RANGE_SCAN_RATIO,
     SCALAR_KEYS_MAX,
 )
+from forebay_cache.engine.runs import Run, find_runs_fast, join_runs
 from forebay_cache.engine.sweeping import Hidden
 from forebay_core.units import LBA_BITS, LBA_MAX, Buffer
 
@@ -247,6 +248,12 @@ class BlockMap:
     ) -> tuple[int, int]:
         """Map packed entries to consecutive empty places instead of their sources; see `entering.enter_moves`."""
         return enter_moves_fast(self._views, self.zone_blocks, packed, index, sources, first_place, found)
+
+    def find_runs(self, key: int, count: int) -> list[Run]:
+        """Return the runs that consecutive blocks make; see `runs.find_runs`, but what is hidden has no place."""
+        if self.hidden:
+            return join_runs(self.find_run(key, count).tolist())
+        return find_runs_fast(self._views, key, count)
 
     def find_run(self, key: int, count: int) -> PlaceArray:
         """Return the places of `count` consecutive blocks, -1 where one is missing."""

@@ -87,10 +87,6 @@ class FrequencyPolicy:
         """Consecutive places were hit."""
         self._core.hit_run(first_place, count)
 
-    def hits(self, places: PlaceArray) -> None:
-        """Distinct places were hit."""
-        self._core.hits(places)
-
     def missed(self, key: int, count: int, *, passes: bool = False) -> None:
         """Consecutive blocks were read that are not cached; as part of a long stream that passes by, or not."""
         self._core.missed(key, count, passes)

@@ -273,11 +273,6 @@ class Core:
         else:
             self._cache.enter(place)
 
-    def hits(self, places: PlaceArray) -> None:
-        """Distinct places were hit."""
-        for place in places.tolist():
-            self.hit(place)
-
     def hit_run(self, first: int, count: int) -> None:
         """Consecutive places were hit."""
         self._check(first, count)

@@ -8,18 +8,17 @@ Invariants:
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from forebay_cache.engine.fetches import Purpose
 from forebay_cache.engine.front import Chunk, IoError, ReadReply, Reply
 from forebay_cache.engine.limits import PREFETCH_STEPS_PER_TURN
 from forebay_cache.engine.ports import FetchedPiece, UpstreamRefusal
 from forebay_cache.engine.ring import AHEAD, SPARE, Held
-from forebay_core.checksums import block_checksums, checksum
+from forebay_cache.engine.runs import Run, join_runs
+from forebay_core.checksums import U64Array, are_sound_fast, block_checksums, checksum
 from forebay_core.extents import Extent
 from forebay_core.units import BLOCK_SHIFT, BLOCK_SIZE, LBA_BITS, LBA_MAX, Buffer
 from forebay_wire import messages
@@ -118,18 +117,7 @@ class Reads:
         elif count == 1:
             self._read_one(volume, first, offset, length, reply)
         else:
-            places = self._engine.map.find_run(volume.key << LBA_BITS | first, count)
-            if volume.source is not None:
-                places = self._engine.sources.find_run(volume, Extent(first, count), places)
-            found = self._read_now(places)
-            if found is None:
-                self._begin(_Read(volume, Extent(first, count), offset, length, reply))
-                return
-            volume.hit_blocks += count
-            if not volume.temporary:
-                self._engine.policy.hits(places)
-            skip = offset & _IN_BLOCK
-            reply(IoError.OK, (Chunk(length, found[skip : skip + length]),))
+            self._read_many(volume, Extent(first, count), offset, length, reply)
 
     def prefetch(self, volume: "CacheVolume", offset: int, length: int, reply: Reply) -> None:
         """See FrontVolume.prefetch: fetch what is missing, step by step; the bytes go nowhere else."""
@@ -210,19 +198,41 @@ class Reads:
             engine.policy.hit(place)
         engine.device.read(engine.zones_offset + (place << BLOCK_SHIFT), BLOCK_SIZE, done)
 
-    def _read_now(self, places: npt.NDArray[np.int64]) -> memoryview | None:
-        """Return the blocks of these places if all are cached, in memory and sound; they may lie anywhere."""
-        if int(places.min()) < 0:
+    def _read_many(self, volume: "CacheVolume", extent: Extent, offset: int, length: int, reply: ReadReply) -> None:
+        """Answer a read of several blocks, at once if all of them are here."""
+        engine = self._engine
+        key = volume.key << LBA_BITS | extent.start
+        if volume.source is None:
+            runs = engine.map.find_runs(key, extent.count)
+        else:
+            places = engine.sources.find_run(volume, extent, engine.map.find_run(key, extent.count))
+            runs = join_runs(places.tolist())
+        found = self._read_now(runs, extent.count)
+        if found is None:
+            self._begin(_Read(volume, extent, offset, length, reply))
+            return
+        volume.hit_blocks += extent.count
+        if not volume.temporary:
+            for place, count in runs:
+                engine.policy.hit_run(place, count)
+        skip = offset & _IN_BLOCK
+        reply(IoError.OK, (Chunk(length, found[skip : skip + length]),))
+
+    def _read_now(self, runs: Sequence[Run], count: int) -> memoryview | None:
+        """Return the blocks of these runs, `count` in all, if they are cached, in memory and sound."""
+        if any(place < 0 for place, _ in runs):
             return None
         engine = self._engine
-        buffer = np.empty(places.size << BLOCK_SHIFT, np.uint8).data  # not zeroed: all of it is read into
-        starts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), places.size]
-        for start, end in pairwise(starts):
-            offset = engine.zones_offset + (int(places[start]) << BLOCK_SHIFT)
-            if not engine.device.read_into_now(offset, buffer[start << BLOCK_SHIFT : end << BLOCK_SHIFT]):
+        checksums, zones_offset, read_into_now = engine.map.checksums, engine.zones_offset, engine.device.read_into_now
+        buffer = np.empty(count << BLOCK_SHIFT, np.uint8).data  # not zeroed: all of it is read into
+        at = 0
+        for place, run_count in runs:
+            part = buffer[at : at + (run_count << BLOCK_SHIFT)]
+            if not read_into_now(zones_offset + (place << BLOCK_SHIFT), part):
                 return None
-        if (block_checksums(buffer) != engine.map.checksum_array.take(places)).any():
-            return None
+            if not are_sound_fast(part, checksums[place : place + run_count]):
+                return None
+            at += run_count << BLOCK_SHIFT
         return buffer
 
     def _begin(self, request: _Read) -> None:
@@ -237,18 +247,16 @@ class Reads:
     def _collect(self, volume: "CacheVolume", request: _Read, extent: Extent, *, loaded: bool) -> None:
         """Read an extent; `loaded`: all that the checkpoint says of it is in the map."""
         engine = self._engine
-        places = engine.map.find_run(volume.key << LBA_BITS | extent.start, extent.count).tolist()
-        at = 0
-        while at < extent.count:
-            run = _run_length(places, at)
-            part = Extent(extent.start + at, run)
-            if places[at] < 0:
+        at = extent.start
+        for place, count in engine.map.find_runs(volume.key << LBA_BITS | at, extent.count):
+            part = Extent(at, count)
+            if place < 0:
                 self._read_absent(volume, request, part, loaded=loaded)
             elif request.purpose is not Purpose.READ:
-                request.parts[part.start] = (run, None)
+                request.parts[at] = (count, None)
             else:
-                self._read_run(volume, request, part, places[at])
-            at += run
+                self._read_run(volume, request, part, place)
+            at += count
 
     def _read_unloaded(self, volume: "CacheVolume", request: _Read, part: Extent) -> None:
         """Read blocks that may turn out to be cached: look again when that is known."""
@@ -269,7 +277,7 @@ class Reads:
         request.volume.hit_blocks += part.count
         if not volume.temporary:
             engine.policy.hit_run(place, part.count)
-        sums = engine.map.checksums[place : place + part.count].tolist()
+        sums = engine.map.checksum_array[place : place + part.count].copy()
         offset = engine.zones_offset + (place << BLOCK_SHIFT)
         buffer = engine.device.read_now(offset, part.count << BLOCK_SHIFT)
         if buffer is not None and not _mismatches(buffer, sums):
@@ -310,7 +318,7 @@ class Reads:
         part: Extent,
         place: int,
         answer: Buffer | None,
-        sums: Sequence[int],
+        sums: U64Array,
     ) -> None:
         """Give out the good blocks of a run; forget clean bad ones and fetch them; fail on a dirty bad one."""
         bad = set(range(part.count) if answer is None else _mismatches(answer, sums))
@@ -321,7 +329,9 @@ class Reads:
                 block = memoryview(answer)[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]
                 request.parts[lba] = (1, block)
                 continue
-            self._replace(volume, request, lba, place + i, sums[i], answer and memoryview(answer)[i << BLOCK_SHIFT :])
+            self._replace(
+                volume, request, lba, place + i, int(sums[i]), answer and memoryview(answer)[i << BLOCK_SHIFT :]
+            )
 
     def _replace(
         self, volume: "CacheVolume", request: _Read, lba: int, place: int, expected: int, rest: Buffer | None
@@ -509,21 +519,6 @@ def _chunk(block: Buffer, offset: int, length: int) -> Chunk:
     return Chunk(length, memoryview(block)[skip : skip + length])
 
 
-def _run_length(places: Sequence[int], at: int) -> int:
-    """Return how many blocks from `at` on are absent, or lie one behind the other on the device."""
-    first = places[at]
-    end = at + 1
-    if first < 0:
-        while end < len(places) and places[end] < 0:
-            end += 1
-    else:
-        while end < len(places) and places[end] == first + end - at:
-            end += 1
-    return end - at
-
-
-def _mismatches(buffer: Buffer, sums: Sequence[int]) -> list[int]:
-    view = memoryview(buffer)
-    return [
-        i for i, expected in enumerate(sums) if checksum(view[i << BLOCK_SHIFT : (i + 1) << BLOCK_SHIFT]) != expected
-    ]
+def _mismatches(buffer: Buffer, sums: U64Array) -> list[int]:
+    found: list[int] = np.flatnonzero(block_checksums(buffer) != sums).tolist()
+    return found
