@@ -36,6 +36,7 @@ from forebay_store.engine import apply as store_apply
 from forebay_store.engine import changes, moving, reading, sweeping, views
 from forebay_store.engine.store import StoreEngine
 from forebay_store.format.part import PART_ENTRY
+from forebay_store.service.openers import Openers
 from forebay_store.service.shell import StoreShell
 from forebay_wire import messages
 
@@ -408,6 +409,10 @@ class Planted(NamedTuple):
     seeds: int = 20
 
 
+def late_open_accepted() -> None:
+    Openers.expect_newest = lambda self, peer: None
+
+
 PLANTED = (
     Planted(ack_before_record_is_written, "all"),
     Planted(flush_answered_before_fsync, "power"),
@@ -426,6 +431,7 @@ PLANTED = (
     Planted(old_epoch_accepted, "fencing", 40),
     Planted(lost_volume_served_on, "fencing", 60),
     Planted(loss_not_told, "fencing", 40),
+    Planted(late_open_accepted, "fencing", 80),
     Planted(moved_blocks_dropped, "full"),
     Planted(checkpoint_counts_before_its_header, Directed("a write", "loss")),
     Planted(checkpoint_before_data, Directed("a write", "checkpoint", "away")),

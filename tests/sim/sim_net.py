@@ -91,6 +91,8 @@ class Pipe:
         self._ending = ""
         self._last_ns = 0
         self._round = 0
+        self._outage_ns = 0  # the end of the last one that it met
+        self._resumed_ns = 0  # when it has noticed that end
 
     def send(self, content: bytes) -> None:
         """Put bytes on their way, whole or in pieces."""
@@ -127,14 +129,18 @@ class Pipe:
     def _arrive(self, round_number: int) -> None:
         if round_number != self._round:
             return
-        if self._network.down_ns > self._network.world.now_ns:
-            self._network.world.at(self._network.down_ns - self._network.world.now_ns, self._arrive, round_number)
+        world = self._network.world
+        if self._network.down_ns > max(world.now_ns, self._outage_ns):
+            self._outage_ns = self._network.down_ns
+            self._resumed_ns = self._outage_ns + self._network.backoff()
+        if self._resumed_ns > world.now_ns:
+            world.at(self._resumed_ns - world.now_ns, self._arrive, round_number)
             return
         if self._chunks:
             chunk = self._chunks.popleft()
-            self._network.world.note(f"{self._name} {len(chunk)} bytes arrive", chunk, quiet=True)
+            world.note(f"{self._name} {len(chunk)} bytes arrive", chunk, quiet=True)
             self._target.inbox += chunk
-            self._network.world.point(f"{self._name} message")
+            world.point(f"{self._name} message")
         else:
             self._target.ended = self._ending
         if self._target.loop.alive:
@@ -142,11 +148,13 @@ class Pipe:
 
 
 class Network:
-    """Between all hosts. `slow` delays by up to seconds; until `down_ns` nothing arrives."""
+    """Between all hosts. `slow` delays by up to seconds; until `down_ns` nothing arrives, and what was under way does
+    when its sender has tried again, as TCP does at longer and longer intervals."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.random = world.rng("network")
+        self._retries = world.rng("retries")
         self.slow = False
         self.down_ns = 0
         self.splitting = 0.1
@@ -179,6 +187,10 @@ class Network:
         if self.slow and self.random.random() < 0.3:
             return self.random.randrange(2_000_000_000)
         return self.random.randrange(20_000, 400_000)
+
+    def backoff(self) -> int:
+        """Return how long after an outage a connection that was in use goes on."""
+        return self._retries.choice((0, self._retries.randrange(200_000_000), self._retries.randrange(4_000_000_000)))
 
     def pieces(self, content: bytes) -> list[bytes]:
         """Return the bytes in one piece or several."""

@@ -75,7 +75,15 @@ PROFILES = {
         blocks=180,
     ),
     "fencing": Profile(
-        {"leave_behind": 5, "take_over": 3, "move": 2, "cut_network": 2, "crash_cache": 1, "partition": 1}
+        {
+            "leave_behind": 5,
+            "take_over": 3,
+            "move": 2,
+            "cut_network": 2,
+            "crash_cache": 1,
+            "partition": 1,
+            "lose_opens": 3,
+        }
     ),
     "full": Profile({**BASE, "take_over": 0}, device_size=8 << 20, blocks=230),
     "full_power": Profile({"power_cache": 1}, rounds=8, device_size=8 << 20, blocks=230),
@@ -441,6 +449,14 @@ class Scenario:
 
     def partition(self) -> None:
         self.network.down_ns = self.world.now_ns + self.random.choice((100, 1000, 6000)) * MS
+
+    def lose_opens(self) -> None:
+        """The network goes, and comes back, and goes again while a daemon opens its volumes."""
+        host = self._host()
+        self.network.cut(host.loop)
+        for connected in (False, True):
+            self.world.run(lambda now=connected: not host.running or host.session.connected == now, limit_s=20)  # type: ignore[misc]
+        self.network.down_ns = self.world.now_ns + 7000 * MS
 
     def slow_network(self) -> None:
         self.network.slow = not self.network.slow

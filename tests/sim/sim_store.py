@@ -424,7 +424,7 @@ class _Owner:
         pass
 
     def on_lost(self, peer: Peer, error: ForebayError) -> None:
-        if peer.greeting is not None and hasattr(self._shell, "lost_connection"):
+        if peer.greeting is not None:
             self._shell.lost_connection(peer)
 
     def on_idle(self, peer: Peer) -> None:
