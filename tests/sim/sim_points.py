@@ -31,7 +31,8 @@ from sim_cache import CacheHost
 from sim_guest import COUNTS
 from sim_guest import KINDS as KINDS_OF_REQUEST
 from sim_judges import check_rebuilt
-from sim_run import MS, Profile, Scenario
+from sim_profiles import Profile
+from sim_run import MS, Scenario
 from sim_store import STORE, SimIndex, StoreHost, small_steps
 from sim_world import SimLoop
 
