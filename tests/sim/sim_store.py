@@ -277,7 +277,7 @@ class _Opened:
         self.folder = self
         self.store = STORE
         self.room = lambda: DiskRoom(1 << 40, 1 << 40)
-        self.shrink = lambda: None
+        self.shrink = self.note_proved = lambda: None
         self.newest = claim(backend, index, store=STORE, now_ns=1)  # type: ignore[arg-type]
 
 

@@ -53,10 +53,11 @@ from forebay_store.service.folder import (
     sync_folder,
 )
 from forebay_store.service.lmdb_index import LmdbIndex
+from forebay_store.service.unproved import UNPROVED_NAME, kills_readers
 
 FINDINGS_MAX: Final = 1000
 REPAIRABLE: Final = frozenset(("leftover-file", "segment-leaked"))
-INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb", CONDEMNED_NAME))
+INDEX_NAMES: Final = frozenset(("data.mdb", "lock.mdb", CONDEMNED_NAME, UNPROVED_NAME))
 
 
 class CheckError(ForebayError):
@@ -237,6 +238,10 @@ def _check_index(folder: StoreFolder, backend: DirBackend, store: bytes, finding
     if why:
         text = f"found damaged by the store: {why}; run: forebay store rebuild-index --data {folder.path}"
         findings.add("index-bad", str(folder.index), text)
+    death = kills_readers(folder.index)
+    if death:
+        findings.add("index-bad", str(folder.index), f"{death}; run: forebay store rebuild-index --data {folder.path}")
+        return
     with findings.noting("index-bad"):
         index = LmdbIndex(folder.index, read_only=True)
         try:

@@ -25,6 +25,7 @@ from forebay_store.service.folder import NEW_INDEX_NAME, StoreFolder, make_folde
 from forebay_store.service.lmdb_index import LmdbIndex
 from forebay_store.service.rebuild import make_index
 from forebay_store.service.report_file import ReportFile
+from forebay_store.service.unproved import STARTS_UNPROVED_MAX, look_apart, note_proved, note_start
 
 
 class OpenStore:
@@ -57,6 +58,10 @@ class OpenStore:
     def condemn(self, text: str) -> None:
         """Note that the index is damaged: no start reads from it any more. Raises OSError."""
         condemn(self.folder.index, text)
+
+    def note_proved(self) -> None:
+        """An audit found the index whole."""
+        note_proved(self.folder.index)
 
     def close(self) -> None:
         """Close everything; the lock goes last."""
@@ -124,6 +129,10 @@ def _open_index(folder: StoreFolder, backend: DirBackend) -> LmdbIndex:
         make_index(backend, folder)
     shutil.rmtree(folder.path / NEW_INDEX_NAME, ignore_errors=True)
     why = why_condemned(folder.index)
+    if not why and note_start(folder.index) >= STARTS_UNPROVED_MAX:
+        why = look_apart(folder.index)
+        if why:
+            condemn(folder.index, why)
     if why:
         raise ForebayError(f"the index {folder.index} is damaged ({why}); {hint}")
     index = LmdbIndex(folder.index)

@@ -54,9 +54,11 @@ class ScrubShell:
         wall_ns: Callable[[], int],
         bar: Callable[[Iterable[SegmentName]], None],
         condemn: Callable[[ForebayError], None],
+        proved: Callable[[], None],
     ) -> None:
         """`rate` is in bytes per second; a pass begins by itself `every_ns` after the last one, never with 0. `condemn`
-        is told of damage to the index, which is looked at once after the start as well."""
+        is told of damage to the index, which is looked at once after the start as well; `proved` is called in a thread
+        when it was found whole."""
         self._index = index
         self._backend = backend
         self._file = file
@@ -66,6 +68,7 @@ class ScrubShell:
         self._wall_ns = wall_ns
         self._bar = bar
         self._condemn = condemn
+        self._proved = proved
         self._is_audited = False  # since the start
         self._ending = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -241,6 +244,7 @@ class ScrubShell:
                 if self._ending.wait(SCRUB_YIELD_S):
                     return
         self._is_audited = True
+        self._proved()
         _LOG.info("the index is whole: %d rows", audit.row_count)
 
 

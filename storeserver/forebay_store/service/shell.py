@@ -104,6 +104,7 @@ class StoreShell:
             wall_ns=wall_ns,
             bar=self._cleaner.bar,
             condemn=self._condemn,
+            proved=store.note_proved,
         )
         self._pump()
 
