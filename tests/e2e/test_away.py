@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from e2e_nbd import READ, WRITE
+from e2e_relay import TIMEOUT_S, Relay
 from e2e_rig import Rig
 
 from forebay_core.units import BLOCK_SIZE, MIB, format_store
@@ -257,3 +258,29 @@ def test_with_a_full_disk_under_the_store_data_stays_dirty_and_goes_on_later(rig
     exported = rig.exported("disk")
     assert exported[: len(content)] == content and exported[8 * MIB :][:4096] == b"more" * 1024
     rig.stop()
+
+
+def test_an_open_that_the_network_brings_late_takes_nothing_from_its_own_daemon(rig: Rig) -> None:
+    rig.start_store()
+    store = rig.store_address
+    with Relay(store) as relay:
+        rig.store_address = relay.address
+        rig.start_cache()
+        rig.store_address = store
+        rig.create("disk")
+        rig.attach("disk")
+        relay.keep(b"disk")
+        relay.cut()
+        assert relay.keeping.wait(TIMEOUT_S)
+        rig.wait_status(lambda status: status.store_connected)
+        content = os.urandom(MIB)
+        with rig.nbd("disk") as client:
+            client.write(0, content)
+            rig.drain("disk")  # over the next connection
+            relay.bring()
+            client.write(MIB, content)
+            rig.drain("disk")
+            assert client.read(0, 2 * MIB) == 2 * content
+        assert rig.exported("disk")[: 2 * MIB] == 2 * content
+        [volume] = rig.status().volumes
+        assert not volume.error and volume.dirty_bytes == 0
