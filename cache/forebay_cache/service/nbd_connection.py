@@ -11,12 +11,13 @@ Crash: the client sees the socket close and connects again.
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from forebay_cache.engine.front import Exports
 from forebay_cache.engine.nbd_budget import Account, Budget
@@ -28,14 +29,18 @@ from forebay_cache.format.nbd_options import OPTION
 from forebay_cache.service.nbd_buffers import BufferPool, buffer_size
 from forebay_cache.service.nbd_outbox import Outbox
 from forebay_cache.service.nbd_sockets import Sockets
+from forebay_cache.service.receiver import Receiver
 from forebay_cache.service.turns import Turns
 from forebay_core.errors import ProtocolError
 from forebay_core.units import KIB
 
+if TYPE_CHECKING:
+    from forebay_cache._receiver import Receive
+
 _log = logging.getLogger(__name__)
 _ROOM_MIN: Final = 64 * KIB  # with less room behind what was received, the rest moves to a fresh buffer
 _PEEK_SIZE: Final = 4 * KIB  # received behind a large write: likely the header of the next, which then isn't copied
-_RECEIVES_PER_TURN: Final = 7  # the header of a write of 1 MiB, and six times what a Unix socket holds
+_RECEIVES_PER_TURN: Final = 8  # a write of 1 MiB: its header, six times what a Unix socket holds, and the next header
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
 
 
@@ -62,6 +67,7 @@ class Shared:
     owner: Owner
     turns: Turns
     sockets: Sockets
+    receiver: Receiver
     linger_timeout_s: float = LINGER_TIMEOUT_S
 
 
@@ -92,6 +98,7 @@ class NbdConnection:
         self._stopping = False
         self._linger: asyncio.TimerHandle | None = None
         self._received = 0
+        self._receiving: Receive | None = None  # the rest of a large write, elsewhere
         self._progress = Progress(self._loop.time())
         self.closed = False
         self.drained: asyncio.Future[None] = self._loop.create_future()
@@ -133,9 +140,11 @@ class NbdConnection:
         """
         self._shared.budget.settle(self._account)
         partly_received = self._in_large_write() and self._start < self._end
-        waits_for_client = bool(self._outbox.batches) or (partly_received and self._reading)
+        receiving = self._receiving
+        waits_for_client = bool(self._outbox.batches) or receiving is not None or (partly_received and self._reading)
         keeps = self._account.granted - FLOOR if waits_for_client else 0
-        return self._progress.stalled(self._received + self._outbox.sent, keeps=keeps, now_s=now_s, period_s=period_s)
+        received = self._received + (receiving.count if receiving is not None else 0)
+        return self._progress.stalled(received + self._outbox.sent, keeps=keeps, now_s=now_s, period_s=period_s)
 
     def abort(self) -> None:
         """Close the socket at once; what the volume still answers is dropped."""
@@ -145,9 +154,13 @@ class NbdConnection:
         self._listen(reading=False, writing=False)
         if self._linger is not None:
             self._linger.cancel()
-        self._socket.close()
+        if self._receiving is None:
+            self._socket.close()
+            self._retire_buffer()
+        else:  # that ends it, and only then the buffer is free
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
         self._outbox.clear()
-        self._retire_buffer()
         if self._transmission is not None and self._session is not None:
             self._transmission.mute()
             self._session.volume.disconnected()
@@ -156,7 +169,7 @@ class NbdConnection:
 
     def _drain(self) -> None:
         """After the close: give everything back once the volume has answered all."""
-        if self._transmission is not None and self._transmission.in_flight:
+        if self._receiving is not None or (self._transmission is not None and self._transmission.in_flight):
             return
         if not self.drained.done():
             self._shared.budget.close(self._account)
@@ -212,29 +225,60 @@ class NbdConnection:
         self._starved = False
         self._woken()
 
-    def _receive(self) -> None:
-        """Receive once; of a large write several times, because its sender goes on while we receive."""
+    def _receive(self, *, here: bool = False) -> None:
+        """Receive once, or have it done elsewhere unless it must be `here`; of a large write several times, because its
+        sender goes on while we receive."""
         for _ in range(_RECEIVES_PER_TURN):
             room = self._room()
-            if room is None:
-                self._listen_as_needed()
-                return
+            if room is None or not (here or self._receives_here(room)):
+                break
             try:
                 count = self._socket.recv_into(room)
             except _WOULD_BLOCK:
-                self._close_if_finished()
-                return
+                if self._start == self._end and self._buffer is not None:
+                    self._release_idle_buffer(self._buffer)
+                    self._peek = len(room) == _PEEK_SIZE  # as before
+                break
             if count == 0:
                 self._at_end = True
-                self._listen(reading=False, writing=self._writing)
-                self._close_if_finished()
-                return
+                break
             self._end += count
             self._received += count
-            if count == len(room) or not self._in_large_write():
-                self._advance()
-                if not (self._reading and self._much_is_missing()):
-                    return
+            is_large = self._in_large_write()
+            if count == len(room) or not is_large:
+                self._take()
+                # Behind a large write the next one is begun before the volume works on this one.
+                if self._is_stuck() or not (is_large or self._much_is_missing()):
+                    break
+        self._listen_as_needed()
+        self._close_if_finished()
+
+    def _receives_here(self, room: memoryview) -> bool:
+        """Tell that it is to be received here: not the rest of a large write while the volume is at work on another
+        one. That has been begun elsewhere."""
+        if self._transmission is not None and self._in_large_write() and self._transmission.in_flight:
+            self._receiving = self._shared.receiver.receive(self._fd, room, partial(self._arrived, len(room)))
+        return self._receiving is None
+
+    def _arrived(self, wanted: int, count: int) -> None:
+        """So much was received elsewhere; if that is not all, what ended it is found here."""
+        self._receiving = None
+        self._end += count
+        self._received += count
+        if self.closed:
+            self._socket.close()
+            self._retire_buffer()
+            self._drain()
+        else:
+            self._guarded(partial(self._go_on, here=count < wanted))
+
+    def _go_on(self, *, here: bool) -> None:
+        self._take()
+        if self._is_stuck():
+            self._listen_as_needed()
+            self._close_if_finished()
+        else:
+            self._receive(here=here)
 
     def _much_is_missing(self) -> bool:
         """Tell whether a large write has begun to arrive."""
@@ -246,7 +290,13 @@ class NbdConnection:
         return self._buffer is not None and self._buffer.charge > 0
 
     def _advance(self) -> None:
-        """Send what waits, take requests, send their answers, and listen for what is possible next."""
+        """Take requests, and listen for what is possible next."""
+        self._take()
+        self._listen_as_needed()
+        self._close_if_finished()
+
+    def _take(self) -> None:
+        """Send what waits, take requests, send their answers."""
         if self._negotiation is not None:
             self._negotiate()
             if self._transmission is None:
@@ -257,8 +307,6 @@ class NbdConnection:
             self._release_idle_buffer(self._buffer)
         if self._account.granted > FLOOR:
             self._shared.budget.settle(self._account)
-        self._listen_as_needed()
-        self._close_if_finished()
 
     def _negotiate(self) -> None:
         negotiation = self._negotiation
@@ -303,7 +351,7 @@ class NbdConnection:
         assert transmission is not None
         if transmission.out or self._outbox.batches:
             self._flush()
-        while self._start < self._end and not transmission.leaving:
+        while self._start < self._end and not (transmission.leaving or self._receiving):
             assert self._buffer is not None
             self._start = transmission.accept(self._buffer, self._start, self._end)
             if transmission.out:
@@ -411,12 +459,19 @@ class NbdConnection:
         self._shared.pool.give(buffer)
 
     def _listen_as_needed(self) -> None:
-        transmission = self._transmission
-        assert transmission is not None
-        stuck = transmission.blocked or transmission.leaving or self._starved or self._at_end
+        if self._transmission is None or self.closed:
+            return
+        reading = not (self._receiving or self._is_stuck())
         writing = bool(self._outbox.batches)
-        if self._reading is stuck or self._writing is not writing:
-            self._listen(reading=not stuck, writing=writing)
+        if self._reading is not reading or self._writing is not writing:
+            self._listen(reading=reading, writing=writing)
+
+    def _is_stuck(self) -> bool:
+        """Tell whether nothing can be received now."""
+        transmission = self._transmission
+        if transmission is None:
+            return self.closed
+        return transmission.blocked or transmission.leaving or self._starved or self._at_end
 
     def _listen(self, *, reading: bool, writing: bool) -> None:
         self._reading, self._writing = reading, writing

@@ -40,6 +40,7 @@ from forebay_cache.service.nbd_listeners import (
     unix_listener,
 )
 from forebay_cache.service.nbd_sockets import Sockets
+from forebay_cache.service.receiver import Receiver
 from forebay_cache.service.turns import Turns
 from forebay_core.notify import keep, let_go
 from forebay_core.units import MIB
@@ -77,7 +78,9 @@ class NbdServer:
         turns = turns or Turns(self._loop)
         self._sockets = Sockets(turns)
         linger_timeout_s = self._settings.linger_timeout_s
-        self._shared = Shared(exports, self._budget, BufferPool(), self, turns, self._sockets, linger_timeout_s)
+        self._receiver = Receiver(turns)
+        pool = BufferPool()
+        self._shared = Shared(exports, self._budget, pool, self, turns, self._sockets, self._receiver, linger_timeout_s)
         self._listeners: dict[socket.socket, tuple[int, int] | None] = {}
         self._connections: set[NbdConnection] = set()
         self._negotiating: dict[NbdConnection, asyncio.TimerHandle] = {}
@@ -167,6 +170,7 @@ class NbdServer:
             remove_own_socket(listener, inode)
             self._leave(listener)
         await _close_all(list(self._connections), grace_s)
+        self._receiver.close()
         self._sockets.close()
         if self._stall_timer is not None:
             self._stall_timer.cancel()
