@@ -10,7 +10,7 @@ from store_daemon import StoreDaemon, Writer, create, frame, run
 from forebay_store.service.condemned import why_condemned
 from forebay_store.service.fsck import fsck
 from forebay_store.service.rebuild import rebuild_index
-from forebay_store.service.unproved import STARTS_UNPROVED_MAX, UNPROVED_NAME, look_apart, note_start
+from forebay_store.service.unproved import STARTS_UNPROVED_MAX, UNPROVED_NAME, death_of, look_apart, note_start
 from forebay_wire import messages
 
 _PAGE = 4096
@@ -91,6 +91,14 @@ def test_fsck_outlives_such_an_index_and_a_rebuilt_one_is_whole(broken: Path) ->
                 assert row.data_blocks == _ENTRIES
 
         run(test())
+
+
+@pytest.mark.parametrize(
+    ("number", "is_damage"), [(9, False), (15, False), (2, False), (11, True), (7, True), (6, True)]
+)
+def test_only_a_crash_of_the_reader_is_damage(tmp_path: Path, number: int, is_damage: bool) -> None:
+    """A reader that the kernel ends for its memory, or somebody with the service, has met nothing."""
+    assert bool(death_of(tmp_path, -number)) is is_damage
 
 
 def test_a_count_that_nobody_can_read_or_write_keeps_no_store_from_starting(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Crash: the count is that of before or the new one. Kills that have nothing to do
 time of an audit.
 """
 
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -22,6 +23,10 @@ from forebay_store.service.side_file import read_side_file, replace_side_file
 UNPROVED_NAME: Final = "unproved"
 NEW_UNPROVED_NAME: Final = "unproved.new"
 STARTS_UNPROVED_MAX: Final = 2
+CRASHES: Final = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+"""What a damaged page ends its reader with. Others come from outside, as from who ends the service or wants memory
+back, and say nothing of the index."""
+
 _ROWS_PER_LOOK: Final = 4096
 _COUNT_SIZE_MAX: Final = 3
 
@@ -50,12 +55,12 @@ def note_proved(index: Path) -> None:
 def look_apart(index: Path) -> str:
     """Look at all rows of an index in a process of its own; return what is wrong, if anything."""
     done = _run(index)
-    return _death(index, done.returncode) or done.stdout.strip()
+    return death_of(index, done.returncode) or done.stdout.strip()
 
 
 def kills_readers(index: Path) -> str:
     """Let a process of its own look at all rows of an index; return a text if it dies of it."""
-    return _death(index, _run(index).returncode)
+    return death_of(index, _run(index).returncode)
 
 
 def _run(index: Path) -> "subprocess.CompletedProcess[str]":
@@ -63,8 +68,9 @@ def _run(index: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 
-def _death(index: Path, code: int) -> str:
-    return f"index {index}: who reads all of it dies of signal {-code}" if code < 0 else ""
+def death_of(index: Path, code: int) -> str:
+    """Return a text if the exit code of who read all of an index tells of a crash."""
+    return f"index {index}: who reads all of it dies of signal {-code}" if -code in CRASHES else ""
 
 
 def main() -> None:
