@@ -4,7 +4,7 @@ import asyncio
 import os
 import selectors
 
-from forebay_cache.service.spinning import SPIN_NS, Events, SpinningSelector
+from forebay_cache.service.spinning import SPIN_NS, SYNC_SPIN_NS, Events, SpinningSelector
 
 EVENT: Events = [(selectors.SelectorKey(0, 0, 1, None), 1)]
 LOOK_NS = 1000
@@ -17,6 +17,7 @@ class Scripted(SpinningSelector):
         self.now_ns = 0
         self.events_at_ns = list(events_at_ns)
         self.slept = 0
+        self.gave_way = 0
         super().__init__(lambda: self.now_ns)
 
     def look(self, timeout: float | None) -> Events:
@@ -29,6 +30,13 @@ class Scripted(SpinningSelector):
             self.events_at_ns.pop(0)
             return EVENT
         return []
+
+    def give_way(self) -> None:
+        self.gave_way += 1
+
+    def wait(self, *, syncing: bool) -> None:
+        self.syncing = lambda: syncing
+        assert self.select() == EVENT
 
 
 def test_it_sleeps_until_events_follow_one_another_closely_then_waits_awake() -> None:
@@ -46,6 +54,43 @@ def test_it_does_not_wait_awake_for_long_nor_twice_in_vain() -> None:
         looks_ns.append(selector.now_ns)
     assert selector.slept == 3  # only the second event was met awake
     assert selector.now_ns - 60_000_000 < SPIN_NS
+
+
+def test_what_a_sync_takes_does_not_send_it_to_sleep_before_the_next_request() -> None:
+    assert SPIN_NS < 150_000 < SYNC_SPIN_NS
+    gaps_ns = [40_000, 150_000] * 5
+    selector = Scripted(*(1_000_000 + sum(gaps_ns[:count]) for count in range(1, len(gaps_ns) + 1)))
+    selector.now_ns = 1_000_000
+    for _ in range(5):
+        selector.wait(syncing=False)
+        selector.wait(syncing=True)
+    assert selector.slept == 2, "the first wait of each kind; of the others it knew that they would be short"
+
+
+def test_it_gives_way_while_a_sync_is_under_way_and_only_then() -> None:
+    selector = Scripted(10_000, 20_000, 30_000, 40_000)
+    selector.wait(syncing=False)
+    selector.wait(syncing=False)
+    assert selector.gave_way == 0
+    selector.wait(syncing=True)
+    assert (selector.slept, selector.gave_way) == (2, 0)
+    selector.wait(syncing=True)
+    assert selector.slept == 2 and selector.gave_way > 5
+
+
+def test_the_syncs_of_a_slow_disk_are_never_waited_for_awake() -> None:
+    selector = Scripted(*(count * 5_000_000 for count in range(1, 6)))
+    for _ in range(5):
+        selector.wait(syncing=True)
+    assert (selector.slept, selector.gave_way) == (5, 0)
+
+
+def test_one_slow_sync_costs_one_bound_and_then_it_sleeps() -> None:
+    selector = Scripted(100_000, 200_000, 5_000_000, 10_000_000)
+    for _ in range(4):
+        selector.wait(syncing=True)
+    assert selector.slept == 3  # the second was met awake, the third waited for in vain
+    assert selector.gave_way < 100_000 / LOOK_NS + SYNC_SPIN_NS / LOOK_NS
 
 
 def test_a_timeout_is_kept() -> None:

@@ -87,6 +87,21 @@ def test_syncs_begin_ahead_once_writes_and_syncs_are_in_step(rig: Rig) -> None:
     assert rig.ask("late: it is over") and rig.begun == 2
 
 
+def test_it_is_foretold_which_write_a_sync_begins_with(rig: Rig) -> None:
+    for _ in range(AHEAD_AFTER):
+        assert not rig.order.begins_ahead
+        rig.order.written()
+        rig.ask("in step")
+        assert rig.order.under_way and not rig.order.begins_ahead
+        rig.end()
+        assert not rig.order.under_way
+    assert rig.order.begins_ahead
+    rig.order.written()
+    assert not rig.order.begins_ahead
+    rig.end()
+    assert not rig.order.begins_ahead, "a write without a sync would follow"
+
+
 def test_a_write_without_a_sync_ends_syncs_ahead(rig: Rig) -> None:
     rig.fall_in_step()
     rig.order.written()

@@ -56,11 +56,14 @@ class Writes:
         view = memoryview(payload)
         if (
             view.nbytes == BLOCK_SIZE
-            and not (fua or offset & _IN_BLOCK)
+            and not offset & _IN_BLOCK
             and (batch := self._open_batch(volume)) is not None
         ):
             self._append_blocks(batch, volume, offset >> BLOCK_SHIFT, view, 1)
-            batch.replies.append(reply)
+            if fua:
+                batch.settled.append(self._settler(fua, reply))
+            else:
+                batch.replies.append(reply)
             if batch.room == 0:
                 engine.log.seal_if_full()
             return

@@ -99,8 +99,9 @@ def run(settings: CacheSettings) -> int:
                 file.path.unlink(missing_ok=True)
             os.close(file.fd)
             raise
-        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(SpinningSelector())) as runner:
-            return runner.run(_serve(settings, key, folder, file, mark, recovered))
+        selector = SpinningSelector()
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+            return runner.run(_serve(settings, key, folder, file, mark, recovered, selector))
     finally:
         folder.close()
 
@@ -112,11 +113,13 @@ async def _serve(
     file: DeviceFile,
     mark: FailureMark,
     recovered: Recovered,
+    selector: SpinningSelector,
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_crash)
     turns = Turns(loop)
     device = FileDevice(file, turns, mark)
+    selector.syncing = device.is_syncing
     try:
         daemon = _Daemon(settings, key, folder, device, recovered, turns)
         try:

@@ -43,13 +43,24 @@ class SyncOrder:
         """How many wait to be told."""
         return len(self._next) + len(self._under_way or ())
 
+    @property
+    def under_way(self) -> bool:
+        """Whether one is under way."""
+        return self._under_way is not None
+
+    @property
+    def begins_ahead(self) -> bool:
+        """Whether a sync is going to begin with the next write that is completed."""
+        return self._in_step >= AHEAD_AFTER and not self._unasked and self._under_way is None
+
     def written(self) -> None:
         """A write was completed."""
+        begins_ahead = self.begins_ahead
         self._completed += 1
         if self._unasked:
             self._in_step = 0
         self._unasked += 1
-        if self._in_step >= AHEAD_AFTER and self._under_way is None:
+        if begins_ahead:
             self._begin()
 
     def ask(self, told: Told) -> bool:
