@@ -54,11 +54,7 @@ class Writes:
         if self._refuse(volume, reply):
             return
         view = memoryview(payload)
-        if (
-            view.nbytes == BLOCK_SIZE
-            and not offset & _IN_BLOCK
-            and (batch := self._open_batch(volume)) is not None
-        ):
+        if view.nbytes == BLOCK_SIZE and not offset & _IN_BLOCK and (batch := self._open_batch(volume)) is not None:
             self._append_blocks(batch, volume, offset >> BLOCK_SHIFT, view, 1)
             if fua:
                 batch.settled.append(self._settler(fua, reply))
