@@ -88,13 +88,16 @@ class WireServer:
         *,
         key: bytes | None,
         node: bytes,
+        on_connect: Callable[[Peer], None] | None = None,
         on_disconnect: Callable[[Peer], None] | None = None,
         limits: ServerLimits = ServerLimits(),  # noqa: B008
     ) -> None:
-        """`on_disconnect` is called once for each authenticated peer that goes; its requests may still be in work."""
+        """`on_connect` is called for each peer when it is authenticated, before its first request is answered;
+        `on_disconnect` once for each of those that goes, and its requests may still be in work."""
         self._answer = answer
         self._key = key
         self._node = node
+        self._on_connect = on_connect
         self._on_disconnect = on_disconnect
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -190,6 +193,8 @@ class WireServer:
         """Count an authenticated peer."""
         self._handshakes.pop(peer.id).timer.cancel()
         self._peers[peer.id] = peer
+        if self._on_connect is not None:
+            self._on_connect(peer)
         if self._progress_timer is None:
             self._watch_progress()
         if len(self._peers) > self._limits.connections:

@@ -421,7 +421,7 @@ class _Owner:
         pass
 
     def on_ready(self, peer: Peer) -> None:
-        pass
+        self._shell.new_connection(peer)
 
     def on_lost(self, peer: Peer, error: ForebayError) -> None:
         if peer.greeting is not None:

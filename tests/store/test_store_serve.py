@@ -237,6 +237,25 @@ def test_an_open_that_arrives_late_on_an_older_connection_changes_nothing(tmp_pa
         run(test(daemon))
 
 
+def test_a_take_over_that_arrives_late_takes_the_volume_from_nobody(tmp_path: Path) -> None:
+    """Its device has a newer connection, on which it asked for nothing: it gave the volume up, and another has it."""
+
+    async def test(daemon: StoreDaemon) -> None:
+        lost = await daemon.connect(node=DEVICE)
+        newer = await daemon.connect(node=DEVICE)
+        other = await daemon.connect(node=b"device that came")
+        await create(other, "vm", BLOCKS)
+        writer = await Writer.open(other, "vm", device=b"device that came")
+        with pytest.raises(RefusedError, match="too late"):
+            await Writer.open(lost, "vm", take_over=True)
+        await writer.commit(0)
+        for client in (lost, newer, other):
+            await client.close()
+
+    with StoreDaemon(tmp_path / "s") as daemon:
+        run(test(daemon))
+
+
 def test_an_older_connection_opens_again_when_the_newer_one_is_gone(tmp_path: Path) -> None:
     async def test(daemon: StoreDaemon) -> None:
         older = await daemon.connect(node=DEVICE)

@@ -63,7 +63,12 @@ async def _serve(
     shell = StoreShell(store, settings=settings)
     try:
         server = WireServer(
-            shell.answer, key=key, node=store.folder.store, on_disconnect=shell.lost_connection, limits=limits
+            shell.answer,
+            key=key,
+            node=store.folder.store,
+            on_connect=shell.new_connection,
+            on_disconnect=shell.lost_connection,
+            limits=limits,
         )
         try:
             ready = f"store listening on {await server.listen_tcp(address)}"

@@ -1,8 +1,9 @@
-"""The newest connection of each device that opens volumes.
+"""The newest connection of each device.
 
 A cache daemon has one connection at a time. When the network was away, what it had sent on the one before may arrive
 long after the next is in use: TCP sends it again for minutes, whether or not the daemon that wrote it still listens.
-An open that came so late would end the session that the daemon works in, and stop its volumes for good.
+An open that came so late would end the session that the daemon works in, and stop its volumes for good; a take-over
+that was given up would take the volume from whoever got it since.
 
 Invariants:
     There is one entry at most for each connection that is alive, so clients can't make this grow.
@@ -20,17 +21,19 @@ class Openers:
     def __init__(self) -> None:
         self._newest: dict[bytes, int] = {}  # by the device's UUID
 
+    def came(self, peer: Peer) -> None:
+        """A connection is authenticated, perhaps later than one that was accepted behind it."""
+        self._newest[peer.node] = max(peer.id, self._newest.get(peer.node, 0))
+
     def expect_newest(self, peer: Peer) -> None:
-        """Take note that a device opens a volume on this connection.
+        """Check that the device has no newer connection than this, on which it opens a volume.
 
         Raises:
-            RefusedError: FENCED: it did so on a newer one.
+            RefusedError: FENCED: it has one.
         """
-        newest = self._newest.get(peer.node, peer.id)
-        if newest > peer.id:
-            text = f"device {peer.node.hex()} opened volumes on a newer connection; what comes on this one is too late"
+        if self._newest.get(peer.node, peer.id) > peer.id:
+            text = f"device {peer.node.hex()} has a newer connection; what comes on this one is too late"
             raise RefusedError(messages.FENCED, text)
-        self._newest[peer.node] = peer.id
 
     def gone(self, peer: Peer) -> None:
         """A connection ended."""

@@ -189,6 +189,10 @@ class StoreShell:
             case _:
                 raise RefusedError(messages.BAD_REQUEST, f"a store does not answer {type(message).__name__}")
 
+    def new_connection(self, peer: Peer) -> None:
+        """A client has authenticated."""
+        self._openers.came(peer)
+
     def lost_connection(self, peer: Peer) -> None:
         """A client is gone."""
         self._openers.gone(peer)
