@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #define EVENTS_MAX 16
+#define STACK_SIZE (128 * 1024) /* the daemon may have all of its memory locked */
 
 typedef struct receive {
     PyObject_HEAD
@@ -122,10 +123,16 @@ static void close_all(receiver_t *self)
 static int start(receiver_t *self)
 {
     sigset_t all, before;
+    pthread_attr_t attributes;
+    int error = pthread_attr_init(&attributes);
+    if (error)
+        return error;
+    pthread_attr_setstacksize(&attributes, STACK_SIZE);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    const int error = pthread_create(&self->thread, NULL, run, self);
+    error = pthread_create(&self->thread, &attributes, run, self);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
     self->is_running = error == 0;
     if (error == 0)
         pthread_setname_np(self->thread, "nbd-receive");

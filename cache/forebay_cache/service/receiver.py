@@ -60,10 +60,8 @@ class Receiver:
         if self._thread is not None:
             self._turns.loop.remove_reader(self._thread.event_fd)
             self._thread.close()
-            self._tell()
-            for receive, done in list(self._begun.items()):
-                done(receive.count)
-            self._begun.clear()
+            for receive in list(self._begun):
+                self._tell(receive)
             self._thread = None
 
     def _start(self) -> "_receiver.Receiver":
@@ -74,9 +72,9 @@ class Receiver:
     def _wake(self) -> None:
         assert self._thread is not None
         os.eventfd_read(self._thread.event_fd)
-        self._tell()
-
-    def _tell(self) -> None:
-        assert self._thread is not None
         for receive in self._thread.completions():
+            self._turns.post(partial(self._tell, receive))
+
+    def _tell(self, receive: "Receive") -> None:
+        if receive in self._begun:  # else `close` has told
             self._begun.pop(receive)(receive.count)
