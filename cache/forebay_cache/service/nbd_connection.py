@@ -4,7 +4,8 @@ Not asyncio streams: those copy every byte and cost two to three times the CPU p
 4.7 us, 2 cores, see bench/). Everything runs in callbacks of the event loop; nothing awaits.
 
 Invariants:
-    _buffer.view[_start:_end] is what was received and not taken yet; nothing else writes into the buffer.
+    _buffer.view[_start:_end] is what was received and not taken yet; nothing else writes into the buffer, but for
+    the receiver behind `_end`: then `_receiving` is set, and the socket stays open and the buffer ours, even if closed.
     The socket is read only while the engine can take more and memory for it is granted.
     The connection is kept, without its socket, until the volume has answered everything (its memory is in use).
 Crash: the client sees the socket close and connects again.
