@@ -2,17 +2,24 @@
 
 import pytest
 from clean_load import EAGER, CleanLoad
+from sim_index import DictIndex
 from store_twins import STORE
 
 from forebay_core.errors import CorruptionError
 from forebay_store.engine.books import Audit, Books
 from forebay_store.engine.checkpoint import checkpoint_records
 from forebay_store.engine.cleaner import Cleaner
+from forebay_store.engine.live import LiveBytes
 from forebay_store.engine.ports import IndexReader
+from forebay_store.engine.purge import purge
 from forebay_store.engine.replay import segment_names
-from forebay_store.format.entries import decode_entry, decode_history
-from forebay_store.format.rows import Table, decode_segment_row
+from forebay_store.engine.snapshots import count_clone
+from forebay_store.engine.unique import unique_size
+from forebay_store.format.entries import DISPLACED_KEY, decode_entry, decode_history
+from forebay_store.format.rows import DELETED_KEY, Table, decode_segment_row, decode_volume
 from forebay_store.format.segment import SegmentName
+from forebay_store.format.snapshot_rows import CLONE_COUNT, decode_snapshot, snapshot_key
+from forebay_wire import messages
 
 
 def loaded(seed: int) -> CleanLoad:
@@ -87,6 +94,66 @@ def test_no_row_that_others_tell_of_can_vanish_unseen(table: Table) -> None:
             audit(reader)
         load.twin.index.update(lambda writer, key=key, to=value: writer.put(table, key, to))  # type: ignore[misc]
     with load.twin.index.view() as reader:
+        audit(reader)
+
+
+@pytest.mark.parametrize("table", [Table.NAMES, Table.SNAPSHOT_IDS, Table.SNAPSHOT_NAMES, Table.CLONES])
+def test_no_bit_of_a_row_without_a_checksum_can_flip_unseen(table: Table) -> None:
+    """A volume that is not found under its name would be made a second time; a clone would lose its origin."""
+    load = loaded(3)
+    twin, index = load.twin, load.twin.index
+    shot = decode_snapshot(*next(iter(index.rows()[Table.SNAPSHOTS].items())))
+    volumes = [decode_volume(key, value) for key, value in index.rows()[Table.VOLUMES].items()]
+    origin = next(row.name for row in volumes if row.number == shot.number)
+    assert isinstance(twin.ask(messages.CloneVolume(origin, shot.name, "clone")), messages.Volume)
+    assert isinstance(twin.ask(messages.CreateSnapshot(("clone",), "of-clone")), messages.SnapshotTaken)
+    rows = sorted(index.rows()[table].items())
+    assert rows
+    for key, value in rows[:4]:
+        for bit in range(8 * len(value)):
+            flipped = (int.from_bytes(value, "little") ^ 1 << bit).to_bytes(len(value), "little")
+            index.update(lambda writer, key=key, to=flipped: writer.put(table, key, to))  # type: ignore[misc]
+            assert_condemned(index)
+        index.update(lambda writer, key=key: writer.delete(table, key))  # type: ignore[misc]
+        for bit in range(8 * len(key)):
+            other = (int.from_bytes(key, "little") ^ 1 << bit).to_bytes(len(key), "little")
+            if other in dict(rows):
+                continue
+            index.update(lambda writer, to=other, value=value: writer.put(table, to, value))  # type: ignore[misc]
+            assert_condemned(index)
+            index.update(lambda writer, key=other: writer.delete(table, key))  # type: ignore[misc]
+        index.update(lambda writer, key=key, value=value: writer.put(table, key, value))  # type: ignore[misc]
+    with index.view() as reader:
+        audit(reader)
+
+
+def test_history_that_is_gone_is_damage_to_whoever_wants_it() -> None:
+    """As a bug it would end the next starts as well, for the same step is done again."""
+    load = loaded(3)
+    index = load.twin.index
+    gone = sorted(index.rows()[Table.HISTORY])
+    number, last, _, _ = DISPLACED_KEY.unpack(sorted(index.rows()[Table.DISPLACED])[0])
+    state = decode_snapshot(key := snapshot_key(number, last), index.rows()[Table.SNAPSHOTS][key])
+    index.update(lambda writer: [writer.delete(Table.HISTORY, key) for key in gone])
+    index.update(lambda writer: writer.put(Table.DELETED, DELETED_KEY.pack(number, last), b""))
+    with pytest.raises(CorruptionError, match=r"index history .* rebuild-index"):
+        index.update(lambda writer: purge(writer, LiveBytes(), number, last, 1000))
+    with index.view() as reader, pytest.raises(CorruptionError, match=r"index history .* rebuild-index"):
+        unique_size(reader, state)
+
+
+@pytest.mark.parametrize("table", [Table.CLONES, Table.SNAPSHOT_IDS])
+def test_an_origin_that_is_gone_is_damage_to_whoever_lets_it_go(table: Table) -> None:
+    index = DictIndex()
+    index.update(lambda writer: writer.put(Table.CLONES, bytes(32), CLONE_COUNT.pack(1)))
+    if table is Table.CLONES:
+        index.update(lambda writer: writer.delete(table, bytes(32)))
+    with pytest.raises(CorruptionError, match=f"index {table.value} .* rebuild-index"):
+        index.update(lambda writer: count_clone(writer, bytes(16), bytes(16), -1))
+
+
+def assert_condemned(index: DictIndex) -> None:
+    with index.view() as reader, pytest.raises(CorruptionError, match="rebuild-index"):
         audit(reader)
 
 

@@ -2,9 +2,10 @@
 
 LMDB has no checksums of its pages: a flipped bit may change a row, which its own checksum tells, or let rows vanish, a
 page of them at a time. Those are missed in the sums, because rows tell of each other: each segment counts the bytes
-that all entries in it are for, each volume those of its head, and `displaced` lists the history. An audit compares them
-at each start and with each scrub, and a checkpoint on its way: one with fewer rows than there were would be the end of
-them, for the segments that could bring them back go next.
+that all entries in it are for, each volume those of its head, and `displaced` lists the history. Rows without a
+checksum, as names, repeat what others say. An audit compares them at each start and with each scrub, and a checkpoint
+on its way: one with fewer rows than there were would be the end of them, for the segments that could bring them back go
+next.
 
 Invariant: what is added comes from one view.
 """
@@ -18,7 +19,9 @@ from typing import Final
 
 import numpy as np
 
+from forebay_core.checksums import checksum
 from forebay_core.errors import CorruptionError
+from forebay_core.units import ID_SIZE
 from forebay_store.engine.ports import IndexReader
 from forebay_store.format.entries import DISPLACED_KEY, HISTORY_KEY, LEVEL_SHIFT
 from forebay_store.format.entry_columns import totals
@@ -36,7 +39,14 @@ from forebay_store.format.rows import (
     decode_volume,
 )
 from forebay_store.format.segment import SegmentName
-from forebay_store.format.snapshot_rows import decode_snapshot
+from forebay_store.format.snapshot_rows import (
+    CLONE_COUNT,
+    SNAPSHOT_NAME_PREFIX,
+    SNAPSHOT_PLACE,
+    SNAPSHOT_VERSION,
+    decode_snapshot,
+    name_key,
+)
 from forebay_store.format.sweep_rows import SWEEP_PREFIX, decode_sweep
 
 _LAST_FACTOR: Final = 0x9E3779B97F4A7C15
@@ -89,6 +99,9 @@ class Books:
         self._volumes: dict[int, VolumeState] = {}
         self._snapshots: Counter[int] = Counter()
         self._history: defaultdict[int, int] = defaultdict(int)  # sum of the keys less those that are listed
+        self._told: defaultdict[bytes, int] = defaultdict(int)  # by volume: what names, ids of snapshots, clones say
+        self._owned: defaultdict[int, int] = defaultdict(int)  # what they should, but for the volume's own name, origin
+        self._snapshot_names: defaultdict[int, int] = defaultdict(int)  # sum of those of the snapshots less the rows
         self._deleted: set[int] = set()
         self._counts: Counter[Table] = Counter()
         self._last: IndexRow | None = None
@@ -125,8 +138,9 @@ class Books:
                     row = decode_volume(key, value)
                     self._volumes[row.number] = row
             case Table.SNAPSHOTS:
-                for key, value in rows:
-                    self._snapshots[decode_snapshot(key, value).number] += 1
+                self._add_snapshots(rows)
+            case Table.NAMES | Table.SNAPSHOT_IDS | Table.SNAPSHOT_NAMES | Table.CLONES:
+                self._add_tellers(table, rows)
             case Table.DELETED:
                 for number, version in (DELETED_KEY.unpack(key) for key, _ in rows):
                     self._deleted |= set() if version else {number}
@@ -165,6 +179,28 @@ class Books:
             count = len(value) // 8
             self._history[number] -= sum(np.frombuffer(value, "<u8").tolist()) + count * (1 + last * _LAST_FACTOR)
 
+    def _add_snapshots(self, rows: list[tuple[bytes, bytes]]) -> None:
+        for key, value in rows:
+            row = decode_snapshot(key, value)
+            version = SNAPSHOT_VERSION.pack(row.version)
+            self._snapshots[row.number] += 1
+            self._owned[row.number] += checksum(row.id + version) + (checksum(row.origin) if row.origin else 0)
+            self._snapshot_names[row.number] += checksum(name_key(row.number, row.name) + version)
+
+    def _add_tellers(self, table: Table, rows: list[tuple[bytes, bytes]]) -> None:
+        """Add rows without a checksum, which say what those of volumes and snapshots do."""
+        for key, value in rows:
+            match table:
+                case Table.NAMES:
+                    self._told[value] += checksum(key)
+                case Table.SNAPSHOT_IDS:
+                    volume, version = SNAPSHOT_PLACE.unpack(value)
+                    self._told[volume] += checksum(key + SNAPSHOT_VERSION.pack(version))
+                case Table.CLONES:
+                    self._told[key[ID_SIZE:]] += CLONE_COUNT.unpack(value)[0] * checksum(key[:ID_SIZE])
+                case _:
+                    self._snapshot_names[SNAPSHOT_NAME_PREFIX.unpack_from(key)[0]] -= checksum(key + value)
+
     def close(self) -> None:
         """Compare what rows count with what there is.
 
@@ -177,8 +213,12 @@ class Books:
                 raise _wrong(f"segments {segment.text}", "live bytes", row.live, found)
             if self._ends.get(segment, 0) > row.size:
                 raise _wrong(f"segments {segment.text}", "end of a frame", f"up to {row.size}", self._ends[segment])
-        for number in sorted({*self._heads, *self._history, *self._volumes, *self._snapshots} - self._deleted):
+        numbers = {*self._heads, *self._history, *self._volumes, *self._snapshots, *self._snapshot_names}
+        for number in sorted(numbers - self._deleted):
             self._close_volume(number)
+        if self._told:
+            strangers = ", ".join(volume.hex() for volume in sorted(self._told)[:3])
+            raise _wrong("names, snapshot_ids and clones", "volumes", "those that there are", f"{strangers} as well")
         for one, other in (
             (Table.VOLUMES, Table.NAMES),
             (Table.SNAPSHOTS, Table.SNAPSHOT_IDS),
@@ -198,6 +238,12 @@ class Books:
             raise _wrong(f"volume {row.name}", "history", "the entries that are listed", "others")
         if self._snapshots[number] != row.snapshots:
             raise _wrong(f"volume {row.name}", "snapshots", row.snapshots, self._snapshots[number])
+        own = checksum(row.name.encode()) + (checksum(row.origin) if row.origin else 0)
+        if self._told.pop(row.id, 0) != own + self._owned[number]:
+            what = "its name, and ids and origins of its snapshots"
+            raise _wrong(f"volume {row.name}", what, "the same in names, snapshot_ids and clones", "others")
+        if self._snapshot_names[number]:
+            raise _wrong(f"volume {row.name}", "names of its snapshots", "the same in snapshot_names", "others")
 
 
 def _wrong(place: str, what: str, expected: object, found: object) -> CorruptionError:

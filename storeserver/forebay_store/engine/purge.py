@@ -27,7 +27,7 @@ from forebay_store.format.entries import (
     number_of,
     stored_share,
 )
-from forebay_store.format.rows import DELETED_KEY, Table
+from forebay_store.format.rows import DELETED_KEY, Table, lost_row
 
 _START_MASK: Final = (1 << LEVEL_SHIFT) - 1
 
@@ -68,11 +68,16 @@ def _purge_snapshot(writer: IndexWriter, live: LiveBytes, number: int, version: 
 
 
 def _pass_on(writer: IndexWriter, live: LiveBytes, number: int, packed: int, version: int, before: int) -> bool:
-    """Give an entry to the snapshot before if that shows it; tell whether it does."""
+    """Give an entry to the snapshot before if that shows it; tell whether it does.
+
+    Raises:
+        CorruptionError: the entry is not there.
+    """
     level, start = packed >> LEVEL_SHIFT, packed & _START_MASK
     key = history_key(number, level, start, version)
     value = writer.get(Table.HISTORY, key)
-    assert value is not None
+    if value is None:
+        raise lost_row(Table.HISTORY, key)
     entry, _ = decode_history(key, value)
     writer.delete(Table.HISTORY, key)
     if entry.version > before:

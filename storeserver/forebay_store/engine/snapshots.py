@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from forebay_core.units import ID_SIZE
 from forebay_store.engine.ports import IndexReader, IndexWriter
 from forebay_store.engine.volumes import find_volume, put_volume
-from forebay_store.format.rows import DELETED_KEY, Table, VolumeState
+from forebay_store.format.rows import DELETED_KEY, Table, VolumeState, lost_row
 from forebay_store.format.snapshot_rows import (
     CLONE_COUNT,
     SNAPSHOT_KEY,
@@ -103,12 +103,17 @@ def delete_snapshot(writer: IndexWriter, row: VolumeState, state: SnapshotState)
 
 
 def count_clone(writer: IndexWriter, origin: bytes, volume: bytes, change: int) -> None:
-    """A volume, or one of its snapshots, reads through to a snapshot (1) or does not any more (-1)."""
+    """A volume, or one of its snapshots, reads through to a snapshot (1) or does not any more (-1).
+
+    Raises:
+        CorruptionError: the snapshot is not there, or nobody is known to read through to it.
+    """
     key = origin + volume
     value = writer.get(Table.CLONES, key)
     before = 0 if value is None else CLONE_COUNT.unpack(value)[0]
     after = before + change
-    assert after >= 0
+    if after < 0:
+        raise lost_row(Table.CLONES, key)
     if after:
         writer.put(Table.CLONES, key, CLONE_COUNT.pack(after))
     else:
@@ -116,7 +121,8 @@ def count_clone(writer: IndexWriter, origin: bytes, volume: bytes, change: int) 
     if (before == 0) == (after == 0):
         return
     found = find_snapshot_id(writer, origin)
-    assert found is not None
+    if found is None:
+        raise lost_row(Table.SNAPSHOT_IDS, origin)
     parent, state = found
     _put_snapshot(writer, state._replace(clones=state.clones + change))
     put_volume(writer, parent._replace(clones=parent.clones + change))

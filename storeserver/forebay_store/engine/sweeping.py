@@ -18,7 +18,8 @@ from forebay_store.engine.rollback import roll_back
 from forebay_store.engine.snapshots import find_snapshot
 from forebay_store.engine.sweeps import first_sweep, put_sweep, shorten
 from forebay_store.engine.views import View
-from forebay_store.format.rows import VolumeState
+from forebay_store.format.rows import Table, VolumeState, lost_row
+from forebay_store.format.snapshot_rows import snapshot_key
 from forebay_store.format.sweep_rows import Sweep
 from forebay_store.limits import TRIM_ENTRIES_MAX
 
@@ -72,7 +73,8 @@ def finish(writer: IndexWriter, live: LiveBytes, row: VolumeState) -> VolumeStat
 
 def _roll_back(change: HeadChange, row: VolumeState, found: Sweep, entries_max: int) -> tuple[int, int]:
     state = find_snapshot(change.writer, row.number, found.shown)
-    assert state is not None  # It is deleted only after the sweep.
+    if state is None:  # It is deleted only after the sweep.
+        raise lost_row(Table.SNAPSHOTS, snapshot_key(row.number, found.shown))
     return roll_back(change, View(row, state), found.start, entries_max=entries_max)
 
 

@@ -282,6 +282,14 @@ def decode_volume(volume: bytes, value: bytes) -> VolumeState:
     )
 
 
+def lost_row(table: Table, key: bytes) -> CorruptionError:
+    """Return the error about a row that others tell of and that is not there, or not as they tell."""
+    place = f"index {table.value} {key.hex()}"
+    return CorruptionError(
+        place=place, what="row", expected="one as others tell; run store rebuild-index", found="none"
+    )
+
+
 def segment_key(segment: SegmentName) -> bytes:
     """Return the key of `segments`."""
     return SEGMENT_KEY.pack(*segment)
