@@ -9,7 +9,7 @@ from forebay_cache.engine.front import IoError
 from forebay_cache.format.checkpoint import choose_checkpoints
 from forebay_cache.format.record import SEAL, RecordHeader, decode_record
 from forebay_core.errors import ForebayError
-from forebay_core.units import BLOCK_SIZE
+from forebay_core.units import BLOCK_SIZE, LBA_BITS
 
 BLOCKS = 300
 
@@ -86,6 +86,26 @@ def test_a_flipped_bit_anywhere_is_never_served(seed: int) -> None:
         outcome = check_damaged(rig, model, bytes(damaged))
         seen[outcome] = seen.get(outcome, 0) + 1
     assert seen.get("harmless", 0) < 60, seen
+
+
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("bad", [0, 4, 8])
+def test_a_bad_block_inside_of_a_large_read_is_fetched_again_or_an_error(bad: int, clean: bool) -> None:
+    rig = Rig(5, size=8 << 20, blocks=BLOCKS)
+    payload = random.Random(bad).randbytes(9 * BLOCK_SIZE)
+    rig.write(0, payload)
+    assert rig.flush() == IoError.OK
+    assert not clean or rig.drain()
+    place = rig.engine.map.find(rig.volume.key << LBA_BITS | bad)
+    rig.device.bytes[rig.engine.zones_offset + place * BLOCK_SIZE + 100] ^= 1
+    rig.device.now_share = 1.0  # all of it is in memory
+    got: list[tuple[IoError, object]] = []
+    rig.volume.read(0, len(payload), lambda error, chunks: got.append((error, chunks)))
+    rig.run_until(lambda: bool(got))
+    error, chunks = got[0]
+    assert error == (IoError.OK if clean else IoError.IO)
+    assert not clean or joined(chunks) == payload
+    assert rig.reports
 
 
 def test_every_record_header_since_the_checkpoint_is_guarded() -> None:
