@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import fcntl
 import mmap
 import os
 import subprocess
@@ -418,6 +419,28 @@ def test_a_folder_or_a_character_device_is_refused(tmp_path: Path) -> None:
         open_device(tmp_path, SIZE)
     with pytest.raises(WrongUsageError, match="neither a regular file nor a block device"):
         open_device(Path("/dev/null"), SIZE)
+
+
+def test_a_device_that_an_ended_process_still_holds_is_waited_for(tmp_path: Path) -> None:
+    """As the kernel does behind a kill: what io_uring had begun holds the file until it is done."""
+    path = tmp_path / "device"
+    holding, letting_go = os.pipe()
+    script = (
+        "import os, pathlib, subprocess, sys\n"
+        "from forebay_cache.service.device_file import open_device\n"
+        f"fd = open_device(pathlib.Path(sys.argv[1]), {SIZE}).fd\n"
+        "subprocess.Popen([sys.executable, '-c', 'import sys; sys.stdin.read()'], pass_fds=[fd])\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], stdin=holding, check=True)
+    os.close(holding)
+    fd = os.open(path, os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(fd)
+    timer = threading.Timer(0.2, os.close, (letting_go,))
+    timer.start()
+    os.close(open_device(path, SIZE).fd)
+    timer.join()
 
 
 def test_a_device_in_use_names_the_process(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from forebay_cache.service.blank_search import find_foreign
+from forebay_cache.service.device_users import users_of
 from forebay_cache.service.zeroing import write_zeros_once
 from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
 from forebay_core.units import BLOCK_SIZE, format_size
@@ -22,6 +24,10 @@ from forebay_core.units import BLOCK_SIZE, format_size
 SUPERBLOCKS_SIZE: Final = 2 * BLOCK_SIZE
 """Bytes at the start of a device that are zeros while it is blank."""
 
+LET_GO_S: Final = 5.0
+"""How long a process that has ended may keep a device: what its ring had begun, a write perhaps, ends behind it."""
+
+_LET_GO_POLL_S: Final = 0.02
 _LOCKS: Final = Path("/proc/locks")
 _LOCKS_SIZE_MAX: Final = 1 << 20
 
@@ -63,8 +69,7 @@ def _open(path: Path, size: int | None) -> DeviceFile:
     flags = os.O_RDWR | os.O_CLOEXEC
     created = False
     try:
-        # O_EXCL without O_CREAT claims a block device against mounts and other claims; a file ignores it.
-        fd = os.open(path, flags | (os.O_EXCL if path.is_block_device() else 0))
+        fd = _claim(path, flags) if path.is_block_device() else os.open(path, flags)
     except FileNotFoundError:
         if size is None:
             raise WrongUsageError(f"{path}: does not exist; give --size to make a cache file") from None
@@ -84,18 +89,35 @@ def _open(path: Path, size: int | None) -> DeviceFile:
         raise
 
 
+def _claim(path: Path, flags: int) -> int:
+    """Open a block device that nobody else has; wait for one who is ending."""
+    until_s = time.monotonic() + LET_GO_S
+    while True:
+        try:
+            # O_EXCL without O_CREAT claims a block device against mounts and other claims.
+            return os.open(path, flags | os.O_EXCL)
+        except OSError as error:
+            if error.errno != errno.EBUSY or users_of(str(path)) or time.monotonic() >= until_s:
+                raise
+        time.sleep(_LET_GO_POLL_S)
+
+
 def lock_device(fd: int, path: Path) -> None:
-    """Lock an open device until its descriptor is closed.
+    """Lock an open device until its descriptor is closed; wait for one who is ending.
 
     Raises:
         InUseError: another process has it.
     """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = _lock_holder(fd)
-        holder = f"process {pid}" if pid is not None else "another process"
-        raise InUseError(f"{path}: is in use by {holder}; stop it first or use another device") from None
+    until_s = time.monotonic() + LET_GO_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = _lock_holder(fd)
+            if pid is not None or time.monotonic() >= until_s:
+                holder = f"process {pid}" if pid is not None else "another process"
+                raise InUseError(f"{path}: is in use by {holder}; stop it first or use another device") from None
+        time.sleep(_LET_GO_POLL_S)
 
 
 def drop_pages(fd: int) -> None:
@@ -111,7 +133,7 @@ def drop_pages(fd: int) -> None:
 
 
 def _lock_holder(fd: int) -> int | None:
-    """Return the process that holds the flock, if the kernel's table tells."""
+    """Return the process that holds the flock, if the kernel's table tells and it still runs."""
     status = os.fstat(fd)
     wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     try:
@@ -121,9 +143,13 @@ def _lock_holder(fd: int) -> int | None:
         return None
     for line in lines:
         fields = line.split()
-        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == wanted and int(fields[4]) > 0:
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == wanted and _runs(int(fields[4])):
             return int(fields[4])
     return None
+
+
+def _runs(pid: int) -> bool:
+    return pid > 0 and Path(f"/proc/{pid}").exists()
 
 
 def _measure(fd: int, path: Path, wanted: int | None) -> DeviceFile:
