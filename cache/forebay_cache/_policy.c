@@ -9,7 +9,7 @@
 #include "_policy_core.h"
 
 #define SAMPLED_MAX 8192
-#define BLOCKS_AHEAD 4 /* of those used together, counters are asked for so early: else each waits 0.2 us for them */
+#define BLOCKS_AHEAD 32 /* of those used together, counters are asked for so early: else each waits for them; 0.15 us a block, 0.2 with 4 */
 
 typedef struct {
     PyObject_HEAD

@@ -9,6 +9,7 @@ import pytest
 from forebay_cache.engine.fuse_folder import FuseFolder, Served, VolumeFile
 from forebay_cache.engine.fuse_requests import IN_FLIGHT_MAX, FuseRequests
 from forebay_cache.engine.nbd_client import NbdClient, Request, State
+from forebay_cache.engine.payload_slots import Place, Slot
 from forebay_cache.format import fuse, nbd
 from forebay_core.units import Buffer
 
@@ -41,7 +42,10 @@ class Rig:
     def take(self, opcode: int, body: bytes = b"", *, node: int = 2) -> bool:
         self.unique += 2
         message = fuse.REQUEST_HEADER.pack(40 + len(body), opcode, self.unique, node, 0, 0, 0) + body
-        return self.requests.take(bytearray(message), len(message))
+        head = bytearray(message[: fuse.PAYLOAD_OFFSET].ljust(fuse.PAYLOAD_OFFSET, b"?"))
+        self.slot = Slot(memoryview(bytearray(SIZE)), Place(1, 4096))
+        self.slot.view[: max(0, len(message) - len(head))] = message[len(head) :]
+        return self.requests.take(head, self.slot, len(message))
 
     def reply(self) -> tuple[int, bytes]:
         """Return the only reply since the last one, which is to the newest request."""
@@ -92,23 +96,47 @@ def test_a_read_stops_at_the_end(rig: Rig) -> None:
     assert rig.reply() == (0, b"")
 
 
-def test_the_buffer_of_a_large_write_is_given_back_when_it_is_answered_and_not_before(rig: Rig) -> None:
+def test_the_slot_of_a_large_write_is_given_back_when_it_is_answered_and_not_before(rig: Rig) -> None:
     file = rig.opened()
-    assert rig.take(fuse.OP_WRITE, transfer(0, 128 * 1024, bytes(128 * 1024)))
+    assert rig.take(fuse.OP_WRITE, transfer(0, 128 * 1024, b"x" * (128 * 1024)))
     [request] = rig.asked(file)
+    assert (bytes(request.payload), request.place) == (b"x" * (128 * 1024), Place(1, 4096))
     assert rig.requests.given_back == []
     rig.answer(file, request)
-    assert [len(buffer) for buffer in rig.requests.given_back] == [80 + 128 * 1024]
+    assert rig.requests.given_back == [rig.slot]
     assert rig.reply() == (0, struct.pack("<II", 128 * 1024, 0))
 
 
-def test_a_small_write_does_not_look_into_the_buffer_again(rig: Rig) -> None:
+def test_a_large_read_keeps_its_slot_for_the_bytes_and_gives_it_back_behind_the_reply(rig: Rig) -> None:
     file = rig.opened()
-    body = transfer(0, 4096, b"x" * 4096)
-    message = bytearray(fuse.REQUEST_HEADER.pack(40 + len(body), fuse.OP_WRITE, 10, 2, 0, 0, 0) + body)
-    assert not rig.requests.take(message, len(message))
-    message[:] = bytes(len(message))
-    assert rig.asked(file)[0].payload == b"x" * 4096
+    assert rig.take(fuse.OP_READ, transfer(4096, 128 * 1024))
+    [request] = rig.asked(file)
+    assert (request.place, len(request.payload)) == (Place(1, 4096), 128 * 1024)
+    rig.slot.view[: 128 * 1024] = b"y" * (128 * 1024)
+    assert rig.requests.given_back == []
+    rig.answer(file, request, request.payload)
+    assert rig.reply() == (0, b"y" * (128 * 1024))
+    assert rig.requests.given_back == [rig.slot]
+
+
+def test_the_slot_of_a_read_that_was_interrupted_is_kept_until_the_daemon_answers(rig: Rig) -> None:
+    file = rig.opened()
+    file.client.state = State.READY
+    rig.take(fuse.OP_READ, transfer(4096, 128 * 1024))
+    [request] = rig.asked(file)
+    slot = rig.slot
+    rig.take(fuse.OP_INTERRUPT, struct.pack("<Q", request.cookie))
+    assert rig.requests.given_back == []
+    rig.answer(file, request, request.payload)
+    assert rig.requests.given_back == [slot]
+
+
+def test_a_small_write_does_not_look_into_the_slot_again(rig: Rig) -> None:
+    file = rig.opened()
+    assert not rig.take(fuse.OP_WRITE, transfer(0, 4096, b"x" * 4096))
+    rig.slot.view[:] = bytes(SIZE)
+    [request] = rig.asked(file)
+    assert (request.payload, request.place) == (b"x" * 4096, None)
 
 
 def test_a_write_of_a_file_opened_with_dsync_is_durable_when_it_is_answered(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from forebay_cache.engine.nbd_client import NbdClient, NbdPeerError, Request, State, decode_statuses
+from forebay_cache.engine.payload_slots import Memory, Place
 from forebay_cache.format import nbd, nbd_options
 
 GREETING = nbd_options.GREETING.pack(nbd_options.NBD_MAGIC, nbd_options.OPTION_MAGIC, 3)
@@ -117,6 +118,69 @@ def test_only_what_no_daemon_has_can_be_abandoned(rig: Rig) -> None:
     assert rig.client.abandon(2)
     rig.feed(WELCOME)
     assert asked(WRITE) not in rig.sent()
+
+
+def memory_answered(kind: int) -> bytes:
+    return GREETING + nbd_options.encode_reply(nbd_options.OPT_MEMORY, kind) + INFO + ACK
+
+
+def test_a_payload_in_memory_that_the_daemon_has_is_not_sent_but_its_place() -> None:
+    rig = Rig()
+    rig.client.begin(Memory(3, 7))
+    rig.feed(memory_answered(nbd_options.REP_ACK))
+    assert nbd_options.MEMORY.pack(7) in rig.sent()
+    rig.client.submit(WRITE._replace(place=Place(3, 8192)))
+    rig.client.submit(WRITE._replace(cookie=8, place=Place(2, 8192)))
+    rig.client.submit(WRITE._replace(cookie=9))
+    in_memory = WRITE._replace(flags=WRITE.flags | nbd.CMD_FLAG_IN_MEMORY, payload=nbd.PLACE.pack(8192))
+    assert rig.sent() == asked(in_memory) + asked(WRITE._replace(cookie=8)) + asked(WRITE._replace(cookie=9))
+
+
+def test_the_bytes_of_a_read_are_where_it_said_if_the_daemon_has_that_memory() -> None:
+    for key, answer in ((3, reply(1)), (2, reply(1, b"inline!!"))):
+        rig = Rig()
+        rig.client.begin(Memory(3, 7))
+        rig.feed(memory_answered(nbd_options.REP_ACK))
+        rig.sent()
+        rig.client.submit(READ._replace(payload=b"memory!!", place=Place(key, 0)))
+        placed = READ._replace(flags=nbd.CMD_FLAG_IN_MEMORY, payload=nbd.PLACE.pack(0))
+        assert rig.sent() == asked(placed if key == 3 else READ)
+        assert rig.feed(answer) == len(answer)
+        assert rig.answers == [(1, 0, b"memory!!" if key == 3 else b"inline!!")]
+
+
+@pytest.mark.parametrize("kind", [nbd_options.REP_ERR_POLICY, nbd_options.REP_ERR_UNSUP])
+def test_a_daemon_that_does_not_take_the_memory_is_sent_the_payload(kind: int) -> None:
+    rig = Rig()
+    rig.client.begin(Memory(3, 7))
+    rig.feed(memory_answered(kind))
+    rig.sent()
+    rig.client.submit(WRITE._replace(place=Place(3, 8192)))
+    assert rig.sent() == asked(WRITE)
+    assert not rig.client.uses(3)
+
+
+def test_a_memory_is_in_use_while_a_payload_in_it_is_not_answered() -> None:
+    rig = Rig()
+    rig.client.begin(Memory(3, 7))
+    rig.feed(memory_answered(nbd_options.REP_ACK))
+    assert not rig.client.uses(3)
+    rig.client.submit(WRITE._replace(place=Place(3, 8192)))
+    assert rig.client.uses(3)
+    assert not rig.client.uses(2)
+    rig.feed(reply(2))
+    assert not rig.client.uses(3)
+
+
+def test_another_connection_is_asked_about_the_memory_anew() -> None:
+    rig = Rig()
+    rig.client.begin(Memory(3, 7))
+    rig.feed(memory_answered(nbd_options.REP_ACK))
+    rig.client.submit(WRITE._replace(place=Place(3, 8192)))
+    rig.client.begin(Memory(4, 9))
+    assert not rig.client.uses(3)
+    rig.feed(memory_answered(nbd_options.REP_ACK))
+    assert rig.sent().endswith(asked(WRITE))
 
 
 @pytest.mark.parametrize("wrong", [b"\0" * 16, reply(9), nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, 0)])

@@ -188,9 +188,14 @@ class Client:
             if kind == nbd_options.REP_ACK or kind & 1 << 31:
                 return replies
 
-    def go(self, name: str = "", style: ReplyStyle = STRUCTURED, *, allocation: bool = True) -> "Client":
-        """Do the whole handshake."""
+    def go(
+        self, name: str = "", style: ReplyStyle = STRUCTURED, *, allocation: bool = True, memory: int | None = None
+    ) -> "Client":
+        """Do the whole handshake; share the memory of a descriptor."""
         self.greet()
+        if memory is not None:
+            replies = self.option(nbd_options.OPT_MEMORY, nbd_options.MEMORY.pack(memory))
+            assert [reply.type for reply in replies] == [nbd_options.REP_ACK], replies
         if style is not SIMPLE:
             option = nbd_options.OPT_STRUCTURED_REPLY if style is STRUCTURED else nbd_options.OPT_EXTENDED_HEADERS
             assert self.option(option)[-1].type == nbd_options.REP_ACK

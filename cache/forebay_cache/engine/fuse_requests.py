@@ -2,7 +2,7 @@
 
 Invariants:
     Every request but FORGET and INTERRUPT is replied to once; the NBD cookie of a request is the kernel's number of it.
-    The buffer of a large write is given back when the write is answered, never before (`lend` and `give_back`).
+    The slot of a large read or write is given back when that is answered, never before.
     Bytes in flight stay below IN_FLIGHT_SIZE_MAX plus one request: `full` tells the shell to read no more.
 Crash: the mount is dead, its users see ENOTCONN; the next front mounts anew.
 """
@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, Protocol
 
 from forebay_cache.engine.fuse_folder import EPERM, EROFS, FuseFolder, VolumeFile
 from forebay_cache.engine.nbd_client import NbdClient, Request, Status, decode_statuses
+from forebay_cache.engine.payload_slots import Slot
 from forebay_cache.format import fuse, nbd
 from forebay_core.units import MIB, Buffer
 
@@ -24,7 +25,7 @@ ENOSYS: Final = 38
 EOPNOTSUPP: Final = 95
 
 COPY_SIZE_MAX: Final = 64 * 1024
-"""A payload up to this is copied out of the buffer it came in; a larger one keeps that buffer until it is answered."""
+"""A payload up to this is copied out of the slot it came in; a larger one, or a read as large, keeps the slot."""
 
 IN_FLIGHT_MAX: Final = 512
 IN_FLIGHT_SIZE_MAX: Final = 128 * MIB
@@ -70,7 +71,7 @@ class FuseRequests:
     """One mount. `send` writes one reply, in one piece or several."""
 
     def __init__(self, folder: FuseFolder, connections: Connections, send: Callable[[Sequence[Buffer]], None]) -> None:
-        self.given_back: list[bytearray] = []
+        self.given_back: list[Slot] = []
         self.ended = False
         self._folder = folder
         self._connections = connections
@@ -82,22 +83,27 @@ class FuseRequests:
         self._zeroings: dict[int, Zeroing] = {}
         self._seeks: dict[int, tuple[VolumeFile, int]] = {}
         self._size_in_flight = 0
+        self._kept: dict[int, Slot] = {}
 
     @property
     def full(self) -> bool:
         """Whether no more requests should be read."""
         return len(self._asked) >= IN_FLIGHT_MAX or self._size_in_flight >= IN_FLIGHT_SIZE_MAX
 
-    def take(self, buffer: bytearray, size: int) -> bool:
-        """Take one request of the kernel; tell whether the buffer is kept: `given_back` has it later."""
-        view = memoryview(buffer)[:size]
-        _size, opcode, unique, node, _uid, _gid, _pid = fuse.REQUEST_HEADER.unpack_from(view)
-        body = view[fuse.REQUEST_HEADER.size :]
+    def take(self, head: bytearray, slot: Slot, size: int) -> bool:
+        """Take one request of the kernel, which fills `head` and goes on in the slot: a WRITE's payload stands there.
+
+        Tell whether the slot is kept: `given_back` has it later.
+        """
+        _size, opcode, unique, node, _uid, _gid, _pid = fuse.REQUEST_HEADER.unpack_from(head)
+        body = memoryview(head)[fuse.REQUEST_HEADER.size : size]
+        if opcode == fuse.OP_WRITE:
+            return self._write(unique, body, slot)
+        if size > len(head):
+            body = memoryview(bytes(body) + slot.view[: size - len(head)])
+        if opcode == fuse.OP_READ:
+            return self._read(unique, body, slot)
         match opcode:
-            case fuse.OP_READ:
-                self._read(unique, body)
-            case fuse.OP_WRITE:
-                return self._write(unique, body)
             case fuse.OP_FSYNC:
                 file = self._file(body)
                 self._ask(file, Request(unique, nbd.CMD_FLUSH, 0, 0))
@@ -111,27 +117,35 @@ class FuseRequests:
 
     # --- reading and writing ----------------------------------------------------------------------------------
 
-    def _read(self, unique: int, body: memoryview) -> None:
+    def _read(self, unique: int, body: memoryview, slot: Slot) -> bool:
         opened, offset, length, _, _, _ = fuse.IO_REQUEST.unpack_from(body)
         file = self._opened[opened]
         length = min(length, file.size - offset)
         if length <= 0:
             self._send((fuse.encode_error(unique, 0),))
-        else:
+            return False
+        if length <= COPY_SIZE_MAX or slot.place is None:
             self._ask(file, Request(unique, nbd.CMD_READ, offset, length))
+            return False
+        self._kept[unique] = slot
+        self._ask(file, Request(unique, nbd.CMD_READ, offset, length, slot.view[:length], place=slot.place))
+        return True
 
-    def _write(self, unique: int, body: memoryview) -> bool:
+    def _write(self, unique: int, body: memoryview, slot: Slot) -> bool:
         opened, offset, length, _, _, flags = fuse.IO_REQUEST.unpack_from(body)
         file = self._opened[opened]
         if offset + length > file.size:
             self._send((fuse.encode_error(unique, ENOSPC),))
             return False
-        payload: Buffer = body[fuse.IO_REQUEST.size : fuse.IO_REQUEST.size + length]
-        kept = int(length) > COPY_SIZE_MAX
-        if not kept:
-            payload = bytes(payload)
         fua = nbd.CMD_FLAG_FUA if flags & fuse.O_DSYNC else 0
-        self._ask(file, Request(unique, nbd.CMD_WRITE, offset, length, payload, fua))
+        payload = slot.view[:length]
+        kept = int(length) > COPY_SIZE_MAX
+        if kept:
+            self._kept[unique] = slot
+            request = Request(unique, nbd.CMD_WRITE, offset, length, payload, fua, slot.place)
+        else:
+            request = Request(unique, nbd.CMD_WRITE, offset, length, bytes(payload), fua)
+        self._ask(file, request)
         return kept
 
     def _fallocate(self, unique: int, body: memoryview) -> None:
@@ -169,10 +183,8 @@ class FuseRequests:
         client = self._asked.pop(unique)
         if command <= nbd.CMD_WRITE:
             self._size_in_flight -= request.length
-        if command == nbd.CMD_WRITE and isinstance(request.payload, memoryview):
-            buffer = request.payload.obj
-            assert isinstance(buffer, bytearray)
-            self.given_back.append(buffer)
+        if (slot := self._kept.pop(unique, None)) is not None:
+            self.given_back.append(slot)
         if self._interrupted and unique in self._interrupted:
             self._interrupted.discard(unique)
             return
@@ -277,8 +289,8 @@ class FuseRequests:
             return
         for client in (file.client, file.statuses):
             if client is not None:
+                self._connections.close(client)  # first: the daemon may still fill the slots
                 client.fail(EIO)  # reads that were interrupted
-                self._connections.close(client)
         file.client = file.statuses = None
 
     def _interrupt(self, unique: int) -> None:

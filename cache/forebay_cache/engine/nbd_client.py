@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
+from forebay_cache.engine.payload_slots import Memory, Place
 from forebay_cache.format import nbd, nbd_options
 from forebay_core.errors import ForebayError
 from forebay_core.units import Buffer
@@ -35,7 +36,8 @@ class NbdPeerError(ForebayError):
 
 
 class Request(NamedTuple):
-    """One request; `payload` stays as it is until the answer. `offset` and `length` in bytes."""
+    """One request; `offset` and `length` in bytes. `payload` is what is written, or where a READ may put its bytes: it
+    is left alone until the answer, and may be seen by the daemon at its `place`."""
 
     cookie: int
     command: int
@@ -43,6 +45,7 @@ class Request(NamedTuple):
     length: int
     payload: Buffer = b""
     flags: int = 0
+    place: Place | None = None
 
 
 class Status(NamedTuple):
@@ -77,10 +80,17 @@ class NbdClient:
         self._answered = answered
         self._statuses = statuses
         self._body: dict[int, bytes] = {}
+        self._memory: Memory | None = None  # that is offered to the daemon
+        self._shared_key = 0  # of the memory that it has accepted
 
-    def begin(self) -> None:
-        """A new connection: nothing of the last one counts, and `pending` is asked again when it is ready."""
+    def begin(self, memory: Memory | None = None) -> None:
+        """A new connection: nothing of the last one counts, and `pending` is asked again when it is ready.
+
+        Payloads in `memory` are not sent if the daemon accepts it.
+        """
         self.state = State.GREETING
+        self._memory = None if self._statuses else memory
+        self._shared_key = 0
         self.outgoing.clear()
         self._body.clear()
 
@@ -99,6 +109,13 @@ class NbdClient:
         self.pending.clear()
         for request in waiting:
             self._answered(request, error, b"")
+
+    def uses(self, key: int) -> bool:
+        """Tell whether something that was not answered is in this memory, and the daemon may be at work on it."""
+        return self._shared_key == key and any(map(self._is_in_memory, self.pending.values()))
+
+    def _is_in_memory(self, request: Request) -> bool:
+        return request.place is not None and request.place.key == self._shared_key
 
     def abandon(self, cookie: int) -> bool:
         """Forget a request that was not sent over a living connection; tell whether it was one."""
@@ -126,7 +143,12 @@ class NbdClient:
     # --- transmission -----------------------------------------------------------------------------------------
 
     def _send(self, request: Request) -> None:
-        cookie, command, offset, length, payload, flags = request
+        cookie, command, offset, length, payload, flags, place = request
+        if place is not None and self._is_in_memory(request):
+            flags |= nbd.CMD_FLAG_IN_MEMORY
+            payload = nbd.PLACE.pack(place.offset)
+        elif command == nbd.CMD_READ:
+            payload = b""
         header = nbd.REQUEST.pack(nbd.REQUEST_MAGIC, flags, command, cookie, offset, length)
         if not payload:
             self.outgoing.append(header)
@@ -144,7 +166,7 @@ class NbdClient:
             if magic != nbd.SIMPLE_REPLY_MAGIC or request is None:
                 raise NbdPeerError(f"the daemon sent reply {cookie:#x} with magic {magic:#x}, nothing that was asked")
             behind = at + header_size
-            if request.command == nbd.CMD_READ and not error:
+            if request.command == nbd.CMD_READ and not error and not self._is_in_memory(request):
                 if end - behind < request.length:
                     break
                 at = behind + request.length
@@ -152,7 +174,7 @@ class NbdClient:
                 self._answered(request, 0, view[behind:at])
                 continue
             at = behind
-            self._settle(request, error, b"")
+            self._settle(request, error, request.payload if request.command == nbd.CMD_READ and not error else b"")
         return at
 
     def _settle(self, request: Request, error: int, body: Buffer) -> None:
@@ -205,6 +227,8 @@ class NbdClient:
         name = self._export.encode()
         named = len(name).to_bytes(4) + name
         options = [(nbd_options.OPT_GO, named + bytes(2))]
+        if self._memory is not None:
+            options.insert(0, (nbd_options.OPT_MEMORY, nbd_options.MEMORY.pack(self._memory.number)))
         if self._statuses:
             query = ALLOCATION.encode()
             context = named + (1).to_bytes(4) + len(query).to_bytes(4) + query
@@ -223,7 +247,10 @@ class NbdClient:
             raise NbdPeerError(f"the daemon sent an option's reply with magic {magic:#x} and {size} bytes")
         if len(view) - header.size < size:
             return 0
-        if kind == nbd_options.REP_ERR_UNKNOWN:
+        if option == nbd_options.OPT_MEMORY:
+            if kind == nbd_options.REP_ACK and self._memory is not None:
+                self._shared_key = self._memory.key
+        elif kind == nbd_options.REP_ERR_UNKNOWN:
             self.state = State.GONE
             self.fail(EIO)
         elif kind & 0x80000000:

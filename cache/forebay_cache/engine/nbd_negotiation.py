@@ -44,6 +44,7 @@ from forebay_cache.format.nbd_options import (
     INFO_DESCRIPTION,
     INFO_EXPORT,
     INFO_NAME,
+    MEMORY,
     NBD_MAGIC,
     OPT_ABORT,
     OPT_EXPORT_NAME,
@@ -52,6 +53,7 @@ from forebay_cache.format.nbd_options import (
     OPT_INFO,
     OPT_LIST,
     OPT_LIST_META_CONTEXT,
+    OPT_MEMORY,
     OPT_SET_META_CONTEXT,
     OPT_STRUCTURED_REPLY,
     OPTION,
@@ -59,6 +61,7 @@ from forebay_cache.format.nbd_options import (
     PAYLOAD_SIZE_MAX,
     REP_ACK,
     REP_ERR_EXT_HEADER_REQD,
+    REP_ERR_POLICY,
     REP_ERR_TOO_BIG,
     REP_ERR_UNKNOWN,
     REP_ERR_UNSUP,
@@ -92,6 +95,8 @@ _ALWAYS: Final = (
     | FLAG_SEND_CACHE
     | FLAG_CAN_MULTI_CONN
 )
+
+FindMemory = Callable[[int], memoryview | None]
 
 
 class State(enum.Enum):
@@ -140,13 +145,19 @@ class Session(NamedTuple):
     volume: FrontVolume
     style: ReplyStyle
     contexts: tuple[Context, ...]  # what a client may ask the status of blocks for
+    memory: memoryview | None = None  # of the client, where payloads may be
 
 
 class Negotiation:
-    """One client's handshake. Feed bytes to `receive`, send `take_output`, until `over`; then look at `session`."""
+    """One client's handshake. Feed bytes to `receive`, send `take_output`, until `over`; then look at `session`.
 
-    def __init__(self, exports: Exports) -> None:
+    `find_memory` returns the memory behind a descriptor of the client's process, or None if that is none for us.
+    """
+
+    def __init__(self, exports: Exports, find_memory: FindMemory = lambda _number: None) -> None:
         self._exports = exports
+        self._find_memory = find_memory
+        self._memory: memoryview | None = None
         self._state = State.FLAGS
         self._output = bytearray(GREETING.pack(NBD_MAGIC, OPTION_MAGIC, _HANDSHAKE_FLAGS))
         self._zeroes = True
@@ -168,6 +179,7 @@ class Negotiation:
             OPT_LIST_META_CONTEXT: self._meta_context,
             OPT_SET_META_CONTEXT: self._meta_context,
             OPT_EXTENDED_HEADERS: self._extended_headers,
+            OPT_MEMORY: self._share_memory,
         }
 
     @property
@@ -298,6 +310,14 @@ class Negotiation:
         self._style = ReplyStyle.EXTENDED
         return self._reply(option, REP_ACK)
 
+    def _share_memory(self, option: int, payload: bytes) -> Event:
+        if len(payload) != MEMORY.size or self._memory is not None:
+            raise BadOptionError("one descriptor of 4 bytes is expected, once")
+        self._memory = self._find_memory(MEMORY.unpack(payload)[0])
+        if self._memory is None:
+            return self._reply(option, REP_ERR_POLICY, b"no sealed memory of this user's own process")
+        return self._reply(option, REP_ACK)
+
     def _export_name(self, option: int, payload: bytes) -> Event:
         volume = self._exports.find(decode_string(payload))
         if volume is None:
@@ -356,7 +376,7 @@ class Negotiation:
 
     def _choose(self, volume: FrontVolume) -> Event:
         contexts = self._contexts if self._context_volume == volume.name else ()
-        self.session = Session(volume, self._style, contexts)
+        self.session = Session(volume, self._style, contexts, self._memory)
         return Event.EXPORT_CHOSEN
 
     def _flags(self, volume: FrontVolume) -> int:

@@ -26,6 +26,7 @@ from forebay_cache.format.nbd import (
     CMD_DISC,
     CMD_FLAG_DF,
     CMD_FLAG_FUA,
+    CMD_FLAG_IN_MEMORY,
     CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
@@ -35,6 +36,7 @@ from forebay_cache.format.nbd import (
     CMD_WRITE_ZEROES,
     EXTENDED_REQUEST,
     EXTENDED_REQUEST_MAGIC,
+    PLACE,
     REQUEST,
     REQUEST_MAGIC,
     STATE_DIRTY,
@@ -94,6 +96,7 @@ class Transmission:
         self._extended = session.style is ReplyStyle.EXTENDED
         self._fragments = session.style is not ReplyStyle.SIMPLE
         self._contexts = session.contexts
+        self._memory = session.memory
         self._encoder = _ENCODERS[session.style]()
         self._account = account
         self._wake = wake
@@ -218,6 +221,12 @@ class Transmission:
                 at += header_size
                 open_[serial] = reply = partial(replied, serial, cookie, 0)
                 volume.flush(reply)
+            elif flags & CMD_FLAG_IN_MEMORY and self._memory is not None:
+                taken = self._accept_in_memory(view[at:end], self._memory)
+                if not taken:
+                    break
+                at += taken
+                last = serial  # it may be large: others have their turn before the next
             elif self._accept_rare(Request(flags, command, cookie, offset, length)):
                 at += header_size
                 if self.leaving:
@@ -235,16 +244,7 @@ class Transmission:
         payload_size = self._payload_size(request)
         if payload_size > PAYLOAD_SIZE_MAX:
             raise ProtocolError(f"a payload of {payload_size} bytes; at most {PAYLOAD_SIZE_MAX}")
-        refused = check_request(
-            request,
-            size=self._size,
-            read_only=self._read_only,
-            extended=self._extended,
-            fragments=self._fragments,
-            status=bool(self._contexts),
-        )
-        if self._refusing:
-            refused = _STOPPING
+        refused = self._check(request)
         if refused is not None:
             self._refuse_request(request, payload_size, refused)
         elif request.command == CMD_READ and request.length:
@@ -258,6 +258,42 @@ class Transmission:
         else:
             self._submit(request)
         return True
+
+    def _check(self, request: Request) -> Refused | None:
+        if self._refusing:
+            return _STOPPING
+        return check_request(
+            request,
+            size=self._size,
+            read_only=self._read_only,
+            extended=self._extended,
+            fragments=self._fragments,
+            status=bool(self._contexts),
+        )
+
+    def _accept_in_memory(self, received: memoryview, memory: memoryview) -> int:
+        """Take a READ or WRITE whose bytes are in the client's memory, which leaves them alone until the reply; return
+        the bytes of the request, or 0 if it must wait."""
+        size = self._request.size + PLACE.size
+        if len(received) < size:
+            self.want = size
+            return 0
+        _magic, flags, command, cookie, offset, length = self._request.unpack_from(received)
+        (place,) = PLACE.unpack_from(received, self._request.size)
+        if command not in (CMD_READ, CMD_WRITE) or place + length > memory.nbytes:
+            raise ProtocolError(f"command {command} with {length} bytes at {place} of {memory.nbytes} in memory")
+        request = Request(flags & ~CMD_FLAG_IN_MEMORY, command, cookie, offset, length)
+        refused = self._check(request)
+        view = memory[place : place + length]
+        if refused is not None:
+            self._refuse(cookie, offset, refused)
+        elif length == 0:
+            self._done(cookie, offset)
+        elif command == CMD_WRITE:
+            self._volume.write(offset, view, flags & CMD_FLAG_FUA != 0, self._opened(request))
+        elif not self._read(request, view):
+            return 0
+        return size
 
     def _submit(self, request: Request) -> None:
         volume, offset, length = self._volume, request.offset, request.length
@@ -284,15 +320,20 @@ class Transmission:
             else:
                 self._volume.allocation(offset, length, partial(reply, context.id))
 
-    def _read(self, request: Request) -> bool:
+    def _read(self, request: Request, view: memoryview | None = None) -> bool:
+        """Read, into the client's memory if there is a view of it; return False if it must wait for budget."""
         _flags, _command, cookie, offset, length = request
         account, serial = self._account, self._serial
         if account.held + length > account.granted:
             self.short, self.blocked = length, True
             return False
         account.held += length
-        replied = self._whole_read_replied if request.flags & CMD_FLAG_DF else self._read_replied
-        self._open[serial] = reply = partial(replied, serial, cookie, offset, length)
+        if view is not None:
+            reply = partial(self._read_into_replied, serial, cookie, offset, length, view)
+        else:
+            replied = self._whole_read_replied if request.flags & CMD_FLAG_DF else self._read_replied
+            reply = partial(replied, serial, cookie, offset, length)
+        self._open[serial] = reply
         self._volume.read(offset, length, reply)
         return True
 
@@ -307,7 +348,7 @@ class Transmission:
         if self._open.pop(serial, None) is None:
             return
         if error or self._muted:
-            self._read_failed(cookie, offset, length, error)
+            self._read_ended(cookie, offset, length, error)
             return
         self.out_size += self._encoder.read(self.out, cookie, offset, length, chunks)
         self.out_held += length
@@ -320,13 +361,32 @@ class Transmission:
         if self._open.pop(serial, None) is None:
             return
         if error or self._muted:
-            self._read_failed(cookie, offset, length, error)
+            self._read_ended(cookie, offset, length, error)
             return
         self.out_size += self._encoder.read_whole(self.out, cookie, offset, length, chunks)
         self.out_held += length
         self._woken()
 
-    def _read_failed(self, cookie: int, offset: int, length: int, error: IoError) -> None:
+    def _read_into_replied(
+        self,
+        serial: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        view: memoryview,
+        error: IoError,
+        chunks: Sequence[Chunk],
+    ) -> None:
+        if self._open.pop(serial, None) is None:
+            return
+        if not (error or self._muted):
+            at = 0
+            for size, buffer in chunks:
+                view[at : at + size] = bytes(size) if buffer is None else buffer
+                at += size
+        self._read_ended(cookie, offset, length, error)
+
+    def _read_ended(self, cookie: int, offset: int, length: int, error: IoError) -> None:
         self._account.held -= length
         self._finished(cookie, offset, error)
 

@@ -146,7 +146,7 @@ Directory entry, 24 bytes, followed by the name and zeros up to a multiple of 8:
 import struct
 from typing import Final
 
-from forebay_core.units import BLOCK_SIZE, KIB, MIB
+from forebay_core.units import BLOCK_SIZE, MIB
 
 REQUEST_HEADER: Final = struct.Struct("<IIQQIII4x")
 REPLY_HEADER: Final = struct.Struct("<IIQ")
@@ -219,11 +219,9 @@ MINOR: Final = 31
 """Linux 5.4 and newer: what we use is there, and newer kernels speak it."""
 
 WRITE_SIZE_MAX: Final = 1 * MIB
-REQUEST_SIZE_MAX: Final = WRITE_SIZE_MAX + 4 * KIB
-"""Bytes of the buffer that a request is read into: the kernel asks for room for the largest."""
-
 PAYLOAD_OFFSET: Final = REQUEST_HEADER.size + IO_REQUEST.size
-assert PAYLOAD_OFFSET + WRITE_SIZE_MAX <= REQUEST_SIZE_MAX
+"""Where the payload of a WRITE begins. The kernel asks for room for the largest whenever a request is read."""
+
 assert WRITE_SIZE_MAX % BLOCK_SIZE == 0
 
 

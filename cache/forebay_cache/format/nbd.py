@@ -109,6 +109,8 @@ EXTENDED_DATA: Final = struct.Struct(">IHHQQQQ")
 assert STRUCTURED_DATA.size == STRUCTURED_CHUNK.size + 8
 assert EXTENDED_DATA.size == EXTENDED_CHUNK.size + 8
 
+PLACE: Final = struct.Struct(">Q")
+
 CONTEXT_ID: Final = struct.Struct(">I")
 EXTENDED_CONTEXT_ID: Final = struct.Struct(">II")
 
@@ -127,6 +129,9 @@ CMD_FLAG_DF: Final = 4
 CMD_FLAG_REQ_ONE: Final = 8
 CMD_FLAG_FAST_ZERO: Final = 16
 CMD_FLAG_PAYLOAD_LEN: Final = 32
+CMD_FLAG_IN_MEMORY: Final = 1 << 15
+"""Our own, behind OPT_MEMORY: the bytes of a READ or WRITE are in that memory and go over no socket. What follows the
+header is PLACE, where."""
 
 REPLY_FLAG_DONE: Final = 1
 REPLY_TYPE_NONE: Final = 0

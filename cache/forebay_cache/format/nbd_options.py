@@ -53,7 +53,7 @@ Block size information, 14 bytes:
 
 Name and description information are a u16 type and the text. INFO and GO carry a u32 size and the name, a u16
 count and that many u16 types; LIST and SET of meta contexts a u32 size and the name, a u32 count and that many
-times a u32 size and a query.
+times a u32 size and a query. MEMORY carries a u32 descriptor.
 """
 
 import struct
@@ -70,6 +70,7 @@ GREETING: Final = struct.Struct(">QQH")
 CLIENT_FLAGS: Final = struct.Struct(">I")
 OPTION: Final = struct.Struct(">QII")
 OPTION_REPLY: Final = struct.Struct(">QIII")
+MEMORY: Final = struct.Struct(">I")
 EXPORT_NAME_REPLY: Final = struct.Struct(">QH")
 EXPORT_INFORMATION: Final = struct.Struct(">HQH")
 BLOCK_SIZE_INFORMATION: Final = struct.Struct(">HIII")
@@ -88,12 +89,16 @@ OPT_STRUCTURED_REPLY: Final = 8
 OPT_LIST_META_CONTEXT: Final = 9
 OPT_SET_META_CONTEXT: Final = 10
 OPT_EXTENDED_HEADERS: Final = 11
+OPT_MEMORY: Final = 0x46425901
+"""Our own; its data is MEMORY, a descriptor of the client's process. Once that is acknowledged, a READ or WRITE may
+have its bytes in that memory: see CMD_FLAG_IN_MEMORY."""
 
 REP_ACK: Final = 1
 REP_SERVER: Final = 2
 REP_INFO: Final = 3
 REP_META_CONTEXT: Final = 4
 REP_ERR_UNSUP: Final = 0x80000001
+REP_ERR_POLICY: Final = 0x80000002
 REP_ERR_INVALID: Final = 0x80000003
 REP_ERR_UNKNOWN: Final = 0x80000006
 REP_ERR_TOO_BIG: Final = 0x80000009

@@ -7,6 +7,7 @@ It is the daemon that starts it and tells it what to serve (`fuse_calls`); it en
 Invariants:
     One front per run directory, by a lock. One thread; nothing waits but the poll.
     A connection that ends is made again, every RECONNECT_S, until its file is closed.
+    What is read into `_slots` is in the memory that a connection made now would share.
 Crash: the mount is dead; the daemon sees its end, takes the mount away and starts another one.
 """
 
@@ -26,21 +27,25 @@ from typing import Final
 from forebay_cache.engine.fuse_folder import FuseFolder, VolumeFile
 from forebay_cache.engine.fuse_requests import FuseRequests
 from forebay_cache.engine.nbd_client import NbdClient, NbdPeerError, State
+from forebay_cache.engine.payload_slots import SLOTS, Memory, PayloadSlots
 from forebay_cache.format import fuse, nbd
 from forebay_cache.service import fuse_mount
 from forebay_cache.service.fuse_calls import LOCK, READY, SOCKET, VOLUMES, CallServer
 from forebay_cache.service.gathering import rest_of
 from forebay_cache.service.memory_guard import guard_allocations, guard_memory
 from forebay_cache.service.run_folder import NBD_SOCKET
+from forebay_cache.service.shared_memory import make_memory
 from forebay_core.errors import ForebayError
 from forebay_core.starting import tell_parent
-from forebay_core.units import MIB, Buffer
+from forebay_core.units import KIB, MIB, Buffer
 
 RECONNECT_S: Final = 0.05
 RECEIVE_SIZE: Final = 4 * MIB
+ROOM_MIN: Final = fuse.WRITE_SIZE_MAX + 4 * KIB
+"""Bytes of the longest reply: a READ is no larger than a WRITE."""
+
 LOCK_WAIT_S: Final = 5.0
 REQUESTS_PER_TURN: Final = 32
-SPARE_BUFFERS_MAX: Final = 32
 PARTS_MAX: Final = 512
 SOCKET_BUFFER_SIZE: Final = 4 * MIB
 _SO_SNDBUFFORCE: Final = 32
@@ -80,8 +85,9 @@ class Poll:
 class Line:
     """One client's connection to the daemon, made anew when it ends."""
 
-    def __init__(self, client: NbdClient, path: str, poll: Poll) -> None:
+    def __init__(self, client: NbdClient, path: str, poll: Poll, slots: "Slots") -> None:
         self.client = client
+        self._slots = slots
         self.retry_s = 0.0
         self._path = path
         self._poll = poll
@@ -111,7 +117,7 @@ class Line:
         self._socket = line
         self._start = self._end = 0
         self._writing = False
-        self.client.begin()
+        self.client.begin(self._slots.memory)
         self._poll.watch(line.fileno(), self._ready)
 
     def close(self) -> None:
@@ -150,7 +156,7 @@ class Line:
 
     def _receive(self) -> None:
         assert self._socket is not None
-        if len(self._view) - self._end < fuse.REQUEST_SIZE_MAX:
+        if len(self._view) - self._end < ROOM_MIN:
             size = self._end - self._start
             self._buffer[:size] = self._buffer[self._start : self._end]
             self._start, self._end = 0, size
@@ -181,8 +187,34 @@ class Line:
             self._socket.close()
             self._socket = None
         self.retry_s = time.monotonic() + RECONNECT_S
+        self._slots.connection_ended(self.client)
         if self.client.state is not State.GONE:
             self.client.begin()
+
+
+class Slots:
+    """The slots that payloads are read into, in the memory that the daemon is offered."""
+
+    def __init__(self) -> None:
+        self._key = 0
+        self._begin()
+
+    @property
+    def memory(self) -> Memory:
+        """What a new connection shares."""
+        return self._slots.memory
+
+    def connection_ended(self, client: NbdClient) -> None:
+        """Make a new memory if the daemon may still be at work on something in this one."""
+        if client.uses(self.memory.key):
+            os.close(self.memory.number)
+            self._begin()
+
+    def _begin(self) -> None:
+        self._key += 1
+        number, view = make_memory("forebay-fuse", SLOTS * fuse.WRITE_SIZE_MAX)
+        self._slots = PayloadSlots(Memory(self._key, number), view, fuse.WRITE_SIZE_MAX)
+        self.take, self.give = self._slots.take, self._slots.give
 
 
 class FuseFront:
@@ -195,8 +227,9 @@ class FuseFront:
         self._lines: dict[NbdClient, Line] = {}
         self.folder = FuseFolder(uid=os.geteuid(), gid=os.getegid())
         self.requests = FuseRequests(self.folder, self, self._reply)
-        self._buffer = bytearray(fuse.REQUEST_SIZE_MAX)
-        self._spare: list[bytearray] = []
+        self._slots = Slots()
+        self._head = bytearray(fuse.PAYLOAD_OFFSET)
+        self._slot = self._slots.take()
         self._reading = True
         self.ended = False
         self._poll.watch(descriptor, self._take)
@@ -206,9 +239,7 @@ class FuseFront:
         """Serve until the mount is gone, or nothing is to be served any more."""
         while not (self.ended or self.requests.ended or self._calls.ended or self.folder.deserted):
             self._poll.turn(self._timeout_s())
-            for line in self._lines.values():
-                if line.client.outgoing:
-                    line.flush()
+            self._flush()
             self._connect()
             self._pause()
         self._calls.close()
@@ -218,7 +249,7 @@ class FuseFront:
     def open(self, file: VolumeFile, *, statuses: bool) -> NbdClient:
         """See Connections."""
         client = NbdClient(file.name, self.requests.answered, statuses=statuses)
-        self._lines[client] = Line(client, self._nbd, self._poll)
+        self._lines[client] = Line(client, self._nbd, self._poll, self._slots)
         self._lines[client].connect()
         return client
 
@@ -233,7 +264,7 @@ class FuseFront:
         requests = self.requests
         for _ in range(REQUESTS_PER_TURN):
             try:
-                size = os.readv(self._descriptor, (self._buffer,))
+                size = os.readv(self._descriptor, (self._head, self._slot.view))
             except BlockingIOError:
                 return
             except OSError as error:
@@ -243,10 +274,16 @@ class FuseFront:
                 if error.errno in (errno.ENOENT, errno.EINTR):  # taken back by who asked
                     continue
                 raise
-            if requests.take(self._buffer, size):
-                self._buffer = self._spare.pop() if self._spare else bytearray(fuse.REQUEST_SIZE_MAX)
+            if requests.take(self._head, self._slot, size):
+                self._slot = self._slots.take()
+                self._flush()  # the daemon works on it while the next one is read
             if requests.full:
                 return
+
+    def _flush(self) -> None:
+        for line in self._lines.values():
+            if line.client.outgoing:
+                line.flush()
 
     def _reply(self, parts: Sequence[Buffer]) -> None:
         try:
@@ -264,9 +301,9 @@ class FuseFront:
                 line.connect()
 
     def _pause(self) -> None:
-        """Keep some buffers that came back; read no more while too much is in flight."""
-        room = SPARE_BUFFERS_MAX - len(self._spare)
-        self._spare += self.requests.given_back[:room]
+        """Use the slots that came back; read no more while too much is in flight."""
+        for slot in self.requests.given_back:
+            self._slots.give(slot)
         self.requests.given_back.clear()
         if self.requests.full == self._reading:
             self._reading = not self._reading

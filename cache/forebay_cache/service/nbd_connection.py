@@ -31,6 +31,7 @@ from forebay_cache.service.nbd_buffers import BufferPool, buffer_size
 from forebay_cache.service.nbd_outbox import Outbox
 from forebay_cache.service.nbd_sockets import Sockets
 from forebay_cache.service.receiver import Receiver
+from forebay_cache.service.shared_memory import memory_of_peer
 from forebay_cache.service.turns import Turns
 from forebay_core.errors import ProtocolError
 from forebay_core.units import KIB
@@ -84,7 +85,8 @@ class NbdConnection:
         self._loop = asyncio.get_running_loop()
         self._account = Account(self._granted)
         self._outbox = Outbox(client)
-        self._negotiation: Negotiation | None = Negotiation(shared.exports) if session is None else None
+        negotiation = Negotiation(shared.exports, partial(memory_of_peer, client)) if session is None else None
+        self._negotiation: Negotiation | None = negotiation
         self._session = session
         self._transmission: Transmission | None = None
         self._buffer: ReceiveBuffer | None = None
