@@ -13,6 +13,7 @@ from ram_volume import LateVolume, RamVolume
 from forebay_cache.engine.nbd_limits import CONNECTION_BYTES_MAX
 from forebay_cache.engine.nbd_negotiation import ReplyStyle
 from forebay_cache.format import nbd, nbd_options
+from forebay_cache.format.nbd_options import PAYLOAD_SIZE_MAX
 from forebay_cache.service.shared_memory import make_memory, memory_of_peer
 
 SIZE = 8 << 20
@@ -24,8 +25,8 @@ ALL_STYLES = pytest.mark.parametrize("style", [SIMPLE, STRUCTURED, EXTENDED], id
 class Shared:
     """A memory of this process, which is the client's and the server's."""
 
-    def __init__(self) -> None:
-        self.number, self.view = make_memory("test", MEMORY_SIZE)
+    def __init__(self, size: int = MEMORY_SIZE) -> None:
+        self.number, self.view = make_memory("test", size)
 
     def write(self, client: Client, offset: int, place: int, length: int, flags: int = 0) -> int:
         place_bytes = nbd.PLACE.pack(place)
@@ -57,6 +58,7 @@ def served(tmp_path: Path) -> Iterator[ServerThread]:
     volumes = (
         RamVolume("vol", SIZE),
         RamVolume("frozen@monday", SIZE, read_only=True),
+        RamVolume("large", 2 * PAYLOAD_SIZE_MAX),
         LateVolume("late", SIZE, delay_s=None),
     )
     with ServerThread(str(tmp_path / "s"), *volumes) as server:
@@ -130,6 +132,21 @@ def test_a_place_outside_of_the_memory_ends_the_connection(
         assert client.at_end()
 
 
+@pytest.mark.parametrize("command", [nbd.CMD_READ, nbd.CMD_WRITE])
+def test_no_request_is_larger_than_one_whose_bytes_are_sent(served: ServerThread, command: int) -> None:
+    shared = Shared(PAYLOAD_SIZE_MAX + 1)
+    for length in (PAYLOAD_SIZE_MAX, PAYLOAD_SIZE_MAX + 1):
+        with served.client().go("large", memory=shared.number) as client:
+            # Of a read we don't tell the client: else it would wait for the bytes.
+            raw = client.request(nbd.CMD_WRITE, 0, length, flags=IN_MEMORY, payload=nbd.PLACE.pack(0))
+            client.send(raw[:6] + command.to_bytes(2) + raw[8:])
+            if length > PAYLOAD_SIZE_MAX:
+                assert client.at_end()
+            else:
+                assert client.answer().error == 0
+    os.close(shared.number)
+
+
 def test_only_reads_and_writes_may_use_the_memory(served: ServerThread, shared: Shared) -> None:
     with served.client().go("vol", memory=shared.number) as client:
         client.send(client.request(nbd.CMD_TRIM, 0, 4096, flags=IN_MEMORY, payload=nbd.PLACE.pack(0)))
@@ -172,12 +189,14 @@ def test_what_a_client_that_was_given_up_had_asked_for_is_not_put_into_its_memor
     assert bytes(shared.view[:4096]) == b"x" * 4096
 
 
-def test_reads_into_memory_wait_for_budget_as_others_do(served: ServerThread, shared: Shared) -> None:
+@pytest.mark.parametrize("command", [nbd.CMD_READ, nbd.CMD_WRITE])
+def test_requests_in_memory_wait_for_budget_as_others_do(served: ServerThread, shared: Shared, command: int) -> None:
     late = served.exports.volumes["late"]
     assert isinstance(late, LateVolume)
     at_once = CONNECTION_BYTES_MAX // MEMORY_SIZE
     with served.client().go("late", memory=shared.number) as client:
-        client.send(b"".join(shared.read_request(client, 0, 0, MEMORY_SIZE) for _ in range(at_once + 3)))
+        raw = [client.request(nbd.CMD_WRITE, 0, MEMORY_SIZE, flags=IN_MEMORY) for _ in range(at_once + 3)]
+        client.send(b"".join(one[:6] + command.to_bytes(2) + one[8:] + nbd.PLACE.pack(0) for one in raw))
         for expected in (at_once, 3):
             served.until(lambda expected=expected: len(late.parked) == expected)
             served.call(late.release)

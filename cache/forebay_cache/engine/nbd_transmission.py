@@ -6,7 +6,7 @@ while a volume still has such a view. Replies gather in `out` until the shell se
 Invariants:
     _open holds the reply of exactly the requests that the volume has not answered yet.
     A request is given to the volume only when all of it has arrived; a refused payload is consumed.
-    account.held covers the length of every READ that is open or unsent.
+    account.held covers the length of every READ that is open or unsent, and of every WRITE from a client's memory.
 Crash: a client connects again; what was acknowledged is the volume's promise.
 """
 
@@ -280,20 +280,40 @@ class Transmission:
             return 0
         _magic, flags, command, cookie, offset, length = self._request.unpack_from(received)
         (place,) = PLACE.unpack_from(received, self._request.size)
-        if command not in (CMD_READ, CMD_WRITE) or place + length > memory.nbytes:
+        if command not in (CMD_READ, CMD_WRITE) or length > PAYLOAD_SIZE_MAX or place + length > memory.nbytes:
             raise ProtocolError(f"command {command} with {length} bytes at {place} of {memory.nbytes} in memory")
         request = Request(flags & ~CMD_FLAG_IN_MEMORY, command, cookie, offset, length)
         refused = self._check(request)
-        view = memory[place : place + length]
         if refused is not None:
             self._refuse(cookie, offset, refused)
         elif length == 0:
             self._done(cookie, offset)
-        elif command == CMD_WRITE:
-            self._volume.write(offset, view, flags & CMD_FLAG_FUA != 0, self._opened(request))
-        elif not self._read(request, view):
+        elif not self._submit_in_memory(request, memory[place : place + length]):
             return 0
         return size
+
+    def _submit_in_memory(self, request: Request, view: memoryview) -> bool:
+        """Read into the view, or write what it shows; return False if that must wait for budget."""
+        flags, command, cookie, offset, length = request
+        if not self._hold(length):
+            return False
+        serial = self._serial
+        if command == CMD_READ:
+            self._open[serial] = read_reply = partial(self._read_into_replied, serial, cookie, offset, length, view)
+            self._volume.read(offset, length, read_reply)
+        else:
+            self._open[serial] = reply = partial(self._write_from_replied, serial, cookie, offset, length)
+            self._volume.write(offset, view, flags & CMD_FLAG_FUA != 0, reply)
+        return True
+
+    def _hold(self, length: int) -> bool:
+        """Count bytes as held; return False if the request must wait for budget."""
+        account = self._account
+        if account.held + length > account.granted:
+            self.short, self.blocked = length, True
+            return False
+        account.held += length
+        return True
 
     def _submit(self, request: Request) -> None:
         volume, offset, length = self._volume, request.offset, request.length
@@ -320,20 +340,12 @@ class Transmission:
             else:
                 self._volume.allocation(offset, length, partial(reply, context.id))
 
-    def _read(self, request: Request, view: memoryview | None = None) -> bool:
-        """Read, into the client's memory if there is a view of it; return False if it must wait for budget."""
+    def _read(self, request: Request) -> bool:
         _flags, _command, cookie, offset, length = request
-        account, serial = self._account, self._serial
-        if account.held + length > account.granted:
-            self.short, self.blocked = length, True
+        if not self._hold(length):
             return False
-        account.held += length
-        if view is not None:
-            reply = partial(self._read_into_replied, serial, cookie, offset, length, view)
-        else:
-            replied = self._whole_read_replied if request.flags & CMD_FLAG_DF else self._read_replied
-            reply = partial(replied, serial, cookie, offset, length)
-        self._open[serial] = reply
+        replied = self._whole_read_replied if request.flags & CMD_FLAG_DF else self._read_replied
+        self._open[self._serial] = reply = partial(replied, self._serial, cookie, offset, length)
         self._volume.read(offset, length, reply)
         return True
 
@@ -348,7 +360,7 @@ class Transmission:
         if self._open.pop(serial, None) is None:
             return
         if error or self._muted:
-            self._read_ended(cookie, offset, length, error)
+            self._held_ended(cookie, offset, length, error)
             return
         self.out_size += self._encoder.read(self.out, cookie, offset, length, chunks)
         self.out_held += length
@@ -361,7 +373,7 @@ class Transmission:
         if self._open.pop(serial, None) is None:
             return
         if error or self._muted:
-            self._read_ended(cookie, offset, length, error)
+            self._held_ended(cookie, offset, length, error)
             return
         self.out_size += self._encoder.read_whole(self.out, cookie, offset, length, chunks)
         self.out_held += length
@@ -384,9 +396,13 @@ class Transmission:
             for size, buffer in chunks:
                 view[at : at + size] = bytes(size) if buffer is None else buffer
                 at += size
-        self._read_ended(cookie, offset, length, error)
+        self._held_ended(cookie, offset, length, error)
 
-    def _read_ended(self, cookie: int, offset: int, length: int, error: IoError) -> None:
+    def _write_from_replied(self, serial: int, cookie: int, offset: int, length: int, error: IoError) -> None:
+        if self._open.pop(serial, None) is not None:
+            self._held_ended(cookie, offset, length, error)
+
+    def _held_ended(self, cookie: int, offset: int, length: int, error: IoError) -> None:
         self._account.held -= length
         self._finished(cookie, offset, error)
 
