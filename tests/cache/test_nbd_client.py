@@ -128,7 +128,7 @@ def test_a_payload_in_memory_that_the_daemon_has_is_not_sent_but_its_place() -> 
     rig = Rig()
     rig.client.begin(Memory(3, 7))
     rig.feed(memory_answered(nbd_options.REP_ACK))
-    assert nbd_options.MEMORY.pack(7) in rig.sent()
+    assert nbd_options.MEMORY.pack(7, 3) in rig.sent()
     rig.client.submit(WRITE._replace(place=Place(3, 8192)))
     rig.client.submit(WRITE._replace(cookie=8, place=Place(2, 8192)))
     rig.client.submit(WRITE._replace(cookie=9))

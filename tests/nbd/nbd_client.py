@@ -1,6 +1,7 @@
 """A blunt NBD client over a raw socket, which can also misbehave, and a server in a thread to talk to."""
 
 import asyncio
+import os
 import socket
 import struct
 import threading
@@ -194,7 +195,7 @@ class Client:
         """Do the whole handshake; share the memory of a descriptor."""
         self.greet()
         if memory is not None:
-            replies = self.option(nbd_options.OPT_MEMORY, nbd_options.MEMORY.pack(memory))
+            replies = self.option(nbd_options.OPT_MEMORY, nbd_options.MEMORY.pack(memory, os.fstat(memory).st_ino))
             assert [reply.type for reply in replies] == [nbd_options.REP_ACK], replies
         if style is not SIMPLE:
             option = nbd_options.OPT_STRUCTURED_REPLY if style is STRUCTURED else nbd_options.OPT_EXTENDED_HEADERS

@@ -214,22 +214,23 @@ def memfd(size: int) -> int:
     return number
 
 
-@pytest.mark.parametrize("kind", ["unsealed", "empty", "file", "closed", "too large"])
+@pytest.mark.parametrize("kind", ["unsealed", "empty", "file", "closed", "too large", "another"])
 def test_memory_that_could_end_the_server_is_refused(kind: str, tmp_path: Path, served: ServerThread) -> None:
     if kind == "file":
         number = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
         os.ftruncate(number, 1 << 20)
     else:
-        number = memfd({"unsealed": 1 << 20, "empty": 0, "closed": 1 << 20, "too large": (1 << 30) + 1}[kind])
+        number = memfd({"empty": 0, "too large": (1 << 30) + 1}.get(kind, 1 << 20))
         if kind != "unsealed":
             sealed(number, fcntl.F_SEAL_SHRINK)
+    inode = os.fstat(number).st_ino + (kind == "another")
     if kind == "closed":
         os.close(number)
     with served.client() as client:
         client.greet()
-        for payload in (nbd_options.MEMORY.pack(number), b"", bytes(5)):
+        for payload in (nbd_options.MEMORY.pack(number, inode), b"", bytes(4)):
             [reply] = client.option(nbd_options.OPT_MEMORY, payload)
-            assert reply.type == (nbd_options.REP_ERR_POLICY if len(payload) == 4 else nbd_options.REP_ERR_INVALID)
+            assert reply.type == (nbd_options.REP_ERR_POLICY if len(payload) > 4 else nbd_options.REP_ERR_INVALID)
     if kind != "closed":
         os.close(number)
 
@@ -238,8 +239,9 @@ def test_memory_of_another_user_or_behind_another_kind_of_socket_is_none(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = socket.socketpair()
+    inode = os.fstat(shared.number).st_ino
     with ours, theirs, socket.socket(socket.AF_INET) as other:
-        assert memory_of_peer(ours, shared.number) is not None
-        assert memory_of_peer(other, shared.number) is None
+        assert memory_of_peer(ours, shared.number, inode) is not None
+        assert memory_of_peer(other, shared.number, inode) is None
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-        assert memory_of_peer(ours, shared.number) is None
+        assert memory_of_peer(ours, shared.number, inode) is None

@@ -228,7 +228,7 @@ class NbdClient:
         named = len(name).to_bytes(4) + name
         options = [(nbd_options.OPT_GO, named + bytes(2))]
         if self._memory is not None:
-            options.insert(0, (nbd_options.OPT_MEMORY, nbd_options.MEMORY.pack(self._memory.number)))
+            options.insert(0, (nbd_options.OPT_MEMORY, nbd_options.MEMORY.pack(self._memory.number, self._memory.key)))
         if self._statuses:
             query = ALLOCATION.encode()
             context = named + (1).to_bytes(4) + len(query).to_bytes(4) + query

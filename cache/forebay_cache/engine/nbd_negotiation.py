@@ -96,7 +96,7 @@ _ALWAYS: Final = (
     | FLAG_CAN_MULTI_CONN
 )
 
-FindMemory = Callable[[int], memoryview | None]
+FindMemory = Callable[[int, int], memoryview | None]
 
 
 class State(enum.Enum):
@@ -151,10 +151,11 @@ class Session(NamedTuple):
 class Negotiation:
     """One client's handshake. Feed bytes to `receive`, send `take_output`, until `over`; then look at `session`.
 
-    `find_memory` returns the memory behind a descriptor of the client's process, or None if that is none for us.
+    `find_memory` returns the memory behind a descriptor of the client's process, of this inode, or None if that is none
+    for us.
     """
 
-    def __init__(self, exports: Exports, find_memory: FindMemory = lambda _number: None) -> None:
+    def __init__(self, exports: Exports, find_memory: FindMemory = lambda _number, _inode: None) -> None:
         self._exports = exports
         self._find_memory = find_memory
         self._memory: memoryview | None = None
@@ -312,8 +313,8 @@ class Negotiation:
 
     def _share_memory(self, option: int, payload: bytes) -> Event:
         if len(payload) != MEMORY.size or self._memory is not None:
-            raise BadOptionError("one descriptor of 4 bytes is expected, once")
-        self._memory = self._find_memory(MEMORY.unpack(payload)[0])
+            raise BadOptionError("one descriptor and its inode are expected, 12 bytes, once")
+        self._memory = self._find_memory(*MEMORY.unpack(payload))
         if self._memory is None:
             return self._reply(option, REP_ERR_POLICY, b"no sealed memory of this user's own process")
         return self._reply(option, REP_ACK)

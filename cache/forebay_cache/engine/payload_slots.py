@@ -13,7 +13,8 @@ SLOTS: Final = 32
 
 
 class Memory(NamedTuple):
-    """A memory that can be shared: a descriptor of this process; `key` tells it from others that were here before."""
+    """A memory that can be shared: a descriptor of this process, whose number may be that of another one later; `key`
+    is its inode, which is that of no other."""
 
     key: int
     number: int
@@ -34,20 +35,27 @@ class Slot(NamedTuple):
 
 
 class PayloadSlots:
-    """The slots of one memory, of `size` bytes each; the last one given back is the first to be used again."""
+    """The slots of one memory, of `size` bytes each; the last one given back is the first to be used again. Without a
+    memory none is shared."""
 
-    def __init__(self, memory: Memory, view: memoryview, size: int) -> None:
+    def __init__(self, memory: Memory | None, view: memoryview, size: int) -> None:
         self.memory = memory
         self._size = size
-        self._free = [
-            Slot(view[at : at + size], Place(memory.key, at)) for at in range(0, view.nbytes - size + 1, size)
-        ]
+        self._key = memory.key if memory is not None else 0
+        self._free = [Slot(view[at : at + size], Place(self._key, at)) for at in range(0, view.nbytes - size + 1, size)]
 
     def take(self) -> Slot:
         """Return a free slot, or one that is not shared."""
         return self._free.pop() if self._free else Slot(memoryview(bytearray(self._size)))
 
+    def renewed(self, slot: Slot) -> Slot:
+        """Return a shared slot for a free one that is not, or is of another memory, if there is one."""
+        return slot if self._is_ours(slot) or not self._free else self._free.pop()
+
     def give(self, slot: Slot) -> None:
         """Take a slot back, unless it is of no memory or of another one."""
-        if slot.place is not None and slot.place.key == self.memory.key:
+        if self._is_ours(slot):
             self._free.append(slot)
+
+    def _is_ours(self, slot: Slot) -> bool:
+        return slot.place is not None and slot.place.key == self._key

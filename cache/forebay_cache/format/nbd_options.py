@@ -53,7 +53,7 @@ Block size information, 14 bytes:
 
 Name and description information are a u16 type and the text. INFO and GO carry a u32 size and the name, a u16
 count and that many u16 types; LIST and SET of meta contexts a u32 size and the name, a u32 count and that many
-times a u32 size and a query. MEMORY carries a u32 descriptor.
+times a u32 size and a query. MEMORY carries a u32 descriptor and a u64 inode.
 """
 
 import struct
@@ -70,7 +70,7 @@ GREETING: Final = struct.Struct(">QQH")
 CLIENT_FLAGS: Final = struct.Struct(">I")
 OPTION: Final = struct.Struct(">QII")
 OPTION_REPLY: Final = struct.Struct(">QIII")
-MEMORY: Final = struct.Struct(">I")
+MEMORY: Final = struct.Struct(">IQ")
 EXPORT_NAME_REPLY: Final = struct.Struct(">QH")
 EXPORT_INFORMATION: Final = struct.Struct(">HQH")
 BLOCK_SIZE_INFORMATION: Final = struct.Struct(">HIII")
@@ -90,8 +90,9 @@ OPT_LIST_META_CONTEXT: Final = 9
 OPT_SET_META_CONTEXT: Final = 10
 OPT_EXTENDED_HEADERS: Final = 11
 OPT_MEMORY: Final = 0x46425901
-"""Our own; its data is MEMORY, a descriptor of the client's process. Once that is acknowledged, a READ or WRITE may
-have its bytes in that memory: see CMD_FLAG_IN_MEMORY."""
+"""Our own; its data is MEMORY, a descriptor of the client's process and the inode behind it: the number may stand for
+another one by the time that we look. Once that is acknowledged, a READ or WRITE may have its bytes in that memory: see
+CMD_FLAG_IN_MEMORY."""
 
 REP_ACK: Final = 1
 REP_SERVER: Final = 2

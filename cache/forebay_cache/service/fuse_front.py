@@ -91,6 +91,7 @@ class Line:
         self.retry_s = 0.0
         self._path = path
         self._poll = poll
+        self._memory: Memory | None = None  # that the connection was offered
         self._socket: socket.socket | None = None
         self._buffer = bytearray(RECEIVE_SIZE)
         self._view = memoryview(self._buffer)
@@ -117,8 +118,15 @@ class Line:
         self._socket = line
         self._start = self._end = 0
         self._writing = False
-        self.client.begin(self._slots.memory)
+        self._memory = self._slots.memory
+        self.client.begin(self._memory)
         self._poll.watch(line.fileno(), self._ready)
+
+    def renew(self) -> None:
+        """Connect anew for a memory that came since, if nothing is under way."""
+        if self.client.state is State.READY and not self.client.pending and self._memory != self._slots.memory:
+            self.close()
+            self.connect()
 
     def close(self) -> None:
         """Say goodbye if that works at once, and end."""
@@ -196,25 +204,28 @@ class Slots:
     """The slots that payloads are read into, in the memory that the daemon is offered."""
 
     def __init__(self) -> None:
-        self._key = 0
         self._begin()
 
     @property
-    def memory(self) -> Memory:
-        """What a new connection shares."""
+    def memory(self) -> Memory | None:
+        """What a new connection shares, if there is memory for it."""
         return self._slots.memory
 
     def connection_ended(self, client: NbdClient) -> None:
         """Make a new memory if the daemon may still be at work on something in this one."""
-        if client.uses(self.memory.key):
+        if self.memory is None:
+            self._begin()
+        elif client.uses(self.memory.key):
             os.close(self.memory.number)
             self._begin()
 
     def _begin(self) -> None:
-        self._key += 1
-        number, view = make_memory("forebay-fuse", SLOTS * fuse.WRITE_SIZE_MAX)
-        self._slots = PayloadSlots(Memory(self._key, number), view, fuse.WRITE_SIZE_MAX)
-        self.take, self.give = self._slots.take, self._slots.give
+        memory, view = None, memoryview(b"")
+        with contextlib.suppress(OSError):  # then everything goes through the socket
+            number, view = make_memory("forebay-fuse", SLOTS * fuse.WRITE_SIZE_MAX)
+            memory = Memory(os.fstat(number).st_ino, number)
+        self._slots = PayloadSlots(memory, view, fuse.WRITE_SIZE_MAX)
+        self.take, self.give, self.renewed = self._slots.take, self._slots.give, self._slots.renewed
 
 
 class FuseFront:
@@ -297,6 +308,7 @@ class FuseFront:
     def _connect(self) -> None:
         now_s = time.monotonic()
         for line in self._lines.values():
+            line.renew()
             if not line.connected and line.retry_s <= now_s:
                 line.connect()
 
@@ -305,6 +317,7 @@ class FuseFront:
         for slot in self.requests.given_back:
             self._slots.give(slot)
         self.requests.given_back.clear()
+        self._slot = self._slots.renewed(self._slot)
         if self.requests.full == self._reading:
             self._reading = not self._reading
             self._poll.change(self._descriptor, select.EPOLLIN if self._reading else 0)

@@ -42,8 +42,8 @@ def make_memory(name: str, size: int) -> tuple[int, memoryview]:
         raise
 
 
-def memory_of_peer(client: socket.socket, number: int) -> memoryview | None:
-    """Return the memory behind a descriptor of the client's process; None if it is none for us."""
+def memory_of_peer(client: socket.socket, number: int, inode: int) -> memoryview | None:
+    """Return the memory of an inode behind a descriptor of the client's process; None if it is none for us."""
     if client.family != socket.AF_UNIX:
         return None
     pid, uid, _gid = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
@@ -51,19 +51,19 @@ def memory_of_peer(client: socket.socket, number: int) -> memoryview | None:
     try:
         if uid != os.geteuid() or not os.readlink(path).startswith("/memfd:"):
             return None
-        return _map(path)
+        return _map(path, inode)
     except (OSError, ValueError) as error:
         _LOG.info("an NBD client's memory %s can't be used: %s", path, error)
         return None
 
 
-def _map(path: str) -> memoryview | None:
+def _map(path: str, inode: int) -> memoryview | None:
     number = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        size = os.fstat(number).st_size
         sealed = fcntl.fcntl(number, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-        if not sealed or size > MEMORY_SIZE_MAX:
+        found = os.fstat(number)  # behind the look at the seal: from then on it gets no shorter
+        if not sealed or found.st_ino != inode or found.st_size > MEMORY_SIZE_MAX:
             return None
-        return memoryview(mmap.mmap(number, size))
+        return memoryview(mmap.mmap(number, found.st_size))
     finally:
         os.close(number)
