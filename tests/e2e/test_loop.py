@@ -161,7 +161,8 @@ def test_a_daemon_that_stops_leaves_a_device_in_use_and_takes_one_that_is_not(lo
         loop.start_cache()
         assert is_readable()
     assert loop.cache.stop() == 0
-    assert not LINK.is_symlink() and front_pid(loop) == 0
+    end_front(loop)  # only waits: it was told to end
+    assert not LINK.is_symlink()
     loop.start_cache()
     assert is_readable()
 
