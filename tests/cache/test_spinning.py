@@ -93,6 +93,37 @@ def test_one_slow_sync_costs_one_bound_and_then_it_sleeps() -> None:
     assert selector.gave_way < 100_000 / LOOK_NS + SYNC_SPIN_NS / LOOK_NS
 
 
+def test_what_is_ready_is_told_by_its_descriptor_if_it_comes_within_the_bound() -> None:
+    selector = Scripted(10_000, 30_000, 100_000)
+    assert selector.ready(1_000_000) == [], "nothing has come closely yet, so it does not even look"
+    assert selector.now_ns == 0
+    selector.wait(syncing=False)
+    assert selector.ready(1_000_000) == [0]
+    assert selector.now_ns == 30_000
+    assert selector.ready(1_000_000) == [], "the next one comes later than SPIN_NS"
+    assert selector.now_ns < 30_000 + SPIN_NS + 2 * LOOK_NS
+    before_ns = selector.now_ns
+    assert selector.ready(1_000_000) == []
+    assert selector.now_ns == before_ns, "it waits in vain only once"
+
+
+def test_the_end_of_a_turn_ends_the_wait_and_proves_nothing() -> None:
+    selector = Scripted(10_000, 60_000)
+    selector.wait(syncing=False)
+    assert selector.ready(40_000) == []
+    assert selector.now_ns < 40_000 + 2 * LOOK_NS
+    selector.wait(syncing=False)
+    assert selector.slept == 1, "it still waits awake"
+
+
+def test_it_gives_way_in_a_turn_as_well_while_a_sync_is_under_way() -> None:
+    selector = Scripted(10_000, 20_000, 150_000)
+    selector.wait(syncing=True)
+    assert selector.ready(1_000_000) == [0]
+    assert selector.gave_way > 5
+    assert selector.ready(1_000_000) == [0], "a sync has the larger bound"
+
+
 def test_a_timeout_is_kept() -> None:
     selector = Scripted()
     assert selector.select(0) == []

@@ -4,11 +4,12 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import ModuleType
 
 import pytest
 from ram_volume import RamVolume
 
-from forebay_cache.service import nbd_sockets
+from forebay_cache.service import nbd_sockets, turns
 from forebay_cache.service.nbd_sockets import Sockets
 from forebay_cache.service.turns import Turns
 
@@ -94,12 +95,16 @@ def test_a_volume_is_kicked_at_once_outside_of_a_turn(rig: Rig) -> None:
     assert rig.volume.kicks == 1
 
 
-def test_who_was_left_by_a_long_turn_comes_before_who_has_more(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbd_sockets, "LOOK_NS", -1)  # each look is over after one client
+@pytest.mark.parametrize("bound", [(nbd_sockets, "LOOK_NS"), (turns, "TURN_NS")], ids=["look", "turn"])
+def test_who_was_left_by_a_long_turn_comes_before_who_has_more(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, bound: tuple[ModuleType, str]
+) -> None:
+    monkeypatch.setattr(*bound, -1)  # each look is over after one client
     for client in rig.clients:
         client.far.send(b"x")
-    for _ in rig.clients:
+    for count in range(1, len(rig.clients) + 1):
         rig.loop.turn()
+        assert len(rig.heard) == count
         rig.heard[-1].far.send(b"y")
     assert set(rig.heard) == set(rig.clients)
 

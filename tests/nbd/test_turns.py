@@ -1,5 +1,6 @@
 """Turns of the event loop's thread: what is done within one, in which order, and what waits for the next."""
 
+import os
 from collections import deque
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import pytest
 from ram_volume import RamVolume
 
 from forebay_cache.service import turns as turns_module
-from forebay_cache.service.turns import Turns
+from forebay_cache.service.turns import Turns, clear_event
 
 
 class Loop:
@@ -147,3 +148,93 @@ def test_a_call_that_fails_takes_nothing_else_along(rig: Rig) -> None:
     rig.rest()
     assert rig.called == ["sent"]
     assert rig.volume.kicks == 1
+
+
+class Ready:
+    """Descriptors that become readable, a round after the other."""
+
+    def __init__(self, *rounds: list[int]) -> None:
+        self.rounds = list(rounds)
+        self.until_ns: list[int] = []
+
+    def __call__(self, until_ns: int) -> list[int]:
+        self.until_ns.append(until_ns)
+        return self.rounds.pop(0) if self.rounds else []
+
+
+class Readers(Loop):
+    """A loop that is told of descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: dict[int, Callable[[], None]] = {}
+
+    def add_reader(self, fd: int, call: Callable[[], None]) -> None:
+        self.readers[fd] = call
+
+    def remove_reader(self, fd: int) -> None:
+        del self.readers[fd]
+
+
+def rig_with(ready: Ready, *fds: int) -> tuple[Rig, Readers]:
+    """Return a rig whose turns have a reader that kicks, named by its number, for each descriptor."""
+    rig, loop = Rig(), Readers()
+    rig.turns = Turns(loop, ready)  # type: ignore[arg-type]
+    for fd in fds:
+        rig.turns.add_reader(fd, rig.note(str(fd), lambda: rig.turns.kick(rig.volume)))
+    return rig, loop
+
+
+def test_a_turn_goes_on_with_what_becomes_readable_a_kick_for_each_round() -> None:
+    ready = Ready([5], [6, 5])
+    rig, loop = rig_with(ready, 5, 6)
+    loop.readers[6]()
+    assert rig.called == ["6", "5", "6", "5"]
+    assert rig.volume.kicks == 3
+    assert len(ready.until_ns) == 3 and len(set(ready.until_ns)) == 1, "one bound for all of the turn"
+    assert not loop.soon
+
+
+def test_a_turn_ends_where_a_descriptor_of_others_is_readable() -> None:
+    rig, loop = rig_with(Ready([5], [5, 9], [5]), 5)
+    loop.readers[5]()
+    assert rig.called == ["5", "5"], "5 is left to the loop, which finds it again beside 9"
+    assert not loop.soon
+
+
+def test_who_was_removed_by_the_one_before_is_not_told() -> None:
+    rig, loop = rig_with(Ready([5, 6]), 6)
+    rig.turns.add_reader(5, rig.note("5", lambda: rig.turns.remove_reader(6)))
+    rig.turns.take(rig.note("begun"))
+    assert rig.called == ["begun", "5"]
+    assert list(loop.readers) == [5]
+
+
+def test_a_turn_whose_time_is_over_looks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "TURN_NS", -1)
+    ready = Ready([5])
+    rig, loop = rig_with(ready, 5)
+    loop.readers[5]()
+    assert rig.called == ["5"]
+    assert not ready.until_ns
+
+
+def test_who_gave_way_comes_before_what_becomes_readable() -> None:
+    ready = Ready([5])
+    rig, loop = rig_with(ready, 5)
+    rig.turns.take(lambda: rig.turns.later(rig.note("later")))
+    assert not rig.called and not ready.until_ns
+    loop.soon.popleft()()
+    assert rig.called == ["later", "5"]
+
+
+def test_an_eventfd_that_tells_of_nothing_is_cleared_as_one_that_does() -> None:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        for count in (0, 3):
+            os.eventfd_write(fd, count)
+            clear_event(fd)
+            with pytest.raises(BlockingIOError):
+                os.eventfd_read(fd)
+    finally:
+        os.close(fd)

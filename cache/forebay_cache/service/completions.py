@@ -10,9 +10,8 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 
-from forebay_cache.service.turns import Turns
+from forebay_cache.service.turns import Turns, clear_event
 
 
 class Completions:
@@ -23,7 +22,7 @@ class Completions:
         self._posted: deque[Callable[[], None]] = deque()
         self._woken = False
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        turns.loop.add_reader(self._fd, partial(turns.take, self._wake))
+        turns.add_reader(self._fd, self._wake)
 
     def post(self, call: Callable[[], None]) -> None:
         """Have `call` called soon; from any thread."""
@@ -42,12 +41,12 @@ class Completions:
     def close(self) -> None:
         """Call the rest and stop; no thread may post any more, calls may."""
         self.run()
-        self._turns.loop.remove_reader(self._fd)
+        self._turns.remove_reader(self._fd)
         os.close(self._fd)
 
     def _wake(self) -> None:
         # First the flag, then the deque: what is posted from here on wakes the loop again.
-        os.eventfd_read(self._fd)
+        clear_event(self._fd)
         self._woken = False
         posted = self._posted
         for _ in range(len(posted)):

@@ -117,7 +117,7 @@ async def _serve(
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_crash)
-    turns = Turns(loop)
+    turns = Turns(loop, selector.ready)
     device = FileDevice(file, turns, mark)
     selector.syncing = device.is_syncing
     try:

@@ -3,14 +3,13 @@
 One reader of the event loop stands for the sockets of all connections, so the event loop's own work is done once for
 all of them.
 
-Invariant: a look ends after LOOK_NS even if sockets are left: they are first in the next one, before any other.
+Invariant: a look ends after LOOK_NS, or with its turn, even if sockets are left: they are first in the next one.
 Crash: nothing of this survives.
 """
 
 import select
 import time
 from collections import deque
-from functools import partial
 from typing import Final, Protocol
 
 from forebay_cache.service.turns import TURN_NS, Turns
@@ -36,15 +35,28 @@ class Polled(Protocol):
         """The socket takes bytes again."""
 
 
+class _Nobody:
+    """Whom a socket belongs to that is not watched any more."""
+
+    def on_readable(self) -> None:
+        """Not asked for."""
+
+    def on_writable(self) -> None:
+        """Not asked for."""
+
+
+_NOBODY: Final[tuple[Polled, int]] = _Nobody(), 0
+
+
 class Sockets:
     """Watches the sockets of one server's connections, until `close`."""
 
     def __init__(self, turns: Turns) -> None:
-        self._loop = turns.loop
+        self._turns = turns
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[Polled, int]] = {}  # by descriptor: whose, and what for
         self._events: deque[tuple[int, int]] = deque()  # that the last look left
-        self._loop.add_reader(self._epoll.fileno(), partial(turns.take, self._look))
+        turns.add_reader(self._epoll.fileno(), self._look)
 
     def watch(self, fd: int, owner: Polled, *, reading: bool, writing: bool) -> None:
         """Tell `owner` of these events of its socket from now on, of no others."""
@@ -63,27 +75,21 @@ class Sockets:
     def close(self) -> None:
         """Watch no more; may be repeated."""
         if not self._epoll.closed:
-            self._loop.remove_reader(self._epoll.fileno())
+            self._turns.remove_reader(self._epoll.fileno())
             self._epoll.close()
 
     def _look(self) -> None:
         events = self._events
         if not events:
             events += self._epoll.poll(0, EVENTS_MAX)
-        until_ns = time.monotonic_ns() + LOOK_NS
+        until_ns = min(time.monotonic_ns() + LOOK_NS, self._turns.until_ns)
         while events:
             fd, event = events.popleft()
-            watched = self._watched.get(fd)
-            if watched is not None:
-                _tell(watched, event)
+            owner, wanted = self._watched.get(fd, _NOBODY)
+            # An error, or the end of the connection, is found by whichever is asked for.
+            if event & ~_READ and wanted & _WRITE:
+                owner.on_writable()
+            if event & ~_WRITE and wanted & _READ:
+                owner.on_readable()
             if time.monotonic_ns() > until_ns:
                 break
-
-
-def _tell(watched: tuple[Polled, int], event: int) -> None:
-    """Tell of an event; an error or the end of the connection is found by whichever is asked for."""
-    owner, wanted = watched
-    if event & ~_READ and wanted & _WRITE:
-        owner.on_writable()
-    if event & ~_WRITE and wanted & _READ:
-        owner.on_readable()

@@ -12,12 +12,11 @@ Invariants:
 Crash: nothing of this survives.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from forebay_cache.service.turns import Turns
+from forebay_cache.service.turns import Turns, clear_event
 
 try:
     from forebay_cache import _receiver
@@ -58,7 +57,7 @@ class Receiver:
         """End the thread and complete the rest, unfinished; nothing is received from here on."""
         self._available = False
         if self._thread is not None:
-            self._turns.loop.remove_reader(self._thread.event_fd)
+            self._turns.remove_reader(self._thread.event_fd)
             self._thread.close()
             for receive in list(self._begun):
                 self._tell(receive)
@@ -66,12 +65,12 @@ class Receiver:
 
     def _start(self) -> "_receiver.Receiver":
         self._thread = thread = _receiver.Receiver()
-        self._turns.loop.add_reader(thread.event_fd, partial(self._turns.take, self._wake))
+        self._turns.add_reader(thread.event_fd, self._wake)
         return thread
 
     def _wake(self) -> None:
         assert self._thread is not None
-        os.eventfd_read(self._thread.event_fd)
+        clear_event(self._thread.event_fd)
         for receive in self._thread.completions():
             self._turns.post(partial(self._tell, receive))
 

@@ -15,11 +15,10 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from forebay_cache.service.device_file import DeviceFile
-from forebay_cache.service.turns import Turns
+from forebay_cache.service.turns import Turns, clear_event
 from forebay_cache.service.uring import Ring
 from forebay_core.units import Buffer
 
@@ -54,13 +53,12 @@ class RingReads:
         self._file = file
         self._ring = ring
         self._turns = turns
-        self._loop = turns.loop
         self._tag = 0
         self._reads: dict[int, _Read] = {}  # by tag
         self._waiting: deque[_Read] = deque()
         self._flushing = False
         self._closed = False
-        self._loop.add_reader(ring.event_fd, partial(turns.take, self._wake))
+        turns.add_reader(ring.event_fd, self._wake)
 
     @property
     def waiting(self) -> int:
@@ -73,7 +71,7 @@ class RingReads:
 
     def close(self) -> None:
         """Finish and complete what was given."""
-        self._loop.remove_reader(self._ring.event_fd)
+        self._turns.remove_reader(self._ring.event_fd)
         while self._waiting or self._reads:
             self._flush()
             if self._reads:
@@ -103,10 +101,10 @@ class RingReads:
             self._reap()
         else:
             self._flushing = True
-            self._loop.call_later(_RESUBMIT_S, self._flush)
+            self._turns.loop.call_later(_RESUBMIT_S, self._flush)
 
     def _wake(self) -> None:
-        os.eventfd_read(self._ring.event_fd)
+        clear_event(self._ring.event_fd)
         self._reap()
 
     def _reap(self) -> None:

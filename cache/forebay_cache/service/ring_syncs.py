@@ -9,10 +9,9 @@ Invariant: every sync is completed once, on the loop's thread, never inside the 
 import errno
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
-from forebay_cache.service.turns import Turns
+from forebay_cache.service.turns import Turns, clear_event
 from forebay_cache.service.uring import Ring
 
 SYNC_ENTRIES: Final = 1
@@ -25,9 +24,9 @@ class RingSyncs:
     def __init__(self, fd: int, ring: Ring, turns: Turns) -> None:
         self._fd = fd
         self._ring = ring
-        self._loop = turns.loop
+        self._turns = turns
         self._done: Callable[[OSError | None], None] | None = None
-        self._loop.add_reader(ring.event_fd, partial(turns.take, self._wake))
+        turns.add_reader(ring.event_fd, self._wake)
 
     def sync(self, done: Callable[[OSError | None], None]) -> None:
         """Begin one; `done` is told of its error."""
@@ -38,7 +37,7 @@ class RingSyncs:
 
     def close(self) -> None:
         """Finish and complete what was given."""
-        self._loop.remove_reader(self._ring.event_fd)
+        self._turns.remove_reader(self._ring.event_fd)
         while self._ring.in_flight:
             self._ring.wait()
             self._reap()
@@ -46,10 +45,10 @@ class RingSyncs:
 
     def _submit(self) -> None:
         if self._done is not None and not self._ring.submit():
-            self._loop.call_later(_RESUBMIT_S, self._submit)
+            self._turns.loop.call_later(_RESUBMIT_S, self._submit)
 
     def _wake(self) -> None:
-        os.eventfd_read(self._ring.event_fd)
+        clear_event(self._ring.event_fd)
         self._reap()
 
     def _reap(self) -> None:

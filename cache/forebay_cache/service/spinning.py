@@ -10,8 +10,9 @@ request, and the bound is larger. And others may need this very processor: the d
 on it, which waited up to 140 us until the loop fell asleep (traced 2026-11). So the loop gives way before each look.
 
 Invariants:
-    It waits awake only if the last wait of the kind was over within its bound, and then no longer than that. So a disk
-    that takes longer than SYNC_SPIN_NS, a busy machine whose others take over, and an idle daemon cost nothing.
+    It waits awake only if the last wait of the kind was over within its bound, and then no longer than that: `ready`
+    or `select`, whichever comes first. So a disk that takes longer than SYNC_SPIN_NS, a busy machine whose others take
+    over, and an idle daemon cost nothing.
 """
 
 import os
@@ -47,16 +48,33 @@ class SpinningSelector(selectors.EpollSelector):
         if events or (timeout is not None and timeout <= 0):
             return events
         syncing = self.syncing()
-        bound_ns = SYNC_SPIN_NS if syncing else SPIN_NS
+        bound_ns = _bound_ns(syncing)
         began_ns = self._clock()
-        while self._was_short[syncing] and self._clock() - began_ns < bound_ns:
+        if self._was_short[syncing]:
+            events = self._look_awake(syncing, began_ns + bound_ns)
+        if not events:
+            events = self.look(timeout)
+            self._was_short[syncing] = self._clock() - began_ns < bound_ns
+        return events
+
+    def ready(self, until_ns: int) -> list[int]:
+        """Return the descriptors with events; for these it waits awake if `select` would, but not beyond `until_ns`."""
+        syncing = self.syncing()
+        if not self._was_short[syncing]:
+            return []
+        events = self.look(0)
+        if not events:
+            end_ns = self._clock() + _bound_ns(syncing)
+            events = self._look_awake(syncing, min(end_ns, until_ns))
+            self._was_short[syncing] = bool(events) or end_ns > until_ns
+        return [key.fd for key, _ in events]
+
+    def _look_awake(self, syncing: bool, until_ns: int) -> Events:
+        events: Events = []
+        while not events and self._clock() < until_ns:
             if syncing:
                 self.give_way()
             events = self.look(0)
-            if events:
-                return events
-        events = self.look(timeout)
-        self._was_short[syncing] = self._clock() - began_ns < bound_ns
         return events
 
     def look(self, timeout: float | None) -> Events:
@@ -66,3 +84,7 @@ class SpinningSelector(selectors.EpollSelector):
     def give_way(self) -> None:
         """Let others run who wait for this processor."""
         os.sched_yield()
+
+
+def _bound_ns(syncing: bool) -> int:
+    return SYNC_SPIN_NS if syncing else SPIN_NS

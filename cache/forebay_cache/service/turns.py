@@ -6,6 +6,8 @@ one turn they cost next to nothing. And the writes of sixteen clients become one
 
 A turn begins with one call: sockets are readable, a sync is over. Then, round by round, the volumes that were given
 requests are kicked, completions are told and whoever asked for it is called, until nobody is left or time is over.
+With time left it looks for what became readable meanwhile, or does in a moment, and goes on with that: so a client that
+answers at once does not cost another iteration of asyncio, 10 to 15 us.
 
 Invariants:
     A volume that was given requests in a turn is kicked behind the round that brought them, once.
@@ -14,13 +16,17 @@ Invariants:
     After TURN_NS no round begins, and one that is under way makes one more call of each kind at most. A turn for what
     is left makes one of each kind at least.
     Whenever something is left outside of a turn, one more turn is with the loop, and only one.
+    A turn ends as soon as a descriptor is readable that is not its own: that is for the event loop.
 Crash: nothing of this survives.
 """
 
 import asyncio
+import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from forebay_cache.engine.front import FrontVolume
@@ -32,16 +38,23 @@ Call = Callable[[], None]
 
 
 class Turns:
-    """For one event loop, and used on its thread only."""
+    """For one event loop, and used on its thread only.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    `ready` waits for descriptors of the loop, until the given time of `time.monotonic_ns` at most, and returns those
+    that are readable, none if waiting isn't worth it. Without it a turn never goes on with what it was not begun with.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ready: Callable[[int], list[int]] | None = None) -> None:
         self.loop = loop
+        self._ready = ready
+        self._begins: dict[int, Call] = {}  # by descriptor
         self._posted: deque[Call] = deque()
         self._due: deque[Call] = deque()
         self._later: deque[Call] = deque()
         self._kicks: dict[FrontVolume, None] = {}
         self._in_turn = False
         self._asked = False
+        self.until_ns = 0  # of `time.monotonic_ns`: when this turn is to be over
 
     def post(self, call: Call) -> None:
         """Tell of a completion: before any call that waits, behind the completions that were posted before."""
@@ -68,11 +81,24 @@ class Turns:
         else:
             volume.kick()
 
+    def add_reader(self, fd: int, begin: Call) -> None:
+        """Have a turn begin with this call, or go on with it, whenever the descriptor is readable.
+
+        It may be called with nothing there: the turn before went on with it, behind the loop's look at the descriptors.
+        """
+        self._begins[fd] = begin
+        self.loop.add_reader(fd, partial(self.take, begin))
+
+    def remove_reader(self, fd: int) -> None:
+        """Undo `add_reader`."""
+        del self._begins[fd]
+        self.loop.remove_reader(fd)
+
     def take(self, begin: Call | None = None) -> None:
         """Take a turn that begins with this call, or one for what is left; what the event loop calls."""
         assert not self._in_turn
         self._in_turn = True
-        until_ns = time.monotonic_ns() + TURN_NS
+        self.until_ns = until_ns = time.monotonic_ns() + TURN_NS
         if self._later:
             self._due += self._later
             self._later.clear()
@@ -82,10 +108,31 @@ class Turns:
             self._kick_all()
             if begin is None or time.monotonic_ns() < until_ns:
                 self._go_on(until_ns)
+            if self._ready is not None:
+                while not self._is_left() and self._begin_ready(self._ready, until_ns):
+                    self._kick_all()
+                    if time.monotonic_ns() < until_ns:
+                        self._go_on(until_ns)
         finally:
             self._in_turn = False
-            if (self._posted or self._due or self._later or self._kicks) and not self._asked:
+            if self._is_left() and not self._asked:
                 self._ask()
+
+    def _is_left(self) -> bool:
+        return bool(self._posted or self._due or self._later or self._kicks)
+
+    def _begin_ready(self, ready: Callable[[int], list[int]], until_ns: int) -> bool:
+        """Begin with what is readable by then; return whether that was anything."""
+        fds = ready(until_ns) if time.monotonic_ns() < until_ns else []
+        begins = self._begins
+        for fd in fds:
+            if fd not in begins:
+                return False  # for the event loop, which finds all of them again
+        for fd in fds:
+            begin = begins.get(fd)
+            if begin is not None:  # else it was removed meanwhile
+                begin()
+        return bool(fds)
 
     def tell_posted(self) -> None:
         """Tell of all completions now; for the end, when no turn comes any more."""
@@ -117,3 +164,9 @@ class Turns:
     def _take_rest(self) -> None:
         self._asked = False
         self.take()
+
+
+def clear_event(fd: int) -> None:
+    """Take what an eventfd tells of, if there is anything."""
+    with contextlib.suppress(BlockingIOError):
+        os.eventfd_read(fd)
