@@ -326,7 +326,7 @@ class CacheEngine:
 
     def _has_room(self, volume: CacheVolume) -> bool:
         return (
-            self.free_zones > ZONES_RESERVED
+            len(self.zones.free) > ZONES_RESERVED + self.reclaim.promised_zones
             and self.dirty_blocks < self._dirty_max
             and len(volume.holes) < HOLES_KEPT_MAX
             and volume.appended_blocks < volume.appended_max

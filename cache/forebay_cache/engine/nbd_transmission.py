@@ -451,7 +451,7 @@ class Transmission:
             if error:
                 self._refuse(cookie, offset, Refused(*_FAILURES[error]))
             else:
-                self._done(cookie, offset)
+                self.out_size += self._encoder.done(self.out, cookie, offset)
         if not self._gathering:
             self._wake()
 

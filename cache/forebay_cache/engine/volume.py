@@ -74,7 +74,7 @@ class CacheVolume:
         self.store = store  # where it lives: what is cached is of no other one
         self._name = name
         self._size = size
-        self._read_only = False
+        self.read_only = False  # whether changes are refused
         self.epoch = Epoch(0)
         self.attached = False
         self.front: Front = NBD_ONLY  # how it is attached, as its row says
@@ -126,11 +126,6 @@ class CacheVolume:
     def size(self) -> int:
         """Bytes, whole blocks."""
         return self._size
-
-    @property
-    def read_only(self) -> bool:
-        """Whether changes are refused."""
-        return self._read_only
 
     def read(self, offset: int, length: int, reply: ReadReply) -> None:
         """See FrontVolume."""
@@ -307,7 +302,7 @@ class CacheVolume:
     def resize(self, name: str, size: int, *, read_only: bool) -> None:
         """Take over what the store says about a volume that is being attached; it may not know our last resizes."""
         self._name = name
-        self._read_only = read_only
+        self.read_only = read_only
         if not any(end.kind == cut_end.RESIZE for end in self.ends):
             self._size = size
 
@@ -318,7 +313,7 @@ class CacheVolume:
     def note(self) -> VolumeNote:
         """Return the row as it is behind all that is in the log or on its way there."""
         detached = 0 if self.attached else LEFT_DIRTY if self.held else CLOSED
-        flags = (READ_ONLY if self._read_only else 0) | (SNAPSHOT if self.snapshot else 0) | detached
+        flags = (READ_ONLY if self.read_only else 0) | (SNAPSHOT if self.snapshot else 0) | detached
         origin, size = self.origin or NO_ORIGIN, self.logged_size
         limit = self.own_limit
         return VolumeNote(

@@ -163,8 +163,8 @@ class FileDevice:
         assert offset % BLOCK_SIZE == 0
         if self._refuses("write", self._far):
             self._completions.post(partial(done, False))
-        elif self._far == 0 and self._is_near(buffers):
-            self._write_near(offset, buffers, done)
+        elif self._far == 0 and self._is_near(size := sum(map(len, buffers))):
+            self._write_near(offset, buffers, size, done)
         else:
             self._give(lambda: self._write_far(offset, buffers, done))
 
@@ -212,21 +212,21 @@ class FileDevice:
 
     # --- writes -----------------------------------------------------------------------------------------------
 
-    def _is_near(self, buffers: Sequence[Buffer]) -> bool:
+    def _is_near(self, size: int) -> bool:
         """Tell whether a write is to be done at once."""
         if self._far_writes:
             self._far_writes -= 1
             return False
-        return sum(map(len, buffers)) <= NEAR_SIZE_MAX
+        return size <= NEAR_SIZE_MAX
 
-    def _write_near(self, offset: int, buffers: Sequence[Buffer], done: Callable[[bool], None]) -> None:
+    def _write_near(self, offset: int, buffers: Sequence[Buffer], size: int, done: Callable[[bool], None]) -> None:
         waits = _waits() if self._watched_writes else 0
         began_ns = time.perf_counter_ns()
-        error = self._write_fully(offset, buffers)
+        error = self._write_fully(offset, buffers, size)
         if error is not None:
             self._give(lambda: self._stop("write", offset, error, lambda: self._written(done, False)))
             return
-        if self._order.begins_ahead and (size := sum(map(len, buffers))) <= PUSH_SIZE_MAX:
+        if size <= PUSH_SIZE_MAX and self._order.begins_ahead:
             begin_writeback(self._fd, offset, size)
         if time.perf_counter_ns() - began_ns > NEAR_NS_MAX:
             self._slow(waited=self._watched_writes > 0 and _waits() > waits)
@@ -244,7 +244,7 @@ class FileDevice:
         """Write, on the thread."""
         if self._failed:
             self._completions.post(partial(self._written, done, False))
-        elif (error := self._write_fully(offset, buffers)) is not None:
+        elif (error := self._write_fully(offset, buffers, sum(map(len, buffers)))) is not None:
             self._stop("write", offset, error, lambda: self._written(done, False))
         else:
             self._completions.post(partial(self._written, done, True))
@@ -255,17 +255,20 @@ class FileDevice:
             self._order.written()
         done(ok)
 
-    def _write_fully(self, offset: int, buffers: Sequence[Buffer]) -> OSError | None:
-        rest = list(buffers)
-        while rest:
+    def _write_fully(self, offset: int, buffers: Sequence[Buffer], size: int) -> OSError | None:
+        """Write all of the buffers, which have so many bytes; nearly always one call does."""
+        rest = buffers
+        while True:
             batch = rest[:IOV_MAX]
             try:
                 count = os.pwritev(self._fd, batch, offset)
             except OSError as error:
                 return error
+            if count == size:
+                return None
             offset += count
-            rest[: len(batch)] = rest_of(batch, count)
-        return None
+            size -= count
+            rest = [*rest_of(batch, count), *rest[len(batch) :]]
 
     def _give(self, job: Callable[[], None]) -> None:
         """Have the thread do a job, which posts `_written` when it is over."""

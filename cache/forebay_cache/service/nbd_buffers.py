@@ -22,6 +22,9 @@ class BufferPool:
 
     def take(self, size: int) -> ReceiveBuffer:
         """Return a buffer of `buffer_size(size)` bytes."""
+        kept = self._kept.get(size)
+        if kept:
+            return kept.pop()
         size = buffer_size(size)
         kept = self._kept.get(size)
         if kept:

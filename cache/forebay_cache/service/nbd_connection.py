@@ -128,7 +128,7 @@ class NbdConnection:
         """Answer what is in flight with ESHUTDOWN and close now."""
         if self._transmission is not None and not self.closed:
             self._transmission.give_up()
-            self._guarded(self._flush)
+            self._guarded(partial(self._flush, self._transmission))
         self.abort()
 
     def resized(self) -> None:
@@ -233,13 +233,18 @@ class NbdConnection:
         sender goes on while we receive."""
         for _ in range(_RECEIVES_PER_TURN):
             room = self._room()
-            if room is None or not (here or self._receives_here(room)):
+            if room is None:
+                break
+            buffer = self._buffer
+            assert buffer is not None
+            is_large = buffer.charge > 0
+            if is_large and not (here or self._receives_here(room)):
                 break
             try:
                 count = self._socket.recv_into(room)
             except _WOULD_BLOCK:
-                if self._start == self._end and self._buffer is not None:
-                    self._release_idle_buffer(self._buffer)
+                if self._start == self._end:
+                    self._release_idle_buffer(buffer)
                     self._peek = len(room) == _PEEK_SIZE  # as before
                 break
             if count == 0:
@@ -247,19 +252,19 @@ class NbdConnection:
                 break
             self._end += count
             self._received += count
-            is_large = self._in_large_write()
             if count == len(room) or not is_large:
                 self._take()
                 # Behind a large write the next one is begun before the volume works on this one.
-                if self._is_stuck() or not (is_large or self._much_is_missing()):
+                if not is_large and (self._start == self._end or not self._much_is_missing()):
                     break
-        self._listen_as_needed()
-        self._close_if_finished()
+                if self._is_stuck():
+                    break
+        self._settle()
 
     def _receives_here(self, room: memoryview) -> bool:
-        """Tell that it is to be received here: not the rest of a large write while the volume is at work on another
-        one. That has been begun elsewhere."""
-        if self._transmission is not None and self._in_large_write() and self._transmission.in_flight:
+        """Tell that the rest of a large write is to be received here: not while the volume is at work on another one.
+        That has been begun elsewhere."""
+        if self._transmission is not None and self._transmission.in_flight:
             self._receiving = self._shared.receiver.receive(self._fd, room, partial(self._arrived, len(room)))
         return self._receiving is None
 
@@ -278,8 +283,7 @@ class NbdConnection:
     def _go_on(self, *, here: bool) -> None:
         self._take()
         if self._is_stuck():
-            self._listen_as_needed()
-            self._close_if_finished()
+            self._settle()
         else:
             self._receive(here=here)
 
@@ -295,21 +299,26 @@ class NbdConnection:
     def _advance(self) -> None:
         """Take requests, and listen for what is possible next."""
         self._take()
-        self._listen_as_needed()
-        self._close_if_finished()
+        self._settle()
 
     def _take(self) -> None:
         """Send what waits, take requests, send their answers."""
-        if self._negotiation is not None:
+        transmission, account = self._transmission, self._account
+        if transmission is None:
             self._negotiate()
-            if self._transmission is None:
+            transmission = self._transmission
+            if transmission is None:
                 return
-        self._starved = self._account.need > 0
-        self._serve()
-        if self._start == self._end and self._buffer is not None:
-            self._release_idle_buffer(self._buffer)
-        if self._account.granted > FLOOR:
-            self._shared.budget.settle(self._account)
+        self._starved = account.need > 0
+        if transmission.out or self._outbox.batches:
+            self._flush(transmission)
+        if self._start < self._end:
+            self._serve(transmission)
+        buffer = self._buffer
+        if buffer is not None and self._start == self._end:
+            self._release_idle_buffer(buffer)
+        if account.granted > FLOOR:
+            self._shared.budget.settle(account)
 
     def _negotiate(self) -> None:
         negotiation = self._negotiation
@@ -347,18 +356,14 @@ class NbdConnection:
 
     def _begin(self) -> None:
         self._open(self._session)
-        self._listen_as_needed()
+        self._settle()
 
-    def _serve(self) -> None:
-        transmission = self._transmission
-        assert transmission is not None
-        if transmission.out or self._outbox.batches:
-            self._flush()
+    def _serve(self, transmission: Transmission) -> None:
         while self._start < self._end and not (transmission.leaving or self._receiving):
             assert self._buffer is not None
             self._start = transmission.accept(self._buffer, self._start, self._end)
             if transmission.out:
-                self._flush()
+                self._flush(transmission)
             if transmission.more:
                 self._give_way()
                 break
@@ -371,10 +376,9 @@ class NbdConnection:
             return self._request(transmission.short)
         return transmission.in_flight < IN_FLIGHT_MAX and not self._outbox.batches
 
-    def _flush(self) -> None:
+    def _flush(self, transmission: Transmission) -> None:
         """Send replies as far as the client takes them."""
-        transmission, outbox, account = self._transmission, self._outbox, self._account
-        assert transmission is not None
+        outbox, account = self._outbox, self._account
         if outbox.batches:
             account.held -= outbox.send()
         while transmission.out and not outbox.batches:
@@ -452,22 +456,34 @@ class NbdConnection:
 
     def _release_idle_buffer(self, buffer: ReceiveBuffer) -> None:
         """An idle connection keeps no memory."""
-        if buffer.charge or not buffer.payloads:
-            self._peek = buffer.charge > 0
+        if buffer.charge:
+            self._peek = True
             self._retire_buffer()
+        elif not buffer.payloads:
+            self._peek = False
+            self._buffer = None
+            self._start = self._end = 0
+            self._shared.pool.give(buffer)
 
     def _reuse(self, buffer: ReceiveBuffer) -> None:
         self._account.held -= buffer.charge
         buffer.charge = 0
         self._shared.pool.give(buffer)
 
-    def _listen_as_needed(self) -> None:
-        if self._transmission is None or self.closed:
+    def _settle(self) -> None:
+        """Listen for what is possible next, and close if all is done."""
+        transmission = self._transmission
+        if transmission is None or self.closed:
+            if self._at_end:
+                self.abort()
             return
-        reading = not (self._receiving or self._is_stuck())
+        waits = transmission.blocked or self._starved or self._receiving
+        reading = not (waits or self._at_end or transmission.leaving)
         writing = bool(self._outbox.batches)
         if self._reading is not reading or self._writing is not writing:
             self._listen(reading=reading, writing=writing)
+        if (self._at_end or self._stopping or transmission.leaving) and not transmission.in_flight:
+            self._finish(transmission)
 
     def _is_stuck(self) -> bool:
         """Tell whether nothing can be received now."""
@@ -480,14 +496,8 @@ class NbdConnection:
         self._reading, self._writing = reading, writing
         self._shared.sockets.watch(self._fd, self, reading=reading, writing=writing)
 
-    def _close_if_finished(self) -> None:
-        transmission = self._transmission
-        if transmission is None:
-            if self._at_end:
-                self.abort()
-            return
-        if not (self._at_end or self._stopping or transmission.leaving) or transmission.in_flight:
-            return
+    def _finish(self, transmission: Transmission) -> None:
+        """Close when all is sent, or after a while."""
         if not transmission.out and not self._outbox.batches:
             self.abort()
         elif self._linger is None:

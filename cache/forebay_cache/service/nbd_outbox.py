@@ -61,7 +61,7 @@ class Outbox:
         sent = 0
         if not self.batches and len(buffers) <= IOV_MAX:
             try:
-                sent = self._client.sendmsg(buffers)
+                sent = self._client.send(buffers[0]) if len(buffers) == 1 else self._client.sendmsg(buffers)
             except (BlockingIOError, InterruptedError):
                 sent = 0
             self.sent += sent
