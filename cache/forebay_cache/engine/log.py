@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forebay_cache.engine.front import IoError, Reply
+from forebay_cache.engine.group_commit import GroupCommit
 from forebay_cache.engine.limits import BATCH_RECORDS_MAX, BATCHES_IN_FLIGHT_MAX, RUN_BLOCKS_MIN, ZONES_FOR_MOVES
 from forebay_cache.engine.ports import Device, U64Array
 from forebay_cache.engine.zones import ZoneTable
@@ -35,6 +36,7 @@ from forebay_core.units import BLOCK_SIZE, Buffer
 _pack_into = record.ENTRY.pack_into
 _ENTRIES_OFFSET = record.ENTRIES_OFFSET
 _ENTRY_SIZE = record.ENTRY_SIZE
+_WRITE = record.WRITE
 
 Settled = Callable[[bool], None]
 """Told once: True when what was asked for is so, False when the device failed."""
@@ -219,6 +221,7 @@ class Log:
         self._waiting: deque[tuple[int, Settled]] = deque()
         self._barriers: list[Settled] = []
         self._syncing = False
+        self.group = GroupCommit()
         self.queued_blocks = 0
         self.applied = self._next
         self.changed_position = 0  # behind the newest applied record that holds anything
@@ -272,8 +275,13 @@ class Log:
             batch.newest = newest = Writes(volume_key, header, index, 1, batch.next_place)
             batch.data.append(newest)
         at = _ENTRIES_OFFSET + index * _ENTRY_SIZE
-        _pack_into(header, at, lba, version, checksum, volume_key, record.WRITE, 0, 0xFF, 0)
-        self._added(batch, 1)
+        _pack_into(header, at, lba, version, checksum, volume_key, _WRITE, 0, 0xFF, 0)
+        batch.data_count += 1  # as `_added`, which is 5 % of a write
+        batch.entry_count += 1
+        batch.index = index + 1
+        batch.next_place += 1
+        batch.room -= 1
+        self.queued_blocks += 1
 
     def add_writes(self, batch: Batch, volume_key: int, lba: int, version: int, checksums: U64Array) -> None:
         """Add the entries of consecutive blocks, as `add_write` does one by one."""
@@ -387,15 +395,19 @@ class Log:
     def kick(self, *, patient: bool = False) -> None:
         """Submit what is gathered unless the device has enough to do; then it goes when that is done.
 
-        A small batch does not go behind another: it would be written no sooner, but without what comes meanwhile.
+        A small batch does not go behind another: it would be written no sooner, but without what comes meanwhile. Nor
+        while a sync is under way if all writers flush: see `group_commit`.
         One that only holds a few fills nobody waits for: when `patient`, it stays open for more of them.
         """
-        self._append_held()
-        if patient and self.gathered is not None and self.gathered.can_wait:
+        if self._held:
+            self._append_held()
+        batch = self.gathered
+        if batch is None or self._sealed or len(self._in_flight) >= BATCHES_IN_FLIGHT_MAX:
             return
-        if self.gathered is None or self._sealed or len(self._in_flight) >= BATCHES_IN_FLIGHT_MAX:
+        if patient and batch.can_wait:
             return
-        if not self._in_flight or self.gathered.data_count >= RUN_BLOCKS_MIN:
+        waits = self._in_flight or (self._syncing and self.group.active)
+        if not waits or batch.data_count >= RUN_BLOCKS_MIN:
             self._seal()
 
     def note_durable(self) -> None:
@@ -415,6 +427,11 @@ class Log:
 
     # --- durability -------------------------------------------------------------------------------------------
 
+    def flush(self, settled: Settled) -> None:
+        """Tell when all that was applied is durable: a guest asked."""
+        self.group.flushed()
+        self.when_durable(self.changed_position, settled)
+
     def when_durable(self, position: int, settled: Settled) -> None:
         """Tell when all records below `position` are durable. Callers pass `applied.position`, which only grows."""
         if self.failed:
@@ -424,7 +441,8 @@ class Log:
         else:
             assert position <= self.applied.position
             self._waiting.append((position, settled))
-            self._sync()
+            if not self._syncing:
+                self._sync()
 
     def barrier(self, settled: Settled) -> None:
         """Tell when everything written to the device before this call is durable, checkpoints included."""
@@ -434,8 +452,8 @@ class Log:
             self._barriers.append(settled)
             self._sync()
 
-    def _sync(self) -> None:
-        if self._syncing or not (self._waiting or self._barriers) or self.failed:
+    def _sync(self, *, ahead: bool = False) -> None:
+        if self._syncing or not (self._waiting or self._barriers or ahead) or self.failed:
             return
         self._syncing = True
         target = self.applied.position
@@ -451,8 +469,12 @@ class Log:
         self.durable = max(self.durable, target)
         for settled in barriers:
             settled(True)
+        told = 0
         while self._waiting and self._waiting[0][0] <= target:
             self._waiting.popleft()[1](True)
+            told += 1
+        self.group.synced(told)
+        self.kick(patient=True)
         self._sync()
 
     # --- records ----------------------------------------------------------------------------------------------
@@ -462,8 +484,8 @@ class Log:
             self._seal()
         if self._next.block + 2 >= self._zones.zone_blocks:
             self._seal_zone()
-        self.gathered = self._batch_at(self._next)
-        return self.gathered
+        self.gathered = batch = self._batch_at(self._next)
+        return batch
 
     def _batch_at(self, point: LogPoint) -> Batch:
         batch = Batch(point.zone, point.block, self.record_blocks)
@@ -545,6 +567,7 @@ class Log:
         if self.failed:
             return
         batch.written = True
+        was_asked = bool(batch.replies or batch.settled)
         while self._in_flight and self._in_flight[0].written:
             first = self._in_flight.popleft()
             self.queued_blocks -= first.data_count
@@ -554,13 +577,15 @@ class Log:
             if first.kind == record.SEAL:
                 self._zones.close(first.zone)
             self._apply(first)
+            self.group.written(len(first.replies))
             for reply in first.replies:
                 reply(IoError.OK)
             for settled in first.settled:
                 settled(True)
         self._submit()
-        if not self._in_flight and self.gathered is not None:
-            self._seal()
+        if not self._in_flight:
+            self._sync(ahead=self.group.active and was_asked)
+            self.kick()
 
     def fail(self) -> None:
         """The device failed: nothing more is written, everybody waiting is told."""

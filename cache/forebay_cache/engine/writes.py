@@ -51,7 +51,7 @@ class Writes:
     def write(self, volume: "CacheVolume", offset: int, payload: Buffer, fua: bool, reply: Reply) -> None:
         """See FrontVolume.write; one whole block, which is the usual request, takes the short way."""
         engine = self._engine
-        if self._refuse(volume, reply):
+        if (volume.error or volume.closing or volume.read_only or engine.failed) and self._refuse(volume, reply):
             return
         view = memoryview(payload)
         if view.nbytes == BLOCK_SIZE and not offset & _IN_BLOCK and (batch := self._open_batch(volume)) is not None:
@@ -93,8 +93,7 @@ class Writes:
         if volume.error or self._engine.failed:
             reply(IoError.IO)
         else:
-            log = self._engine.log
-            log.when_durable(log.changed_position, lambda ok: reply(IoError.OK if ok else IoError.IO))
+            self._engine.log.flush(lambda ok: reply(IoError.OK if ok else IoError.IO))
 
     def resume(self) -> None:
         """There may be room again: carry on with waiting requests, those of each volume in order.
@@ -340,6 +339,7 @@ class Writes:
 
     def _settler(self, fua: bool, reply: Reply) -> Settled:
         if not fua:
+            self._engine.log.group.written(1)
             return lambda ok: reply(IoError.OK if ok else IoError.IO)
         log = self._engine.log
 
