@@ -8,7 +8,7 @@ import pytest
 from nbd_client import EXTENDED, SIMPLE, STRUCTURED, Answer, Client, ServerThread
 from ram_volume import LateVolume, RamVolume
 
-from forebay_cache.engine.front import Allocation, IoError
+from forebay_cache.engine.front import Allocation, IoError, ReadReply
 from forebay_cache.engine.nbd_negotiation import ReplyStyle
 from forebay_cache.engine.nbd_transmission import clip_extents
 from forebay_cache.format import nbd
@@ -322,3 +322,24 @@ def test_a_flush_on_one_connection_and_writes_on_another_meet_in_one_volume(serv
         assert one.write(0, b"from one") == 0
         assert two.ask(nbd.CMD_FLUSH).error == 0
         assert two.read(0, 8) == b"from one"
+
+
+def test_others_have_their_turn_between_the_large_reads_of_one_client(served: ServerThread, volume: RamVolume) -> None:
+    with served.client().go("vol") as greedy, served.client().go("vol") as modest:
+        reads: list[int] = []
+        plain_read = volume.read
+
+        def noting(offset: int, length: int, reply: ReadReply) -> None:
+            reads.append(length)
+            plain_read(offset, length, reply)
+
+        def ask() -> None:
+            greedy.send(b"".join(greedy.request(nbd.CMD_READ, 0, 1 << 20) for _ in range(8)))
+            modest.send(modest.request(nbd.CMD_READ, 0, 512))
+
+        volume.read = noting  # type: ignore[method-assign]
+        served.call(ask)
+        assert modest.answer().bytes_at(0, 512) == bytes(512)
+        for _ in range(8):
+            assert greedy.answer().bytes_at(0, 1 << 20) == bytes(1 << 20)
+        assert (len(reads), reads.index(512) <= 1) == (9, True)

@@ -16,7 +16,13 @@ from typing import Final
 
 from forebay_cache.engine.front import Allocation, Change, Chunk, IoError
 from forebay_cache.engine.nbd_budget import Account
-from forebay_cache.engine.nbd_limits import BATCH_MAX, IN_FLIGHT_MAX, OUT_BUFFERS_MAX, STATUS_DESCRIPTORS_MAX
+from forebay_cache.engine.nbd_limits import (
+    BATCH_MAX,
+    IN_FLIGHT_MAX,
+    OUT_BUFFERS_MAX,
+    READ_SHIFT,
+    STATUS_DESCRIPTORS_MAX,
+)
 from forebay_cache.engine.nbd_negotiation import ReplyStyle, Session
 from forebay_cache.engine.nbd_replies import ExtendedReplies, ReplyEncoder, SimpleReplies, StructuredReplies
 from forebay_cache.engine.nbd_requests import Refused, Request, check_request
@@ -193,7 +199,7 @@ class Transmission:
             magic, flags, command, cookie, offset, length = unpack(view, at)
             if magic != wanted_magic:
                 raise ProtocolError(f"request magic {magic:#x}")
-            if serial == last:
+            if serial >= last:
                 self.blocked = len(open_) >= IN_FLIGHT_MAX
                 self.more = not self.blocked
                 break
@@ -204,6 +210,7 @@ class Transmission:
                     self.short, self.blocked = length, True
                     break
                 account.held += length
+                last -= length >> READ_SHIFT
                 at += header_size
                 open_[serial] = read_reply = partial(read_replied, serial, cookie, offset, length)
                 volume.read(offset, length, read_reply)
