@@ -3,9 +3,9 @@
 Measured against a thread while the event loop waits awake (2 shared cores, 2026-11): the end of an fdatasync was seen
 after 2 us instead of 47, and it began 20 us earlier.
 
-Rejected: fdatasync by the loop itself, once the answer to the write is out. The call takes 68 us, but the loop sleeps in
-it and all that follows runs cold: a flushed write at depth 1 took 231 us instead of 205 (8 rounds, interleaved). And a
-disk that hangs would hang the loop.
+Rejected: fdatasync by the loop itself, once the answer to the write is out. The call takes 68 us, but the loop sleeps
+in it, and all that follows runs cold: a flushed write at depth 1 took 231 us instead of 205 (8 rounds, interleaved).
+And a disk that hangs would hang the loop.
 
 Invariant: every sync is completed once, on the loop's thread, never inside the call; one is under way at most.
 """
