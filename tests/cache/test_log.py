@@ -154,3 +154,24 @@ def test_a_volume_at_its_bound_waits_in_the_midst_of_a_batch() -> None:
     rig.engine.resume_writers()
     rig.run_until(lambda: len(answered) == 5)
     assert answered == [0, 1, 2, 3, 9]
+
+
+def test_a_write_whose_rest_is_refused_is_not_answered_while_its_first_part_is_being_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The payload is the front's again behind the answer, so what is on its way to the device would change."""
+    rig = Rig(3, size=64 << 20, zone_blocks=512)
+    device, volume = rig.device, rig.volume
+    rig.run_until(lambda: rig.engine.log.idle and not (device.writes or device.queue))
+    answers: list[IoError] = []
+    monkeypatch.setattr(rig.engine, "has_room", lambda _volume: volume.appended_blocks == 0)
+    volume.write(0, b"w" * 512 * BLOCK_SIZE, False, answers.append)
+    volume.kick()
+    assert device.writes and rig.engine.writes.is_waiting(volume.key)
+    volume.closing = True
+    rig.engine.resume_writers()
+    assert not rig.engine.writes.is_waiting(volume.key)
+    assert answers == []
+    while device.writes:
+        device.writes.pop(0)()
+    assert answers == [IoError.IO]

@@ -182,7 +182,10 @@ class Writes:
     # --- appending --------------------------------------------------------------------------------------------
 
     def _append(self, volume: "CacheVolume", lba: int, view: memoryview, settled: Settled) -> None:
-        """Append whole blocks: one change for each record that they fall into."""
+        """Append whole blocks: one change for each record that they fall into.
+
+        A part that has to wait may fail at once; the payload is used until those before it are written.
+        """
         log = self._engine.log
         count = view.nbytes >> BLOCK_SHIFT
         at = 0
@@ -197,8 +200,12 @@ class Writes:
                 return
             log.seal_if_full()
             if not self._engine.has_room(volume):
-                rest = partial(self._append, volume, lba + at, view[at << BLOCK_SHIFT :], settled)
-                self._park(volume, settled, rest, first=True)
+                join = _Join(settled)
+                batch.settled.append(join.one_more())
+                told = join.one_more()
+                rest = partial(self._append, volume, lba + at, view[at << BLOCK_SHIFT :], told)
+                self._park(volume, told, rest, first=True)
+                join.begun()
                 return
 
     def _append_blocks(self, batch: Batch, volume: "CacheVolume", lba: int, view: memoryview, count: int) -> None:
