@@ -25,6 +25,7 @@ from forebay_cache.engine.rates import NO_LIMIT, Limit, changed_limit
 from forebay_cache.engine.recovery import Recovered
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format.volume_note import Front, FrontKind
+from forebay_cache.service.alarm import Alarm
 from forebay_cache.service.builder import ProcessBuilder
 from forebay_cache.service.completions import outcome
 from forebay_cache.service.control import ControlServer
@@ -148,7 +149,7 @@ class _Daemon:
         self._stop = asyncio.Event()
         self._watchdog = Watchdog(self._loop)
         self._ticking: asyncio.TimerHandle | None = None
-        self._pacing: asyncio.TimerHandle | None = None
+        self._alarm = Alarm(self._loop, lambda now_ns: self._engine.pace(now_ns))
         identity = DeviceId(recovered.superblock.device)
         self._session = StoreSession(
             [parse_address(address) for address in settings.store],
@@ -169,7 +170,7 @@ class _Daemon:
             settings=_engine_settings(settings),
             life=secrets.randbits(64),
             report=_LOG.error,
-            alarm=self._alarm,
+            alarm=self._alarm.set,
         )
         device.on_failure = self._engine.fail
         self._sample = SampleFile(self._engine, folder.path, identity)
@@ -226,9 +227,9 @@ class _Daemon:
         await self._control.close(0)
         await self._nbd.close(0)
         await self._sample.close(save=False)
-        for timer in (self._ticking, self._pacing):
-            if timer is not None:
-                timer.cancel()
+        if self._ticking is not None:
+            self._ticking.cancel()
+        self._alarm.cancel()
         await self._upstream.close()
         self._builder.close()
 
@@ -274,13 +275,6 @@ class _Daemon:
     async def _note_front(self, volume: CacheVolume, front: Front) -> None:
         if not await outcome(lambda done: self._engine.attaching.set_front(volume, front, done)):
             raise ForebayError(f"the cache device failed: {self._engine.failed}")
-
-    def _alarm(self, due_ns: int) -> None:
-        """Let the engine pace at this time of the monotonic clock."""
-        if self._pacing is not None:
-            self._pacing.cancel()
-        delay_s = max(0, due_ns - time.monotonic_ns()) / 1e9
-        self._pacing = self._loop.call_later(delay_s, lambda: self._engine.pace(time.monotonic_ns()))
 
     def _stopping(self) -> None:
         if self._stop.is_set():
