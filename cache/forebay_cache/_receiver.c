@@ -24,6 +24,7 @@ typedef struct receive {
     PyObject_HEAD
     Py_buffer view;
     int fd;
+    Py_ssize_t least; /* bytes with which it is over */
     Py_ssize_t count; /* bytes that are there */
     struct receive *next_done;
     struct receive *before, *behind; /* neighbours among those that were begun and not taken */
@@ -61,7 +62,7 @@ static void step(receiver_t *self, receive_t *one)
         __atomic_store_n(&one->count, count + got, __ATOMIC_RELEASE);
     else if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return;
-    if (got <= 0 || count + got == one->view.len)
+    if (got <= 0 || count + got >= one->least)
         finish(self, one);
 }
 
@@ -202,7 +203,8 @@ static PyObject *receiver_receive(receiver_t *self, PyObject *arguments)
 {
     int fd;
     PyObject *memory;
-    if (!PyArg_ParseTuple(arguments, "iO", &fd, &memory))
+    Py_ssize_t least;
+    if (!PyArg_ParseTuple(arguments, "iOn", &fd, &memory, &least))
         return NULL;
     if (!self->is_running) {
         PyErr_SetString(PyExc_ValueError, "the receiver is closed");
@@ -212,6 +214,7 @@ static PyObject *receiver_receive(receiver_t *self, PyObject *arguments)
     if (one == NULL)
         return NULL;
     one->fd = fd;
+    one->least = least;
     one->count = 0;
     one->next_done = NULL;
     one->view.obj = NULL; /* of which a release is none */
@@ -219,8 +222,8 @@ static PyObject *receiver_receive(receiver_t *self, PyObject *arguments)
         Py_DECREF(one);
         return NULL;
     }
-    if (one->view.len == 0)
-        PyErr_SetString(PyExc_ValueError, "there is no memory to receive into");
+    if (least <= 0 || least > one->view.len)
+        PyErr_SetString(PyExc_ValueError, "the memory does not hold as much as is to be received");
     else if (watch(self, fd, one) < 0)
         PyErr_SetFromErrno(PyExc_OSError);
     if (PyErr_Occurred()) {

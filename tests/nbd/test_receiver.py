@@ -1,6 +1,7 @@
 """What is received on the receiver's thread arrives whole, ends with its connection, and keeps nobody else waiting."""
 
 import asyncio
+import random
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -45,9 +46,9 @@ def play(act: Callable[[Receiver, ExitStack], Awaitable[None]]) -> None:
     asyncio.run(played())
 
 
-def begin(one: Receiver, ours: socket.socket, memory: bytearray) -> asyncio.Future[int]:
+def begin(one: Receiver, ours: socket.socket, memory: bytearray, least: int = 0) -> asyncio.Future[int]:
     told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    assert one.receive(ours.fileno(), memoryview(memory), told.set_result) is not None
+    assert one.receive(ours.fileno(), memoryview(memory), least or len(memory), told.set_result) is not None
     return told
 
 
@@ -67,6 +68,31 @@ def test_memory_is_filled_and_what_follows_stays_in_the_socket() -> None:
 
 
 @needs_native
+def test_what_came_with_the_last_wanted_bytes_is_received_and_nothing_else_waited_for() -> None:
+    async def act(one: Receiver, stack: ExitStack) -> None:
+        ours, theirs = pair(stack)
+        memory = bytearray(100)
+        told = begin(one, ours, memory, least=5)
+        theirs.send(b"abc")
+        theirs.send(b"dewith")
+        assert await told == 9
+        assert memory[:9] == b"abcdewith"
+
+    play(act)
+
+
+@needs_native
+@pytest.mark.parametrize("least", [-1, 0, 101])
+def test_what_the_memory_can_not_hold_is_no_receive(least: int) -> None:
+    async def act(one: Receiver, stack: ExitStack) -> None:
+        ours, _theirs = pair(stack)
+        with pytest.raises(ValueError):
+            one.receive(ours.fileno(), memoryview(bytearray(100)), least, lambda _: None)
+
+    play(act)
+
+
+@needs_native
 def test_a_silent_sender_keeps_no_other_one_waiting_and_is_told_at_the_close() -> None:
     async def act(one: Receiver, stack: ExitStack) -> None:
         (silent, first), (busy, second) = pair(stack), pair(stack)
@@ -78,7 +104,7 @@ def test_a_silent_sender_keeps_no_other_one_waiting_and_is_told_at_the_close() -
         assert not slow.done()
         one.close()
         assert (await slow, memory[:3]) == (3, b"abc")
-        assert one.receive(busy.fileno(), memoryview(other), lambda _: None) is None
+        assert one.receive(busy.fileno(), memoryview(other), 8, lambda _: None) is None
 
     play(act)
 
@@ -178,3 +204,56 @@ def test_who_falls_silent_within_a_large_write_is_dropped_for_those_who_wait(tmp
         assert large.answer().error == 0
         hog.close()
         large.close()
+
+
+SIZES = (512, 4096, 100_000, 200 * 1024, 300_000, MIB // 2, MIB - 28, MIB, MIB + 4096, 3 * MIB)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_comes_behind_large_writes_arrives_whole(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    volume = LateVolume("vol", SIZE, delay_s=0.002, seed=seed)
+    expected = bytearray(SIZE)
+    with ServerThread(str(tmp_path / "s"), volume) as server, server.client().go("vol") as client:
+        for _ in range(8):
+            raw = b""
+            count = chance.randrange(1, 12)
+            at = 0
+            for _ in range(count):
+                size = chance.choice(SIZES) if chance.random() < 0.8 else 0
+                if size and at + size <= SIZE:
+                    payload = bytes([chance.randrange(1, 256)]) * size
+                    raw += client.request(nbd.CMD_WRITE, at, size, payload=payload)
+                    expected[at : at + size] = payload
+                    at += size
+                else:
+                    raw += client.request(nbd.CMD_FLUSH)
+            cut = chance.randrange(len(raw))
+            for part in (raw[:cut], raw[cut:]):
+                client.send(part)
+            assert [client.answer().error for _ in range(count)] == [0] * count
+        assert volume.memory[:] == expected
+        assert not receiving(server)
+        server.until(lambda: all(one._account.held == 0 for one in server.server._connections))
+
+
+@needs_native
+def test_who_waits_for_the_budget_keeps_nothing_of_a_large_write_that_is_done(tmp_path: Path) -> None:
+    """The begin of the next one came with its last bytes."""
+    settings = NbdSettings(budget_bytes=CONNECTION_BYTES_MAX + MIB)
+    volume, other = LateVolume("vol", SIZE, delay_s=None), LateVolume("other", SIZE, delay_s=None)
+    with ServerThread(str(tmp_path / "s"), volume, other, settings=settings) as server:
+        hog, client = server.client().go("other"), server.client().go("vol")
+        rest = write_one_and_a_half(server, client)
+        for count in (1, 2):
+            hog.send(hog.request(nbd.CMD_WRITE, 0, 32 << 20, payload=bytes(32 << 20)))
+            server.until(lambda count=count: len(other.parked) == count)
+        client.send(rest + client.request(nbd.CMD_WRITE, 0, 32 << 20, payload=bytes(100)))
+        server.until(lambda: len(volume.parked) == 2)
+        account = next(one._account for one in server.server._connections if one._session.volume is volume)
+        server.until(lambda: account.need > 0)
+        server.call(volume.release)
+        server.until(lambda: account.held == 0)
+        assert account.need > 32 << 20
+        hog.close()
+        client.close()

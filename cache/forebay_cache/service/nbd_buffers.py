@@ -21,11 +21,7 @@ class BufferPool:
         self._kept: dict[int, list[ReceiveBuffer]] = {size: [] for size in _KEPT_MAX}
 
     def take(self, size: int) -> ReceiveBuffer:
-        """Return a buffer of `buffer_size(size)` bytes."""
-        kept = self._kept.get(size)
-        if kept:
-            return kept.pop()
-        size = buffer_size(size)
+        """Return a buffer of a size that `buffer_size` gave."""
         kept = self._kept.get(size)
         if kept:
             return kept.pop()
@@ -43,7 +39,7 @@ class BufferPool:
 
 
 def buffer_size(size: int) -> int:
-    """Return the size of the buffer that `take(size)` returns."""
+    """Return how large the buffer for a request of so many bytes is."""
     if size <= RECEIVE_SIZE:
         return RECEIVE_SIZE
     return max(size, LARGE_RECEIVE_SIZE)

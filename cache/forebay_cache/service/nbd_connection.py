@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _ROOM_MIN: Final = 64 * KIB  # with less room behind what was received, the rest moves to a fresh buffer
-_PEEK_SIZE: Final = 4 * KIB  # received behind a large write: likely the header of the next, which then isn't copied
+_PEEK_SIZE: Final = 4 * KIB  # received behind a large write: likely the header of the next, whose rest isn't copied
+_OPTION_WANT: Final = OPTION.size + OPTION_SIZE_MAX
 _RECEIVES_PER_TURN: Final = 8  # a write of 1 MiB: its header, six times what a Unix socket holds, and the next header
 _WOULD_BLOCK: Final = (BlockingIOError, InterruptedError)
 
@@ -252,23 +253,23 @@ class NbdConnection:
                 break
             self._end += count
             self._received += count
-            if count == len(room) or not is_large:
-                self._take()
-                # Behind a large write the next one is begun before the volume works on this one.
-                if not is_large and (self._start == self._end or not self._much_is_missing()):
-                    break
-                if self._is_stuck():
-                    break
+            if is_large and self._missing() > 0:
+                continue
+            self._take()
+            # Behind a large write the next one is begun before the volume works on this one.
+            if self._is_stuck() or not (is_large or self._missing() >= _ROOM_MIN):
+                break
         self._settle()
 
     def _receives_here(self, room: memoryview) -> bool:
         """Tell that the rest of a large write is to be received here: not while the volume is at work on another one.
         That has been begun elsewhere."""
-        if self._transmission is not None and self._transmission.in_flight:
-            self._receiving = self._shared.receiver.receive(self._fd, room, partial(self._arrived, len(room)))
+        missing = self._missing()
+        if missing > 0 and self._transmission is not None and self._transmission.in_flight:
+            self._receiving = self._shared.receiver.receive(self._fd, room, missing, self._arrived)
         return self._receiving is None
 
-    def _arrived(self, wanted: int, count: int) -> None:
+    def _arrived(self, count: int) -> None:
         """So much was received elsewhere; if that is not all, what ended it is found here."""
         self._receiving = None
         self._end += count
@@ -278,19 +279,21 @@ class NbdConnection:
             self._retire_buffer()
             self._drain()
         else:
-            self._guarded(partial(self._go_on, here=count < wanted))
+            self._guarded(self._go_on)
 
-    def _go_on(self, *, here: bool) -> None:
+    def _go_on(self) -> None:
+        here = self._missing() > 0
         self._take()
         if self._is_stuck():
             self._settle()
         else:
             self._receive(here=here)
 
-    def _much_is_missing(self) -> bool:
-        """Tell whether a large write has begun to arrive."""
+    def _missing(self) -> int:
+        """Return how many bytes of the first request that is not taken are still to come, as far as is known; 0 if
+        nothing of it is here."""
         here = self._end - self._start
-        return here > 0 and self._transmission is not None and self._transmission.want - here >= _ROOM_MIN
+        return self._transmission.want - here if here and self._transmission is not None else 0
 
     def _in_large_write(self) -> bool:
         """Tell whether the buffer was taken for one large write: nothing is to be done until all of it is here."""
@@ -399,30 +402,32 @@ class NbdConnection:
             self._start = self._end = 0
             if not self._peek:
                 return buffer.view
-        want = self._wanted()
-        size = len(buffer.view)
-        if buffer.charge and want + self._start <= size:
-            return buffer.view[self._end : self._start + want]
-        roomy = size - self._end >= _ROOM_MIN or self._start == 0  # moved to the front already: this is all there is
-        if roomy and want + self._start <= size and not buffer.charge:
-            end = self._end + _PEEK_SIZE if self._peek else size
-            self._peek = False
-            return buffer.view[self._end : end]
-        if not self._move(buffer, want):
-            return None
-        return self._room()
+        want = self._transmission.want if self._transmission is not None else _OPTION_WANT
+        want = max(want, self._end - self._start + 1)  # never no room, which would look like an end
+        if not self._fits(buffer, want):
+            if not self._move(buffer, want):
+                return None
+            buffer = self._buffer
+            assert buffer is not None
+        if buffer.charge:
+            return buffer.view[self._end : self._start + want + _PEEK_SIZE]
+        end = self._end + _PEEK_SIZE if self._peek else RECEIVE_SIZE
+        self._peek = False
+        return buffer.view[self._end : end]
 
-    def _wanted(self) -> int:
-        """Bytes from `_start` on that must fit the buffer."""
-        if self._transmission is None:
-            return OPTION.size + OPTION_SIZE_MAX
-        return max(self._transmission.want, self._end - self._start + 1)  # never no room, which would look like an end
+    def _fits(self, buffer: ReceiveBuffer, want: int) -> bool:
+        """Tell whether `want` bytes from `_start` on are to be received into this buffer."""
+        size = len(buffer.view)
+        if buffer.charge:  # for large writes, and nothing else
+            return want > RECEIVE_SIZE and self._start + want <= size
+        # What was moved to the front has all the room there is.
+        return self._start + want <= size and (self._start == 0 or size - self._end >= _ROOM_MIN)
 
     def _move(self, buffer: ReceiveBuffer, want: int) -> bool:
         """Move what is not taken yet to the front of a buffer with room for `want` bytes."""
-        left = self._end - self._start
         size = buffer_size(want)
         if buffer.payloads == 0 and len(buffer.view) == size:
+            left = self._end - self._start
             buffer.view[:left] = buffer.view[self._start : self._end]
             self._start, self._end = 0, left
             return True
@@ -430,16 +435,23 @@ class NbdConnection:
         retiring = buffer.payloads > 0 and not buffer.charge
         need = (size if large else 0) + (len(buffer.view) if retiring else 0)
         if need and not self._request(need):
+            if buffer.charge:  # who waits keeps no memory but what the volume needs
+                self._replace(buffer, self._shared.pool.take(RECEIVE_SIZE))
+                self._shared.budget.settle(self._account)
             return False
         fresh = self._shared.pool.take(size)
-        fresh.view[:left] = buffer.view[self._start : self._end]
         if large:
             self._charge(fresh)
         if retiring:
             self._charge(buffer)
+        self._replace(buffer, fresh)
+        return True
+
+    def _replace(self, buffer: ReceiveBuffer, fresh: ReceiveBuffer) -> None:
+        left = self._end - self._start
+        fresh.view[:left] = buffer.view[self._start : self._end]
         self._retire_buffer()
         self._buffer, self._start, self._end = fresh, 0, left
-        return True
 
     def _charge(self, buffer: ReceiveBuffer) -> None:
         buffer.charge = len(buffer.view)
@@ -486,11 +498,11 @@ class NbdConnection:
             self._finish(transmission)
 
     def _is_stuck(self) -> bool:
-        """Tell whether nothing can be received now."""
+        """Tell whether nothing is to be received now."""
         transmission = self._transmission
         if transmission is None:
             return self.closed
-        return transmission.blocked or transmission.leaving or self._starved or self._at_end
+        return transmission.blocked or transmission.more or transmission.leaving or self._starved or self._at_end
 
     def _listen(self, *, reading: bool, writing: bool) -> None:
         self._reading, self._writing = reading, writing

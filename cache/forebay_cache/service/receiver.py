@@ -5,7 +5,7 @@ again. The thread is native and never takes the GIL: one of Python's would wait 
 for any number of connections at once, so a slow client keeps no other one waiting.
 
 Invariants:
-    Every receive that was begun is completed once, on the loop's thread, never inside the call: when all of it is
+    Every receive that was begun is completed once, on the loop's thread, never inside the call: when enough is
     there, at the end of the stream, at an error, or, unfinished, by `close`.
     Until then the memory stays referenced and the socket must stay open; who does not want it any more shuts the socket
     down.
@@ -38,8 +38,10 @@ class Receiver:
         self._begun: dict[Receive, Done] = {}
         self._available = _receiver is not None
 
-    def receive(self, fd: int, memory: memoryview, done: Done) -> "Receive | None":
-        """Receive from a socket until the memory is full; `done` hears how many bytes came.
+    def receive(self, fd: int, memory: memoryview, least: int, done: Done) -> "Receive | None":
+        """Receive from a socket until at least so many bytes are there; `done` hears how many came.
+
+        There are more if the memory has room for them and they came with the last ones.
 
         Returns what tells how many there are so far; None: it is not possible here, or not now.
         """
@@ -47,7 +49,7 @@ class Receiver:
             return None
         try:
             thread = self._thread or self._start()
-            receive = thread.receive(fd, memory)
+            receive = thread.receive(fd, memory, least)
         except OSError:
             return None
         self._begun[receive] = done
