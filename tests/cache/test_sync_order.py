@@ -92,9 +92,9 @@ def test_it_is_foretold_which_write_a_sync_begins_with(rig: Rig) -> None:
         assert not rig.order.begins_ahead
         rig.order.written()
         rig.ask("in step")
-        assert rig.order.under_way and not rig.order.begins_ahead
+        assert rig.order.is_under_way() and not rig.order.begins_ahead
         rig.end()
-        assert not rig.order.under_way
+        assert not rig.order.is_under_way()
     assert rig.order.begins_ahead
     rig.order.written()
     assert not rig.order.begins_ahead

@@ -108,6 +108,7 @@ class FileDevice:
         self._completions = Completions(turns)
         self._reads, self._syncs = self._make_rings(file) if ring else self._make_threads(file)
         self._order = SyncOrder(self._begin_sync, self._sync_failed)
+        self.is_syncing = self._order.is_under_way  # the selector asks at each look
         self._closed = False
         self._stopping: threading.Thread | None = None
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -133,10 +134,6 @@ class FileDevice:
         """Whether a write or sync failed; everything is refused since."""
         return self._failed
 
-    def is_syncing(self) -> bool:
-        """Tell whether a sync is under way."""
-        return self._order.under_way
-
     def read_now(self, offset: int, size: int) -> Buffer | None:
         """Return the bytes if they are in memory, else None."""
         buffer = memoryview(bytearray(size))
@@ -161,11 +158,14 @@ class FileDevice:
     def write(self, offset: int, buffers: Sequence[Buffer], done: Callable[[bool], None]) -> None:
         """Write bytes behind all writes given before; False is an error, which was logged."""
         assert offset % BLOCK_SIZE == 0
-        if self._refuses("write", self._far):
-            self._completions.post(partial(done, False))
-        elif self._far == 0 and self._is_near(size := sum(map(len, buffers))):
+        size = sum(map(len, buffers))
+        if not (self._far or self._failed or self._far_writes) and size <= NEAR_SIZE_MAX:
             self._write_near(offset, buffers, size, done)
+        elif self._refuses("write", self._far):
+            self._completions.post(partial(done, False))
         else:
+            if self._far_writes and not self._far:
+                self._far_writes -= 1
             self._give(lambda: self._write_far(offset, buffers, done))
 
     def sync(self, done: Callable[[bool], None]) -> None:
@@ -211,13 +211,6 @@ class FileDevice:
         return self._failed
 
     # --- writes -----------------------------------------------------------------------------------------------
-
-    def _is_near(self, size: int) -> bool:
-        """Tell whether a write is to be done at once."""
-        if self._far_writes:
-            self._far_writes -= 1
-            return False
-        return size <= NEAR_SIZE_MAX
 
     def _write_near(self, offset: int, buffers: Sequence[Buffer], size: int, done: Callable[[bool], None]) -> None:
         waits = _waits() if self._watched_writes else 0

@@ -315,8 +315,16 @@ class NbdConnection:
         self._starved = account.need > 0
         if transmission.out or self._outbox.batches:
             self._flush(transmission)
-        if self._start < self._end:
-            self._serve(transmission)
+        while self._start < self._end and not (transmission.leaving or self._receiving):
+            assert self._buffer is not None
+            self._start = transmission.accept(self._buffer, self._start, self._end)
+            if transmission.out:
+                self._flush(transmission)
+            if transmission.more:
+                self._give_way()
+                break
+            if not transmission.blocked or not self._may_go_on(transmission):
+                break
         buffer = self._buffer
         if buffer is not None and self._start == self._end:
             self._release_idle_buffer(buffer)
@@ -360,18 +368,6 @@ class NbdConnection:
     def _begin(self) -> None:
         self._open(self._session)
         self._settle()
-
-    def _serve(self, transmission: Transmission) -> None:
-        while self._start < self._end and not (transmission.leaving or self._receiving):
-            assert self._buffer is not None
-            self._start = transmission.accept(self._buffer, self._start, self._end)
-            if transmission.out:
-                self._flush(transmission)
-            if transmission.more:
-                self._give_way()
-                break
-            if not transmission.blocked or not self._may_go_on(transmission):
-                break
 
     def _may_go_on(self, transmission: Transmission) -> bool:
         """Tell whether the limit that blocked the engine is gone already."""

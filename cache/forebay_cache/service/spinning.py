@@ -16,6 +16,7 @@ Invariants:
 """
 
 import os
+import select
 import selectors
 import time
 from collections.abc import Callable
@@ -26,6 +27,9 @@ SPIN_NS: Final = 50_000
 
 SYNC_SPIN_NS: Final = 200_000
 """How long it may while a sync is under way: an SSD's takes 50 to 150 us."""
+
+PEEKED_MAX: Final = 64
+"""Descriptors that one look of a turn finds. Epoll goes round, so the next looks find the others."""
 
 Events = list[tuple[selectors.SelectorKey, int]]
 
@@ -38,6 +42,7 @@ class SpinningSelector(selectors.EpollSelector):
 
     def __init__(self, clock: Callable[[], int] = time.monotonic_ns) -> None:
         super().__init__()
+        self._epoll = select.epoll.fromfd(os.dup(self.fileno()))  # the same one, without the keys of `selectors`
         self._clock = clock
         self._was_short = {False: False, True: False}  # by whether a sync was under way
         self.syncing: Callable[[], bool] = lambda: False
@@ -50,8 +55,8 @@ class SpinningSelector(selectors.EpollSelector):
         syncing = self.syncing()
         bound_ns = _bound_ns(syncing)
         began_ns = self._clock()
-        if self._was_short[syncing]:
-            events = self._look_awake(syncing, began_ns + bound_ns)
+        if self._was_short[syncing] and self._look_awake(syncing, began_ns + bound_ns):
+            events = self.look(0)
         if not events:
             events = self.look(timeout)
             self._was_short[syncing] = self._clock() - began_ns < bound_ns
@@ -62,20 +67,29 @@ class SpinningSelector(selectors.EpollSelector):
         syncing = self.syncing()
         if not self._was_short[syncing]:
             return []
-        events = self.look(0)
-        if not events:
+        ready = self.peek()
+        if not ready:
             end_ns = self._clock() + _bound_ns(syncing)
-            events = self._look_awake(syncing, min(end_ns, until_ns))
-            self._was_short[syncing] = bool(events) or end_ns > until_ns
-        return [key.fd for key, _ in events]
+            ready = self._look_awake(syncing, min(end_ns, until_ns))
+            self._was_short[syncing] = bool(ready) or end_ns > until_ns
+        return [fd for fd, _ in ready]
 
-    def _look_awake(self, syncing: bool, until_ns: int) -> Events:
-        events: Events = []
-        while not events and self._clock() < until_ns:
+    def close(self) -> None:
+        """See BaseSelector."""
+        self._epoll.close()
+        super().close()
+
+    def _look_awake(self, syncing: bool, until_ns: int) -> list[tuple[int, int]]:
+        ready: list[tuple[int, int]] = []
+        while not ready and self._clock() < until_ns:
             if syncing:
                 self.give_way()
-            events = self.look(0)
-        return events
+            ready = self.peek()
+        return ready
+
+    def peek(self) -> list[tuple[int, int]]:
+        """Return some of the descriptors that are ready, and for what, without waiting."""
+        return self._epoll.poll(0, PEEKED_MAX)
 
     def look(self, timeout: float | None) -> Events:
         """Return what is ready, waiting asleep for so many seconds; None: until something is."""

@@ -43,9 +43,8 @@ class SyncOrder:
         """How many wait to be told."""
         return len(self._next) + len(self._under_way or ())
 
-    @property
-    def under_way(self) -> bool:
-        """Whether one is under way."""
+    def is_under_way(self) -> bool:
+        """Tell whether one is under way."""
         return self._under_way is not None
 
     @property
@@ -55,7 +54,7 @@ class SyncOrder:
 
     def written(self) -> None:
         """A write was completed."""
-        begins_ahead = self.begins_ahead
+        begins_ahead = self._in_step >= AHEAD_AFTER and self.begins_ahead
         self._completed += 1
         if self._unasked:
             self._in_step = 0

@@ -21,7 +21,6 @@ Crash: nothing of this survives.
 """
 
 import asyncio
-import contextlib
 import os
 import time
 from collections import deque
@@ -105,25 +104,19 @@ class Turns:
         try:
             if begin is not None:
                 begin()
-            self._kick_all()
-            if begin is None or time.monotonic_ns() < until_ns:
-                self._go_on(until_ns)
-            if self._ready is not None:
-                while not self._is_left() and self._begin_ready(self._ready, until_ns):
-                    self._kick_all()
-                    if time.monotonic_ns() < until_ns:
-                        self._go_on(until_ns)
+            if self._kicks:
+                self._kick_all()
+            goes_on = self._go_on(until_ns, in_time=begin is None or time.monotonic_ns() < until_ns)
+            while goes_on and not self._later and self._begin_ready(until_ns):
+                goes_on = self._go_on(until_ns, in_time=time.monotonic_ns() < until_ns)
         finally:
             self._in_turn = False
-            if self._is_left() and not self._asked:
+            if (self._posted or self._due or self._later or self._kicks) and not self._asked:
                 self._ask()
 
-    def _is_left(self) -> bool:
-        return bool(self._posted or self._due or self._later or self._kicks)
-
-    def _begin_ready(self, ready: Callable[[int], list[int]], until_ns: int) -> bool:
+    def _begin_ready(self, until_ns: int) -> bool:
         """Begin with what is readable by then; return whether that was anything."""
-        fds = ready(until_ns) if time.monotonic_ns() < until_ns else []
+        fds = self._ready(until_ns) if self._ready is not None else ()
         begins = self._begins
         for fd in fds:
             if fd not in begins:
@@ -132,6 +125,8 @@ class Turns:
             begin = begins.get(fd)
             if begin is not None:  # else it was removed meanwhile
                 begin()
+        if self._kicks:
+            self._kick_all()
         return bool(fds)
 
     def tell_posted(self) -> None:
@@ -139,17 +134,21 @@ class Turns:
         while self._posted:
             self._posted.popleft()()
 
-    def _go_on(self, until_ns: int) -> None:
+    def _go_on(self, until_ns: int, *, in_time: bool) -> bool:
+        """While it is in time go on, round by round, until nobody is left; return whether it still is."""
+        clock = time.monotonic_ns
         queues = self._posted, self._due
-        while self._posted or self._due:
+        while in_time and (self._posted or self._due):
             for queue in queues:
                 for _ in range(len(queue)):
                     queue.popleft()()
-                    if time.monotonic_ns() > until_ns:
+                    if clock() > until_ns:
+                        in_time = False
                         break
-            self._kick_all()
-            if time.monotonic_ns() > until_ns:
-                break
+            if self._kicks:
+                self._kick_all()
+                in_time = in_time and clock() < until_ns
+        return in_time
 
     def _kick_all(self) -> None:
         while self._kicks:
@@ -168,5 +167,7 @@ class Turns:
 
 def clear_event(fd: int) -> None:
     """Take what an eventfd tells of, if there is anything."""
-    with contextlib.suppress(BlockingIOError):
+    try:
         os.eventfd_read(fd)
+    except BlockingIOError:  # not `suppress`, which is three calls
+        return
