@@ -19,9 +19,8 @@ from statistics import fmean
 import numpy as np
 
 from fio import MIB
-from forebay_cache.engine.policy import FrequencyPolicy, make_replay, ring_blocks
+from forebay_cache.engine.policy import WORTHY_FROM, FrequencyPolicy, make_replay, ring_blocks
 from forebay_cache.engine.policy_core import Core, CoreFast
-from forebay_cache.engine.policy_lists import REGION_SHIFT, WINDOW
 from results import OURS, Goal, Row, Sample
 from rounds import Plan
 from servers import anonymous_bytes
@@ -125,7 +124,6 @@ def _drive(stream: list[int], core: type) -> float:
     ring: dict[int, None] = {}
     ring_max = ring_blocks(policy.capacity)
     target = 0
-    worthy = WINDOW << REGION_SHIFT
     began_s = time.process_time()
     for key in stream:
         place = places.get(key)
@@ -141,7 +139,7 @@ def _drive(stream: list[int], core: type) -> float:
         if not policy.admits(key):
             continue
         target = target % (keys.size - 1) + 1
-        while policy.states[target] >= worthy:
+        while policy.states[target] >= WORTHY_FROM:
             target = target % (keys.size - 1) + 1
         if keys[target]:
             del places[int(keys[target])]

@@ -20,10 +20,12 @@ from forebay_cache.engine.attaching import StoreView
 from forebay_cache.engine.blockmap import BlockMap, make_key
 from forebay_cache.engine.cache import CacheEngine, EngineSettings
 from forebay_cache.engine.dirty import DirtyBlocks
+from forebay_cache.engine.emptying import clear_places, clear_places_fast, find_kept, find_kept_fast
 from forebay_cache.engine.front import Chunk, IoError
 from forebay_cache.engine.nbd_budget import Account
 from forebay_cache.engine.nbd_negotiation import ReplyStyle, Session
 from forebay_cache.engine.nbd_transmission import ReceiveBuffer, Transmission
+from forebay_cache.engine.policy import WORTHY_FROM
 from forebay_cache.engine.recovery import blank_device, recover
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.format import record
@@ -80,6 +82,32 @@ def test_map_replaces(benchmark: BenchmarkFixture, full_map: BlockMap) -> None:
             insert(key, 2, 3, remove(key))
 
     benchmark(replace)
+
+
+@pytest.mark.parametrize("twin", [clear_places, clear_places_fast], ids=["python", "native"])
+def test_zone_of_1024_places_is_emptied(benchmark: BenchmarkFixture, twin: Callable[..., int]) -> None:
+    table = BlockMap(PLACES, zone_blocks=ZONE_BLOCKS)
+    keys = np.arange(PLACES, dtype=np.uint64) + np.uint64(make_key(1, 0) - 1)  # as a guest writes them in their order
+    keys[0] = 0
+    ones = np.ones(PLACES, np.uint64)
+    table.load(keys, ones, ones)
+    zones = iter(range(1, PLACES // ZONE_BLOCKS))
+
+    def one() -> tuple[tuple[object, ...], dict[str, object]]:
+        first = next(zones) * ZONE_BLOCKS
+        return (table._views, table._second, ZONE_BLOCKS, np.arange(first, first + ZONE_BLOCKS)), {}
+
+    assert benchmark.pedantic(twin, setup=one, rounds=200) == ZONE_BLOCKS
+
+
+@pytest.mark.parametrize("twin", [find_kept, find_kept_fast], ids=["python", "native"])
+def test_zone_of_1024_places_keeps_100(
+    benchmark: BenchmarkFixture, full_map: BlockMap, twin: Callable[..., int]
+) -> None:
+    states, noted, found = np.zeros(PLACES, np.uint8), np.full(64, 9, np.uint64), np.empty(ZONE_BLOCKS, np.int64)
+    states[np.random.default_rng(1).permutation(ZONE_BLOCKS)[:100] + ZONE_BLOCKS] = WORTHY_FROM
+    arguments = (full_map._views, states, noted, ZONE_BLOCKS, ZONE_BLOCKS, WORTHY_FROM, found)
+    assert benchmark(twin, *arguments) == 100
 
 
 def test_closing_a_cut_of_a_million_dirty_blocks(benchmark: BenchmarkFixture) -> None:

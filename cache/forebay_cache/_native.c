@@ -1,5 +1,6 @@
-/* The native twins of `forebay_cache.engine.entering`, of `find_runs` in `forebay_cache.engine.runs`, and of
-   `put_writes` and `mark_written` in `forebay_cache.format.record`: see there what each function does, takes and returns.
+/* The native twins of `forebay_cache.engine.entering` and `forebay_cache.engine.emptying`, of `find_runs` in
+   `forebay_cache.engine.runs`, and of `put_writes` and `mark_written` in `forebay_cache.format.record`: see there what
+   each function does, takes and returns.
 
    Everything lies in arrays that Python owns; here they are only read and written, with their bounds checked first.
    A chain that leads out of the map would be a bug of ours, so it raises SystemError instead of crashing the daemon. */
@@ -92,6 +93,20 @@ static int takes(const map_t *map, uint64_t zone_blocks, uint64_t first_place, u
         && map->version_count == map->place_count && map->sum_count == map->place_count
         && (uint64_t)map->live_count * zone_blocks >= places && count <= places && first_place <= places - count
         && (first_place != NIL || count == 0);
+}
+
+/* Return the link of a chain that leads to a place, or NULL with an exception set if none does. */
+static uint32_t *link_to(uint32_t *link, uint32_t *nexts, Py_ssize_t place_count, uint32_t place)
+{
+    for (Py_ssize_t steps = 0; *link != place && *link != NIL && *link < (uint64_t)place_count; steps++) {
+        if (steps == place_count)
+            break; /* it runs in a circle */
+        link = &nexts[*link];
+    }
+    if (*link == place && place != NIL)
+        return link;
+    PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
+    return NULL;
 }
 
 static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
@@ -256,13 +271,13 @@ static PyObject *enter_moves(PyObject *module, PyObject *const *arguments, Py_ss
             out[2][held_count++] = i;
             continue;
         }
-        uint32_t *link = &map.heads[key % (uint64_t)map.head_count];
-        while (*link != source && *link != NIL && *link < (uint64_t)map.place_count)
-            link = &map.nexts[*link];
-        if (*link != source || map.keys[place] != 0) {
+        if (map.keys[place] != 0) {
             PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
             goto end;
         }
+        uint32_t *const link = link_to(&map.heads[key % (uint64_t)map.head_count], map.nexts, map.place_count, source);
+        if (link == NULL)
+            goto end;
         *link = place;
         map.nexts[place] = map.nexts[source];
         map.nexts[source] = UNLINKED;
@@ -276,6 +291,106 @@ static PyObject *enter_moves(PyObject *module, PyObject *const *arguments, Py_ss
         out[1][moved_count++] = place;
     }
     answer = Py_BuildValue("(KK)", (unsigned long long)moved_count, (unsigned long long)held_count);
+end:
+    release(&held);
+    return answer;
+}
+
+static PyObject *clear_places(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    Py_ssize_t head_count = 0, next_count = 0, zone_count = 0, count = 0;
+    uint64_t zone_blocks;
+    map_t map;
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 4 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 6
+        || !PyTuple_Check(arguments[1]) || PyTuple_GET_SIZE(arguments[1]) != 3) {
+        PyErr_SetString(PyExc_TypeError, "clear_places takes 4 arguments, the first two are tuples of 6 and 3");
+        return NULL;
+    }
+    uint32_t *heads = NULL;
+    if (open_map(&held, arguments[0], &map) == 0)
+        heads = items(&held, PyTuple_GET_ITEM(arguments[1], 0), 1, 4, &head_count);
+    uint32_t *const nexts = heads ? items(&held, PyTuple_GET_ITEM(arguments[1], 1), 1, 4, &next_count) : NULL;
+    uint16_t *const held_counts = nexts ? items(&held, PyTuple_GET_ITEM(arguments[1], 2), 1, 2, &zone_count) : NULL;
+    const uint64_t *const places = held_counts ? items(&held, arguments[3], 0, 8, &count) : NULL;
+    if (places == NULL || numbers(arguments + 2, 1, &zone_blocks) < 0)
+        goto end;
+    int fits = takes(&map, zone_blocks, 1, 0) && head_count > 0 && next_count == map.place_count
+        && zone_count == map.live_count;
+    for (Py_ssize_t i = 0; i < count && fits; i++)
+        fits = places[i] < (uint64_t)map.place_count;
+    if (!fits) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or the places do not fit them");
+        goto end;
+    }
+    uint64_t linked_count = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const uint32_t place = (uint32_t)places[i];
+        const uint64_t key = map.keys[place];
+        if (key == 0)
+            continue;
+        const int linked = map.nexts[place] != UNLINKED;
+        uint32_t *const after = linked ? map.nexts : nexts;
+        uint32_t *const head = linked ? &map.heads[key % (uint64_t)map.head_count] : &heads[key % (uint64_t)head_count];
+        uint32_t *const link = link_to(head, after, map.place_count, place);
+        if (link == NULL)
+            goto end;
+        *link = after[place];
+        if (linked) {
+            map.nexts[place] = UNLINKED;
+            map.live[place / zone_blocks]--;
+            linked_count++;
+        } else {
+            map.versions[place] = map.sums[place] = 0;
+            held_counts[place / zone_blocks]--;
+        }
+        map.keys[place] = 0;
+    }
+    answer = PyLong_FromUnsignedLongLong(linked_count);
+end:
+    release(&held);
+    return answer;
+}
+
+static PyObject *find_kept(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
+{
+    buffers_t held = {.count = 0};
+    Py_ssize_t state_count = 0, noted_count = 0, room = 0, kept = 0;
+    uint64_t n[3];
+    map_t map;
+    PyObject *answer = NULL;
+    (void)module;
+    if (given != 7 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 6) {
+        PyErr_SetString(PyExc_TypeError, "find_kept takes 7 arguments, the first is a tuple of 6");
+        return NULL;
+    }
+    const uint8_t *states = NULL;
+    if (open_map(&held, arguments[0], &map) == 0)
+        states = items(&held, arguments[1], 0, 1, &state_count);
+    const uint64_t *const noted = states ? items(&held, arguments[2], 0, 8, &noted_count) : NULL;
+    uint64_t *const found = noted ? items(&held, arguments[6], 1, 8, &room) : NULL;
+    if (found == NULL || numbers(arguments + 3, 3, n) < 0)
+        goto end;
+    const uint64_t places = (uint64_t)map.place_count, first = n[0], count = n[1], worthy_from = n[2];
+    if (!takes(&map, places + 1, 1, 0) || state_count != map.place_count || count > places || first > places - count) {
+        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or the places do not fit them");
+        goto end;
+    }
+    for (uint64_t place = first; place < first + count && kept < room; place++) {
+        const uint64_t key = map.keys[place];
+        if (key == 0)
+            continue;
+        if (key >> LBA_BITS >= (uint64_t)noted_count) {
+            PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
+            goto end;
+        }
+        if (map.versions[place] > noted[key >> LBA_BITS]
+            || (states[place] >= worthy_from && map.nexts[place] != UNLINKED))
+            found[kept++] = place;
+    }
+    answer = PyLong_FromSsize_t(kept);
 end:
     release(&held);
     return answer;
@@ -314,9 +429,10 @@ static PyObject *find_runs(PyObject *module, PyObject *const *arguments, Py_ssiz
     for (uint64_t i = 0; i < n[1]; i++) {
         const uint64_t key = n[0] + i;
         uint32_t at = map.heads[key % (uint64_t)map.head_count];
-        while (at != NIL && at < (uint64_t)map.place_count && map.keys[at] != key)
+        Py_ssize_t steps = 0;
+        while (at != NIL && at < (uint64_t)map.place_count && map.keys[at] != key && steps++ < map.place_count)
             at = map.nexts[at];
-        if (at >= (uint64_t)map.place_count) {
+        if (at >= (uint64_t)map.place_count || steps > map.place_count) {
             PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)at);
             goto fail;
         }
@@ -388,6 +504,8 @@ end:
 
 static PyMethodDef methods[] = {
     {"mark_written", (PyCFunction)(void (*)(void))mark_written, METH_FASTCALL, NULL},
+    {"clear_places", (PyCFunction)(void (*)(void))clear_places, METH_FASTCALL, NULL},
+    {"find_kept", (PyCFunction)(void (*)(void))find_kept, METH_FASTCALL, NULL},
     {"find_runs", (PyCFunction)(void (*)(void))find_runs, METH_FASTCALL, NULL},
     {"enter_moves", (PyCFunction)(void (*)(void))enter_moves, METH_FASTCALL, NULL},
     {"put_writes", (PyCFunction)(void (*)(void))put_writes, METH_FASTCALL, NULL},

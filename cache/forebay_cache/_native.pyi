@@ -3,6 +3,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.emptying import HeldViews
 from forebay_cache.engine.entering import Entered, MapViews, Moved
 from forebay_cache.engine.runs import Run
 from forebay_core.units import Buffer
@@ -36,3 +37,14 @@ def enter_writes(
     found: Entered,
     /,
 ) -> tuple[int, int]: ...
+def clear_places(views: MapViews, second: HeldViews, zone_blocks: int, places: npt.NDArray[np.int64], /) -> int: ...
+def find_kept(
+    views: MapViews,
+    states: npt.NDArray[np.uint8],
+    noted: npt.NDArray[np.uint64],
+    first_place: int,
+    count: int,
+    worthy_from: int,
+    found: npt.NDArray[np.int64],
+    /,
+) -> int: ...

@@ -56,7 +56,7 @@ def zone_freed_before_sync(patch: pytest.MonkeyPatch) -> None:
 
 def moved_blocks_dropped(patch: pytest.MonkeyPatch) -> None:
     keep = Reclaim._to_keep
-    patch.setattr(Reclaim, "_to_keep", lambda self, zone, *, worthy: keep(self, zone, worthy=worthy)[:0])
+    patch.setattr(Reclaim, "_to_keep", lambda self, zone, **how: keep(self, zone, **how)[:0])
 
 
 def pinned_version_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -83,8 +83,8 @@ def snapshot_answered_before_sync(patch: pytest.MonkeyPatch) -> None:
 def pinned_version_dropped_by_reclaim(patch: pytest.MonkeyPatch) -> None:
     keep = Reclaim._to_keep
 
-    def linked_only(self, zone: int, *, worthy: bool) -> PlaceArray:
-        found = keep(self, zone, worthy=worthy)
+    def linked_only(self, zone: int, **how) -> PlaceArray:
+        found = keep(self, zone, **how)
         return found[[self._engine.map.is_linked(place) for place in found.tolist()]] if found.size else found
 
     patch.setattr(Reclaim, "_to_keep", linked_only)

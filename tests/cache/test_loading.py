@@ -229,7 +229,7 @@ def reused_zone_loaded(patch: pytest.MonkeyPatch) -> None:
 
 
 def unloaded_zone_reclaimed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Reclaim, "_is_victim", Reclaim._may_empty)
+    patch.setattr(Reclaim, "_victims", Reclaim._unused)
     patch.setattr(Loading, "forget_zone", lambda self, zone: None)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forebay_cache.engine import policy_core
-from forebay_cache.engine.policy import FrequencyPolicy, PolicySettings, make_replay
+from forebay_cache.engine.policy import WORTHY_FROM, FrequencyPolicy, PolicySettings, make_replay
 from forebay_cache.engine.policy_core import Core, Marker, MarkerFast, Replay, sample_runs
 from forebay_cache.engine.policy_lists import LIST_PASSING, LIST_RING, LIST_WINDOW, MAIN, OUTSIDE, REGION_SHIFT, WINDOW
 from forebay_cache.format.sample_file import PASSES
@@ -293,9 +293,13 @@ def full_policy(count: int = 400) -> tuple[FrequencyPolicy, np.ndarray]:
     return policy, keys
 
 
+def worthy_in(policy: FrequencyPolicy) -> np.ndarray:
+    return policy.states >= WORTHY_FROM
+
+
 def test_no_more_than_the_share_is_worth_keeping_and_the_frequent_are() -> None:
     policy, _ = full_policy()
-    worthy = policy.worthy(0, 400)
+    worthy = worthy_in(policy)
     assert not worthy[0]
     assert worthy.sum() <= 200
     assert worthy[1:100].mean() >= 0.95
@@ -307,7 +311,7 @@ def test_a_restart_keeps_what_was_worth_keeping() -> None:
     for first in range(0, 400, 50):
         again.restore(first, policy.states[first : first + 50])
     again.restored()
-    assert (again.worthy(0, 400) == policy.worthy(0, 400)).mean() >= 0.97
+    assert (worthy_in(again) == worthy_in(policy)).mean() >= 0.97
     assert again.frequency(int(keys[5])) > again.frequency(int(keys[390]))
     assert again.figures()["count"] == policy.figures()["count"]
 
@@ -319,16 +323,16 @@ def test_what_came_after_the_checkpoint_counts_as_just_used() -> None:
     states[7] = 1
     states[8] = OUTSIDE << REGION_SHIFT
     again.restore(0, states)
-    assert np.flatnonzero(again.worthy(0, 400)).tolist() == [7]
+    assert np.flatnonzero(worthy_in(again)).tolist() == [7]
 
 
 def test_a_block_that_lost_is_back_when_it_is_used_before_its_zone_is_reclaimed() -> None:
     policy, _ = full_policy()
-    lost = next(place for place in range(1, 400) if not policy.worthy(place, 1)[0])
+    lost = next(place for place in range(1, 400) if not worthy_in(policy)[place])
     writes = policy.figures()["writes"]
     for _ in range(12):
         policy.hit(lost)
-    assert policy.worthy(lost, 1)[0]
+    assert worthy_in(policy)[lost]
     assert policy.figures()["writes"] == writes
 
 

@@ -209,10 +209,10 @@ def test_zones_whose_content_is_upstream_are_filled_anew_without_waiting_for_a_s
     zones, syncs, moved = rig.engine.zones, rig.device.syncs, rig.engine.reclaim.moving.moved_blocks
     before = sum(zones.incarnations)
     if moving:
-        worthy = rig.engine.policy.worthy
-        monkeypatch.setattr(
-            rig.engine.policy, "worthy", lambda first, count: worthy(first, count) | (np.arange(count) % 16 == 1)
-        )
+        table = rig.engine.map
+        states = np.where(np.arange(table.place_count) % 16 == 1, np.uint8(0xFF), np.uint8(0))  # worth keeping, or not
+        find_kept = table.find_kept
+        monkeypatch.setattr(table, "find_kept", lambda first, count, _, *rest: find_kept(first, count, states, *rest))
     answers: list[IoError] = []
     rig.device.sync = lambda done: None  # type: ignore[method-assign]
     for turn in range(20):

@@ -233,7 +233,7 @@ def part_answered_before_durable() -> None:
 
 def moved_blocks_dropped() -> None:
     keep = Reclaim._to_keep
-    Reclaim._to_keep = lambda self, zone, *, worthy: keep(self, zone, worthy=worthy)[:0]
+    Reclaim._to_keep = lambda self, zone, **how: keep(self, zone, **how)[:0]
 
 
 def checkpoint_before_data() -> None:
@@ -283,8 +283,8 @@ def snapshot_answered_before_durable() -> None:
 def pinned_version_dropped_at_reclaim() -> None:
     keep = Reclaim._to_keep
 
-    def linked(self, zone, *, worthy):
-        found = keep(self, zone, worthy=worthy)
+    def linked(self, zone, **how):
+        found = keep(self, zone, **how)
         return found[[self._engine.map.is_linked(place) for place in found.tolist()]] if found.size else found
 
     Reclaim._to_keep = linked

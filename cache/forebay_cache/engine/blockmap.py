@@ -25,6 +25,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.emptying import HeldViews, clear_places_fast, find_kept_fast
 from forebay_cache.engine.entering import (
     NIL,
     UNLINKED,
@@ -96,7 +97,7 @@ class BlockMap:
         self._head_array: Final[U32Array] = np.zeros(self.bucket_count, np.uint32)
         self._held_nexts: Final[U32Array] = np.zeros(place_count, np.uint32)
         self._held_heads: Final[U32Array] = np.zeros(self.bucket_count, np.uint32)
-        self._held_views: Final = (self._held_heads.data, self._held_nexts.data, self.held_array.data)
+        self._second: Final = HeldViews(self._held_heads.data, self._held_nexts.data, self.held_array.data)
         self.keys: Final[IntView] = self.key_array.data
         self.versions: Final[IntView] = self.version_array.data
         self.checksums: Final[IntView] = self.checksum_array.data
@@ -184,8 +185,7 @@ class BlockMap:
         """Take the key out and empty its place; return the place or -1."""
         place = self.find(key)
         if place >= 0:
-            self._unlink_place(place)
-            self.keys[place] = 0
+            self.clear_places(np.array([place]))
         return place
 
     def hold(self, key: int, version: int, checksum: int, place: int) -> None:
@@ -327,23 +327,8 @@ class BlockMap:
         return places[absent]
 
     def clear_places(self, places: PlaceArray) -> int:
-        """Empty distinct places, whether linked, held or empty; return how many were linked."""
-        is_used = self.key_array.take(places) != 0
-        is_unlinked = self._next_array.take(places) == _UNLINKED
-        linked = places[is_used & ~is_unlinked]
-        if (is_used & is_unlinked).any():
-            self._unhold(places[is_used & is_unlinked])
-        if linked.size <= SCALAR_KEYS_MAX:
-            for place in linked.tolist():
-                self._unlink_place(place)
-            self.key_array[places] = 0
-            return int(linked.size)
-        buckets = self._buckets_of(self.key_array.take(linked))
-        self.key_array[places] = 0
-        self._sweep(self._head_array, self._next_array, buckets)
-        self._next_array[linked] = _UNLINKED
-        np.subtract.at(self.live_array, linked // self.zone_blocks, _ONE)
-        return int(linked.size)
+        """Empty places, whether linked, held or empty; return how many were linked."""
+        return clear_places_fast(self._views, self._second, self.zone_blocks, places)
 
     def unlink_places(self, places: PlaceArray) -> None:
         """Take distinct linked places out of the map but leave them held, as `unlink` does."""
@@ -355,6 +340,18 @@ class BlockMap:
     def clear_zone(self, first_place: int, count: int) -> int:
         """Empty a run of places, whether linked, held or empty; return how many were linked."""
         return self.clear_places(np.arange(first_place, first_place + count, dtype=np.int64))
+
+    def find_kept(
+        self,
+        first_place: int,
+        count: int,
+        states: npt.NDArray[np.uint8],
+        noted: U64Array,
+        worthy_from: int,
+        found: PlaceArray,
+    ) -> int:
+        """Find those of a run of places that are to be kept; see `emptying.find_kept`."""
+        return find_kept_fast(self._views, states, noted, first_place, count, worthy_from, found)
 
     def remove_range(
         self, key: int, count: int, *, below: int, kept: tuple[int, int] = (0, 0), step: int = RANGE_LOOKUPS_MAX
@@ -523,22 +520,9 @@ class BlockMap:
     def _at(self, place: int) -> LostPlace:
         return LostPlace(self.keys[place], self.versions[place], self.checksums[place], place)
 
-    def _unlink_place(self, target: int) -> None:
-        """Take one linked place out of its chain, whatever else has its key: while linking, twins do."""
-        bucket = self.keys[target] % self.bucket_count
-        before, place = NIL, self._heads[bucket]
-        while place != target:
-            before, place = place, self._nexts[place]
-        if before == NIL:
-            self._heads[bucket] = self._nexts[target]
-        else:
-            self._nexts[before] = self._nexts[target]
-        self._nexts[target] = UNLINKED
-        self.live[target // self.zone_blocks] -= 1
-
     def _hold_place(self, place: int) -> None:
         """Enter a place that was just unlinked, or filled, into the second table."""
-        heads, nexts, held = self._held_views
+        heads, nexts, held = self._second
         bucket = self.keys[place] % self.bucket_count
         nexts[place] = heads[bucket]
         heads[bucket] = place
@@ -547,34 +531,6 @@ class BlockMap:
     def _enter_held(self, places: PlaceArray, keys: U64Array) -> None:
         self._link(self._held_heads, self._held_nexts, places.astype(np.uint32), self._buckets_of(keys))
         np.add.at(self.held_array, places // self.zone_blocks, _ONE)
-
-    def _unhold(self, places: PlaceArray) -> None:
-        """Take distinct held places out of the second table and empty them."""
-        buckets = self._buckets_of(self.key_array.take(places))
-        self.key_array[places] = self.version_array[places] = self.checksum_array[places] = 0
-        self._sweep(self._held_heads, self._held_nexts, buckets)
-        np.subtract.at(self.held_array, places // self.zone_blocks, _ONE)
-
-    def _sweep(self, heads: U32Array, nexts: U32Array, buckets: PlaceArray) -> None:
-        """Cut the places without a key out of the chains of buckets; naming one twice does no harm."""
-        places = self._first_with_key(nexts, heads.take(buckets))
-        heads[buckets] = places
-        places = places[places != _NIL]
-        while places.size:
-            after = self._first_with_key(nexts, nexts.take(places))
-            nexts[places] = after
-            places = after[after != _NIL]
-
-    def _first_with_key(self, nexts: U32Array, places: U32Array) -> U32Array:
-        """Return for each place the first one from it along its chain that has a key, or NIL."""
-        keys = self.key_array
-        dead = np.flatnonzero(places != _NIL)
-        while True:
-            dead = dead[keys.take(places[dead]) == 0]
-            if not dead.size:
-                return places
-            places[dead] = nexts.take(places[dead])
-            dead = dead[places[dead] != _NIL]
 
 
 def choose_bucket_count(place_count: int, seed: int = 0) -> int:

@@ -110,7 +110,7 @@ class Checkpoints:
 
     def __init__(self, engine: "CacheEngine", kept: list[Kept]) -> None:
         self._engine = engine
-        self._kept = sorted(kept, reverse=True)[:2]
+        self._keep(sorted(kept, reverse=True)[:2])
         self._pass: _Pass | None = None
         self._writing = False
         self._wanted = False
@@ -120,15 +120,11 @@ class Checkpoints:
         zone_bytes = engine.zones.zone_blocks << 12
         self._log_bytes_max = min(CHECKPOINT_LOG_BYTES_MAX, max(1, engine.zones.zone_count // 16) * zone_bytes)
 
-    @property
-    def replay_position(self) -> int:
-        """Zones opened at or behind this log position are needed for replay."""
-        return self._kept[-1].position
-
-    @property
-    def replay_zones(self) -> tuple[int, ...]:
-        """Zones in which a replay would begin."""
-        return tuple(kept.zone for kept in self._kept)
+    def _keep(self, kept: list[Kept]) -> None:
+        """These are on the device, the newest one first."""
+        self._kept = kept
+        self.replay_position = kept[-1].position  # zones opened at or behind it are needed for replay
+        self.replay_zones = tuple(one.zone for one in kept)  # a replay would begin in one of them
 
     def want(self, settled: Settled | None = None) -> None:
         """Make a checkpoint soon; `settled` is told of one that begins after this call."""
@@ -306,7 +302,7 @@ class Checkpoints:
         self._write(one, 0, [block], lambda: self._sync(lambda: self._complete(one)))
 
     def _complete(self, one: _Pass) -> None:
-        self._kept = [Kept(one.sequence, one.area, one.point.position, one.point.zone), self._kept[0]]
+        self._keep([Kept(one.sequence, one.area, one.point.position, one.point.zone), self._kept[0]])
         self._pass = None
         for tell in one.settled:
             tell(True)

@@ -7,7 +7,7 @@ against others stays until it is destaged, and a block that is used again before
 a write.
 
 Invariants:
-    states[place] is 0 exactly while no block is known there.
+    states[place] is 0 exactly while no block is known there, WORTHY_FROM and more while it is worth keeping.
     At most `capacity` places are worth keeping.
 Crash: the states are in the checkpoint; what came after it counts as just used.
 """
@@ -32,8 +32,8 @@ from forebay_cache.engine.streams import BYPASS_BLOCKS, READ_AHEAD_BLOCKS
 U64Array = npt.NDArray[np.uint64]
 U8Array = npt.NDArray[np.uint8]
 PlaceArray = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
+WORTHY_FROM: Final = WINDOW << REGION_SHIFT
 _LINK_BYTES: Final = 9  # two links and a state of each place
 
 
@@ -126,11 +126,6 @@ class FrequencyPolicy:
     def removed(self, places: PlaceArray, *, volume_key: int = 0) -> None:
         """These distinct places are empty now; where the map has no key any more, they were of this volume."""
         self._core.removed(places, volume_key)
-
-    def worthy(self, first_place: int, count: int) -> Mask:
-        """Return for each place of a run whether its block should be kept."""
-        mask: Mask = self.states[first_place : first_place + count] >= WINDOW << REGION_SHIFT
-        return mask
 
     def restore(self, first_place: int, states: U8Array) -> None:
         """Take over the states of a run of places from a checkpoint: 0 for an empty place, 1 for one used since."""

@@ -11,13 +11,14 @@ Invariants:
 Crash: see `moving`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from forebay_cache.engine.emptying import NONE_WORTHY
 from forebay_cache.engine.limits import (
     VICTIM_CANDIDATES,
     VICTIM_GAIN_RATIO,
@@ -27,7 +28,7 @@ from forebay_cache.engine.limits import (
     ZONES_SPARE_MIN,
 )
 from forebay_cache.engine.moving import Moving
-from forebay_core.units import LBA_BITS
+from forebay_cache.engine.policy import WORTHY_FROM
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
@@ -50,12 +51,14 @@ class Reclaim:
         self.moving: Final = Moving(engine, self._moved)
         self._empty: list[int] = []  # wait to be synced together
         self._lingering: list[int] = []  # synced, but somebody still reads from them
+        self._found = np.empty(engine.zones.zone_blocks, np.int64)  # reused by each look for what a zone keeps
         self.dropped_blocks = 0
 
     def kick(self) -> None:
         """Take one more victim unless enough zones are free or on their way; called after every applied record."""
         engine = self._engine
-        self._release_lingering()
+        if self._lingering:
+            self._release_lingering()
         if engine.failed or len(engine.zones.free) + self._busy >= self.spare:
             return
         victim = self._choose()
@@ -97,10 +100,10 @@ class Reclaim:
         """
         engine = self._engine
         zones = engine.zones
-        for zone in list(zones.full):
+        for zone in self._unused(list(zones.full)):
             if len(zones.free) >= self.spare:
                 return
-            if self._may_empty(zone) and not self._to_keep(zone, worthy=False).size:
+            if not self._to_keep(zone, worthy=False).size:
                 zones.begin_emptying(zone)
                 self._forget(zone)
                 zones.freed(zone)
@@ -116,63 +119,55 @@ class Reclaim:
         zones = self._engine.zones
         good = min(zones.zone_blocks * 3 // 4, self._room() - self.moving.blocks)
         strict = len(zones.free) > ZONES_RESERVED
-        oldest = [zone for zone in islice(zones.full, VICTIM_CANDIDATES) if self._is_victim(zone)]
-        best = self._best(oldest, worthy=strict)
+        best = self._best(self._victims(islice(zones.full, VICTIM_CANDIDATES)), worthy=strict)
         if best is None or best.keep.size > max(good, 0):
             end = 16 * VICTIM_CANDIDATES if self._engine.loading.active else None
-            rest = (zone for zone in islice(zones.full, VICTIM_CANDIDATES, end) if self._is_victim(zone))
+            rest = self._victims(islice(zones.full, VICTIM_CANDIDATES, end))
             better = self._best(islice(rest, 8 * VICTIM_CANDIDATES), worthy=False)
             best = min((v for v in (best, better) if v is not None), key=lambda v: v.keep.size, default=None)
         if best is not None and self._cost(best.keep.size) > zones.zone_blocks - zones.zone_blocks // VICTIM_GAIN_RATIO:
             return None  # too little would be gained
         return best
 
-    def _is_victim(self, zone: int) -> bool:
-        engine = self._engine
-        return engine.loading.knows(zone) and engine.use_counts.knows(zone) and self._may_empty(zone)
+    def _victims(self, zones: Iterable[int]) -> Iterator[int]:
+        """Return those of full zones that may be emptied and of which all is known."""
+        loading, use_counts = self._engine.loading, self._engine.use_counts
+        unused = self._unused(zones)
+        if loading.active or use_counts.active:
+            return (zone for zone in unused if loading.knows(zone) and use_counts.knows(zone))
+        return unused
 
-    def _may_empty(self, zone: int) -> bool:
-        zones, checkpoints = self._engine.zones, self._engine.checkpoints
-        return (
-            zones.readers[zone] == 0
-            and zones.first_positions[zone] < checkpoints.replay_position
-            and zone not in checkpoints.replay_zones
-        )
+    def _unused(self, zones: Iterable[int]) -> Iterator[int]:
+        """Yield those of full zones that nobody reads from and no replay needs."""
+        readers, first_positions = self._engine.zones.readers, self._engine.zones.first_positions
+        checkpoints = self._engine.checkpoints
+        needed, needed_from = checkpoints.replay_zones, checkpoints.replay_position
+        for zone in zones:
+            if readers[zone] == 0 and first_positions[zone] < needed_from and zone not in needed:
+                yield zone
 
     def _best(self, candidates: Iterable[int], *, worthy: bool) -> _Victim | None:
         best: _Victim | None = None
         for zone in candidates:
-            if worthy and best is not None and self._worthy_count(zone) >= best.keep.size:
-                continue  # it keeps at least these
-            keep = self._to_keep(zone, worthy=worthy)
+            keep = self._to_keep(zone, worthy=worthy, most=None if best is None else best.keep.size)
             if best is None or keep.size < best.keep.size:
                 best = _Victim(zone, keep)
             if keep.size == 0:
                 break  # none is better
         return best
 
-    def _worthy_count(self, zone: int) -> int:
-        zones = self._engine.zones
-        worthy = self._engine.policy.worthy(zones.place_at(zone, 0), zones.zone_blocks)
-        return int(np.count_nonzero(worthy))
+    def _to_keep(self, zone: int, *, worthy: bool, most: int | None = None) -> PlaceArray:
+        """Return the places to keep, or the first `most` of them: what is dirty or pinned, and what is worthy or not.
 
-    def _to_keep(self, zone: int, *, worthy: bool) -> PlaceArray:
+        What is upstream in memory only, because its acknowledgement is not in the log, would not be after a crash.
+        """
         engine = self._engine
         first, count = engine.zones.place_at(zone, 0), engine.zones.zone_blocks
-        places = slice(first, first + count)
         if engine.map.hidden:  # none of that is to be kept, but what a closed cut needs
             engine.sweeps.settle_places(np.arange(first, first + count))
-        keys = engine.map.key_array[places]
-        held = keys != 0
-        if not held.any():
-            return np.empty(0, np.int64)
-        versions = engine.map.version_array[places]
-        # Dirty or pinned. What is upstream in memory only, because its acknowledgement is not in the log, would not be
-        # after a crash.
-        keep = held & (versions > engine.noted_versions.take((keys >> np.uint64(LBA_BITS)).astype(np.int64)))
-        if worthy:
-            keep |= engine.map.linked_mask(first, count) & engine.policy.worthy(first, count)
-        return np.flatnonzero(keep) + first
+        worthy_from, found = WORTHY_FROM if worthy else NONE_WORTHY, self._found[:most]
+        kept = engine.map.find_kept(first, count, engine.policy.states, engine.noted_versions, worthy_from, found)
+        return found[:kept].copy()
 
     def _cost(self, count: int) -> int:
         """Return the blocks that so many moved blocks fill, headers and a begun record included."""
@@ -203,12 +198,10 @@ class Reclaim:
     def _forget(self, zone: int) -> None:
         engine = self._engine
         first, count = engine.zones.place_at(zone, 0), engine.zones.zone_blocks
-        linked = np.flatnonzero(engine.map.linked_mask(first, count)) + first
         # Its keys need not be forgotten: the zone is older than the checkpoint, so nothing older has another content.
         engine.loading.forget_zone(zone)
-        engine.policy.removed(linked)
-        self.dropped_blocks += int(linked.size)
-        engine.map.clear_zone(first, count)
+        engine.policy.removed(np.arange(first + 1, first + count))  # a zone begins with a header
+        self.dropped_blocks += engine.map.clear_zone(first, count)
         engine.zones.emptied(zone)
 
     def _free_empty(self) -> None:
@@ -223,8 +216,6 @@ class Reclaim:
         self._engine.resume_writers()
 
     def _release_lingering(self) -> None:
-        if not self._lingering:
-            return
         zones = self._engine.zones
         for zone in self._lingering:
             if zones.readers[zone] == 0:
