@@ -335,7 +335,7 @@ def test_state_records_leave_moves_the_zones_that_are_promised_to_them() -> None
     rig.store.away = True
     answers: list[IoError] = []
     asked = 0
-    while engine.reclaim.promised_zones == 0:
+    while engine.reclaim.moving.promised_zones == 0:
         if len(answers) == asked:
             rig.volume.write(rig.rng.randrange(700) * BLOCK_SIZE, OLD, False, answers.append)
             rig.volume.kick()
@@ -348,7 +348,7 @@ def test_state_records_leave_moves_the_zones_that_are_promised_to_them() -> None
         while rig.device.writes:
             rig.device.writes.pop(0)()
     assert engine.free_zones >= 0
-    rig.run_until(lambda: engine.reclaim.promised_zones == 0)
+    rig.run_until(lambda: engine.reclaim.moving.promised_zones == 0)
     rig.store.away = False
     rig.engine.destage.relieve()
     rig.run_until(lambda: len(noted) == 1000)

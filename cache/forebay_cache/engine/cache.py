@@ -129,7 +129,7 @@ class CacheEngine:
             life=life,
             apply=Apply(self),
             on_failure=self.fail,
-            promised_zones=lambda: self.reclaim.promised_zones,
+            promised_zones=lambda: self.reclaim.moving.promised_zones,
             record_blocks=settings.record_blocks,
         )
         self.sweeps = Sweeps(self)
@@ -325,13 +325,14 @@ class CacheEngine:
         return self._has_room(volume)
 
     def _has_room(self, volume: CacheVolume) -> bool:
+        dirty_blocks, hole_count = self.dirty_blocks, self.hole_count  # of all: seldom has the volume to be asked
         return (
-            len(self.zones.free) > ZONES_RESERVED + self.reclaim.promised_zones
-            and self.dirty_blocks < self._dirty_max
-            and len(volume.holes) < HOLES_KEPT_MAX
+            len(self.zones.free) > ZONES_RESERVED + self.reclaim.moving.promised_zones
+            and dirty_blocks < self._dirty_max
+            and (hole_count < HOLES_KEPT_MAX or len(volume.holes) < HOLES_KEPT_MAX)
             and volume.appended_blocks < volume.appended_max
-            and len(volume.dirty) < OPEN_CUT_BLOCKS_MAX
-            and self.hole_count < self._hole_count_max - HOLES_PER_TICK_MAX
+            and (dirty_blocks < OPEN_CUT_BLOCKS_MAX or len(volume.dirty) < OPEN_CUT_BLOCKS_MAX)
+            and hole_count < self._hole_count_max - HOLES_PER_TICK_MAX
         )
 
     @property
@@ -347,7 +348,7 @@ class CacheEngine:
     @property
     def free_zones(self) -> int:
         """Free zones that are not promised to moves."""
-        return len(self.zones.free) - self.reclaim.promised_zones
+        return len(self.zones.free) - self.reclaim.moving.promised_zones
 
     def record_applied(self) -> None:
         """A record is in the map: let those go on who waited for it or for room."""
@@ -357,7 +358,8 @@ class CacheEngine:
 
     def resume_writers(self) -> None:
         """There may be room again."""
-        self.cut_ends.resume()
+        if self.cut_ends.waiting:
+            self.cut_ends.resume()
         self.writes.resume()
 
     def hold_zones(self, places: npt.NDArray[np.int64]) -> list[int]:

@@ -41,7 +41,7 @@ class CutEnds:
 
     def __init__(self, engine: "CacheEngine") -> None:
         self._engine = engine
-        self._waiting: deque[_Asked] = deque()
+        self.waiting: deque[_Asked] = deque()  # asked for, not appended
 
     def snapshot(self, volume: "CacheVolume", snapshot: bytes, name: str, taken_ns: int, taken: Taken) -> None:
         """Take a snapshot under a random id that is new.
@@ -50,7 +50,7 @@ class CutEnds:
             RefusedError: the volume has one of this name, too many wait for the store, or it takes no changes.
         """
         self._refuse(volume)
-        waiting = [one.end.name for one in self._waiting if one.volume is volume and one.end.kind == SNAPSHOT]
+        waiting = [one.end.name for one in self.waiting if one.volume is volume and one.end.kind == SNAPSHOT]
         pending = [*volume.pending_snapshots, *waiting]
         if name in volume.known_snapshots or name in pending:
             raise RefusedError(messages.SNAPSHOT_EXISTS, f"volume {volume.name} has a snapshot {name} already")
@@ -84,8 +84,8 @@ class CutEnds:
 
     def resume(self) -> None:
         """There may be a free zone again."""
-        while self._waiting and (self._waiting[0].volume.refuses or self._has_zone()):
-            asked = self._waiting.popleft()
+        while self.waiting and (self.waiting[0].volume.refuses or self._has_zone()):
+            asked = self.waiting.popleft()
             if asked.volume.refuses:
                 asked.taken(None)
             else:
@@ -93,7 +93,7 @@ class CutEnds:
 
     def fail(self) -> None:
         """The device failed: everybody who waits is told."""
-        waiting, self._waiting = self._waiting, deque()
+        waiting, self.waiting = self.waiting, deque()
         for asked in waiting:
             asked.taken(None)
 
@@ -103,7 +103,7 @@ class CutEnds:
         reason = self._engine.failed or volume.error or ("it is being detached" if volume.closing else "")
         if reason:
             raise RefusedError(messages.FAILED, f"volume {volume.name} takes no changes: {reason}")
-        pending = sum(len(one.ends) for one in self._engine.volumes.values()) + len(self._waiting)
+        pending = sum(len(one.ends) for one in self._engine.volumes.values()) + len(self.waiting)
         if pending >= ENDS_PENDING_MAX:
             raise RefusedError(
                 messages.FAILED,
@@ -113,11 +113,11 @@ class CutEnds:
 
     def _size_then(self, volume: "CacheVolume") -> int:
         """Return the size behind all that was asked for."""
-        sizes = [one.end.size for one in self._waiting if one.volume is volume and one.end.kind == RESIZE]
+        sizes = [one.end.size for one in self.waiting if one.volume is volume and one.end.kind == RESIZE]
         return max([volume.logged_size, *sizes])
 
     def _ask(self, asked: _Asked) -> None:
-        self._waiting.append(asked)
+        self.waiting.append(asked)
         self._engine.log.kick()
         self.resume()
 

@@ -5,7 +5,8 @@ run, compared with its checksums, and appended by a few calls, without anything 
 memory is read by the device meanwhile, in spans that reach over gaps, and the slice is appended when all is there.
 
 Invariants:
-    `blocks` counts what is to be read, is being read, or is appended and not applied.
+    `blocks` counts what is to be read, is being read, or is appended and not applied; `promised_zones` are the free
+    zones that those will fill: guests and fills leave them alone.
     Moved blocks keep version and checksum; a block that changed while it was moved is not touched.
     No MOVE stands in the log behind a newer change of its block: replay may not know that change any more. Where a
     closed cut needs the older version it is moved by a PIN, which replay never takes for the newest.
@@ -71,15 +72,19 @@ class Moving:
         self._engine = engine
         self._moved = moved
         self._unread: deque[_Move] = deque()
-        self.blocks = 0
+        self.blocks = self.promised_zones = 0
         self.moved_blocks = 0
 
     def begin(self, zone: int, places: PlaceArray) -> None:
         """Move the blocks at these places, which are in order."""
-        self.blocks += places.size
+        self._count(places.size)
         self._unread.append(_Move(zone, places))
         if len(self._unread) == 1:
             self._engine.soon(self._step)
+
+    def _count(self, blocks: int) -> None:
+        self.blocks += blocks
+        self.promised_zones = -(-self.blocks * 4 // (3 * self._engine.zones.zone_blocks))  # a quarter is for headers
 
     def _step(self) -> None:
         """Read one slice; what is in memory is appended at once."""
@@ -103,13 +108,15 @@ class Moving:
 
         Reading over gaps, or all runs by one native call, was tried: each took less time here, and as much more later.
         """
-        device, offset_of = self._engine.device, self._engine.zones.offset_of
+        device, zones_offset = self._engine.device, self._engine.zones.zones_offset
         view = one.content.data
         places = one.places.tolist()
         absent = [
             (start, end)
             for start, end in one.runs()
-            if not device.read_into_now(offset_of(places[start]), view[start << BLOCK_SHIFT : end << BLOCK_SHIFT])
+            if not device.read_into_now(
+                zones_offset + (places[start] << BLOCK_SHIFT), view[start << BLOCK_SHIFT : end << BLOCK_SHIFT]
+            )
         ]
         if not absent:
             self._append(one)
@@ -161,7 +168,7 @@ class Moving:
         last = self._append_wanted(one)
 
         def applied(ok: bool) -> None:
-            self.blocks -= count
+            self._count(-count)
             move.slices -= 1
             if ok and not (move.rest.size or move.slices):
                 self._moved(move.zone, move.whole)

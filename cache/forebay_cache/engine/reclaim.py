@@ -82,12 +82,6 @@ class Reclaim:
         behind = zones.first_positions[zone] + zones.zone_blocks  # a zone holds fewer records than blocks
         return behind <= self._engine.destage.upstream_position()
 
-    @property
-    def promised_zones(self) -> int:
-        """Free zones that moves under way will fill; guests and fills leave them alone."""
-        zones = self._engine.zones
-        return -(-self.moving.blocks * 4 // (3 * zones.zone_blocks))
-
     def _room(self) -> int:
         """Return how many blocks may be moved without touching the last free zone; a quarter is left for headers."""
         zones, log = self._engine.zones, self._engine.log
