@@ -211,7 +211,7 @@ def _hits_s(*, sampling: bool) -> float:
     keys = np.arange(places, dtype=np.uint64) + np.uint64(1 << 40)
     keys[0] = 0
     policy, sample = FrequencyPolicy(keys), AccessSample()
-    policy.written(1, np.full(places - 1, -1, np.int64), keys[1:])
+    policy.written(np.arange(1, places), np.full(places - 1, -1, np.int64), keys[1:], places - 1)
     hits = np.random.default_rng(3).integers(1, places, HITS).tolist()
     began_s = time.process_time()
     for at in range(0, HITS, HITS_PER_TICK):

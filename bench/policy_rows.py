@@ -178,7 +178,7 @@ def _fill(places: int) -> int:
     before = anonymous_bytes(os.getpid())
     policy = FrequencyPolicy(keys)
     for first in range(step, places, step):
-        policy.written(first, olds, keys[first : first + step])
+        policy.written(np.arange(first, first + step), olds, keys[first : first + step], step)
         policy.hit_run(first, step)
     used = anonymous_bytes(os.getpid()) - before
     assert used > MIB

@@ -109,46 +109,67 @@ static uint32_t *link_to(uint32_t *link, uint32_t *nexts, Py_ssize_t place_count
     return NULL;
 }
 
+/* Get the entries of one of the header blocks of a list; NULL with an exception set. Released with `view`. */
+static const char *entries_of(PyObject *headers, uint64_t number, Py_buffer *view)
+{
+    if (PyObject_GetBuffer(PyList_GET_ITEM(headers, (Py_ssize_t)number), view, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if (view->len == ENTRY_SIZE * BLOCK_ENTRIES)
+        return (const char *)view->buf + ENTRIES_INDEX * ENTRY_SIZE;
+    PyBuffer_Release(view);
+    PyErr_SetString(PyExc_ValueError, "a header is not one block");
+    return NULL;
+}
+
 static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_ssize_t given)
 {
     buffers_t held = {.count = 0};
-    Py_ssize_t packed_count = 0, room[5] = {0};
-    uint64_t n[6];
+    Py_buffer header;
+    Py_ssize_t room[6] = {0};
+    uint64_t n[8], *out[6];
+    const char *packed = NULL;
     PyObject *answer = NULL;
     (void)module;
-    if (given != 9 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 6
-        || !PyTuple_Check(arguments[8]) || PyTuple_GET_SIZE(arguments[8]) != 5) {
-        PyErr_SetString(PyExc_TypeError, "enter_writes takes 9 arguments, the first and last are tuples of 6 and 5");
+    if (given != 11 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != 6
+        || !PyList_Check(arguments[2]) || !PyTuple_Check(arguments[10]) || PyTuple_GET_SIZE(arguments[10]) != 6) {
+        PyErr_SetString(PyExc_TypeError, "enter_writes takes 11 arguments: tuples of 6 first and last, the third a list");
         return NULL;
     }
-    PyObject *const found = arguments[8];
+    PyObject *const headers = arguments[2], *const found = arguments[10];
     map_t map;
-    const char *packed = NULL;
-    if (open_map(&held, arguments[0], &map) == 0)
-        packed = items(&held, arguments[2], 0, ENTRY_SIZE, &packed_count);
-    uint64_t *out[5];
-    for (int i = 0; i < 5; i++) {
-        out[i] = packed ? items(&held, PyTuple_GET_ITEM(found, i), 1, 8, &room[i]) : NULL;
-        if (out[i] == NULL)
-            packed = NULL;
-    }
-    if (packed == NULL || numbers(arguments + 1, 1, n) < 0 || numbers(arguments + 3, 5, n + 1) < 0)
+    int fits = open_map(&held, arguments[0], &map) == 0;
+    for (int i = 0; i < 6 && fits; i++)
+        fits = (out[i] = items(&held, PyTuple_GET_ITEM(found, i), 1, 8, &room[i])) != NULL;
+    if (!fits || numbers(arguments + 1, 1, n) < 0 || numbers(arguments + 3, 7, n + 1) < 0)
         goto end;
-    const uint64_t zone_blocks = n[0], index = n[1], count = n[2], first_place = n[3], acknowledged = n[4], closed = n[5];
-    int fits = takes(&map, zone_blocks, first_place, count) && count <= (uint64_t)packed_count
-        && index <= (uint64_t)packed_count - count;
-    for (int i = 0; i < 5; i++)
+    const uint64_t zone_blocks = n[0], record_blocks = n[1], count = n[4], first_place = n[5];
+    const uint64_t acknowledged = n[6], closed = n[7], records = (uint64_t)PyList_GET_SIZE(headers);
+    uint64_t number = n[2], index = n[3], place = first_place;
+    for (int i = 0; i < 6; i++)
         fits = fits && count <= (uint64_t)room[i];
+    if (fits && count) {
+        fits = index < record_blocks && record_blocks <= ENTRIES_MAX && number < records;
+        const uint64_t further = fits ? (index + count - 1) / record_blocks : 0;
+        fits = fits && further < records - number && takes(&map, zone_blocks, first_place, count + further);
+    }
     if (!fits) {
         PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other, or the entries do not fit them");
         goto end;
     }
     uint64_t dirty_count = 0, pinned_count = 0;
-    for (uint64_t i = 0; i < count; i++) {
+    for (uint64_t i = 0; i < count; i++, index++, place++) {
+        if (index == record_blocks) {
+            PyBuffer_Release(&header);
+            packed = NULL;
+            index = 0;
+            number++;
+            place++;
+        }
+        if (packed == NULL && (packed = entries_of(headers, number, &header)) == NULL)
+            goto end;
         entry_t entry;
-        memcpy(&entry, packed + (index + i) * ENTRY_SIZE, ENTRY_SIZE);
+        memcpy(&entry, packed + index * ENTRY_SIZE, ENTRY_SIZE);
         const uint64_t key = (uint64_t)entry.volume_key << LBA_BITS | entry.lba;
-        const uint32_t place = (uint32_t)(first_place + i);
         uint32_t *link = &map.heads[key % (uint64_t)map.head_count];
         uint32_t *const head = link;
         while (*link != NIL && *link < (uint64_t)map.place_count && map.keys[*link] != key)
@@ -159,24 +180,25 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
             goto end;
         }
         out[0][i] = key;
-        out[1][i] = old == NIL ? (uint64_t)-1 : old;
+        out[1][i] = place;
+        out[2][i] = old == NIL ? (uint64_t)-1 : old;
         if (old == NIL) {
             map.nexts[place] = *head;
-            *head = place;
+            *head = (uint32_t)place;
         } else {
             map.nexts[place] = map.nexts[old];
-            *link = place;
+            *link = (uint32_t)place;
             map.nexts[old] = UNLINKED;
             map.live[old / zone_blocks]--;
             if (map.versions[old] > acknowledged && map.versions[old] <= closed) {
-                out[3][pinned_count] = entry.lba;
-                out[4][pinned_count++] = old;
+                out[4][pinned_count] = entry.lba;
+                out[5][pinned_count++] = old;
             } else {
                 map.keys[old] = 0;
             }
         }
         if (old == NIL || map.versions[old] <= closed)
-            out[2][dirty_count++] = entry.lba;
+            out[3][dirty_count++] = entry.lba;
         map.keys[place] = key;
         map.versions[place] = entry.version;
         map.sums[place] = entry.checksum;
@@ -184,6 +206,8 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
     }
     answer = Py_BuildValue("(KK)", (unsigned long long)dirty_count, (unsigned long long)pinned_count);
 end:
+    if (packed != NULL)
+        PyBuffer_Release(&header);
     release(&held);
     return answer;
 }

@@ -28,7 +28,9 @@ def enter_moves(
 def enter_writes(
     views: MapViews,
     zone_blocks: int,
-    packed: Buffer,
+    headers: list[bytearray],
+    record_blocks: int,
+    number: int,
     index: int,
     count: int,
     first_place: int,

@@ -273,35 +273,34 @@ static void write_block(core_t *self, uint32_t place, int64_t old, uint64_t key)
 
 static PyObject *core_written(core_t *self, PyObject *const *arguments, Py_ssize_t given)
 {
-    Py_buffer held[2];
-    Py_ssize_t old_count = 0, key_count = 0;
-    uint64_t first;
-    if (given != 3) {
-        PyErr_SetString(PyExc_TypeError, "3 arguments were expected");
+    Py_buffer held[3];
+    void *arrays[3];
+    Py_ssize_t sizes[3];
+    uint64_t count;
+    int got = 0, fits;
+    if (given != 4) {
+        PyErr_SetString(PyExc_TypeError, "4 arguments were expected");
         return NULL;
     }
-    const int64_t *olds = number(arguments[0], &first) < 0 ? NULL : items(arguments[1], &held[0], &old_count);
-    if (olds == NULL)
-        return NULL;
-    const uint64_t *keys = items(arguments[2], &held[1], &key_count);
-    if (keys == NULL) {
-        PyBuffer_Release(&held[0]);
-        return NULL;
+    fits = number(arguments[3], &count) == 0;
+    while (fits && got < 3) {
+        arrays[got] = items(arguments[got], &held[got], &sizes[got]);
+        if ((fits = arrays[got] != NULL) && count > (uint64_t)sizes[got++]) {
+            PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
+            fits = 0;
+        }
     }
-    int fits = is_place(self, first, (uint64_t)old_count);
-    if (fits && old_count != key_count) {
-        PyErr_SetString(PyExc_ValueError, "the arrays do not fit each other");
-        fits = 0;
-    }
-    for (Py_ssize_t i = 0; i < old_count && fits; i++)
-        fits = olds[i] < 0 || is_place(self, (uint64_t)olds[i], 1);
-    for (Py_ssize_t i = 0; i < old_count && fits; i++) {
-        if (i + BLOCKS_AHEAD < old_count)
+    const int64_t *const places = arrays[0], *const olds = arrays[1];
+    const uint64_t *const keys = arrays[2];
+    for (uint64_t i = 0; fits && i < count; i++)
+        fits = is_place(self, (uint64_t)places[i], 1) && (olds[i] < 0 || is_place(self, (uint64_t)olds[i], 1));
+    for (uint64_t i = 0; fits && i < count; i++) {
+        if (i + BLOCKS_AHEAD < count)
             ask_ahead(self, keys[i + BLOCKS_AHEAD]);
-        write_block(self, (uint32_t)(first + (uint64_t)i), olds[i], keys[i]);
+        write_block(self, (uint32_t)places[i], olds[i], keys[i]);
     }
-    PyBuffer_Release(&held[0]);
-    PyBuffer_Release(&held[1]);
+    while (got)
+        PyBuffer_Release(&held[--got]);
     return fits ? Py_NewRef(Py_None) : NULL;
 }
 

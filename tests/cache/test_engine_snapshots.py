@@ -42,17 +42,17 @@ class Recorder:
         last = self.rig.volume.version
         self.changes = [one for one in self.changes if one.version <= last]
         writes = engine.writes
-        blocks, event = writes._append_blocks, writes._append_event
+        appended, event = writes._appended, writes._append_event
 
-        def append_blocks(batch, volume, lba, view, count) -> None:
-            blocks(batch, volume, lba, view, count)
+        def blocks_appended(batch, volume, lba, view, count) -> None:
+            appended(batch, volume, lba, view, count)
             self.changes.append(Changed(volume.version, lba, count, bytes(view)))
 
         def append_event(volume, kind, extent, settled) -> None:
             event(volume, kind, extent, settled)
             self.changes.append(Changed(volume.version, extent.start, extent.count, None))
 
-        writes._append_blocks, writes._append_event = append_blocks, append_event  # type: ignore[method-assign]
+        writes._appended, writes._append_event = blocks_appended, append_event  # type: ignore[method-assign]
 
     def content(self, version: int, size: int) -> bytes:
         """Return what the volume was at a version."""

@@ -162,7 +162,7 @@ class Device:
             if found >= 0:
                 self.keys[found] = 0
             self._put(key, place)
-            self.core.written(place, np.array([found], np.int64), np.array([key], np.uint64))
+            self.core.written(np.array([place]), np.array([found], np.int64), np.array([key], np.uint64), 1)
         elif how == 2 and found >= 0 and self.keys[place] == 0:
             self.keys[found] = 0
             self._put(key, place)
@@ -258,13 +258,17 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: core.hit_run(5, 9),
         lambda: core.moved(np.array([1]), np.array([9])),
         lambda: core.moved(np.array([1, 0]), np.array([2, 3])),
-        lambda: core.written(7, np.array([-1, -1]), keys[:2]),
+        lambda: core.written(np.array([7, 8]), np.array([-1, -1]), keys[:2], 2),
+        lambda: core.written(np.array([1, 2]), np.array([-1, 8]), keys[:2], 2),
+        lambda: core.written(np.array([1, -1]), np.array([-1, -1]), keys[:2], 2),
         lambda: core.restore(5, states),
     ):
         with pytest.raises(ValueError, match="outside"):
             call()
     with pytest.raises(ValueError, match="fit"):
-        core.written(1, np.array([-1, -1]), keys[:1])
+        core.written(np.array([1, 2]), np.array([-1, -1]), keys[:1], 2)
+    with pytest.raises(ValueError, match="fit"):
+        core.written(np.array([1, 2]), np.array([-1, -1]), keys[:2], 3)
     with pytest.raises(ValueError, match="fit"):
         core.moved(np.array([1]), np.array([2, 3]))
     with pytest.raises(ValueError, match="plan"):
@@ -287,7 +291,7 @@ def full_policy(count: int = 400) -> tuple[FrequencyPolicy, np.ndarray]:
     keys = np.arange(count, dtype=np.uint64) + np.uint64(VOLUME)
     keys[0] = 0
     policy = FrequencyPolicy(keys, worthy_share=0.5)
-    policy.written(1, np.full(count - 1, -1, np.int64), keys[1:])
+    policy.written(np.arange(1, count), np.full(count - 1, -1, np.int64), keys[1:], count - 1)
     for _ in range(20):
         policy.hit_run(1, count // 4)
     return policy, keys

@@ -42,7 +42,7 @@ from forebay_wire import messages
 
 
 def ack_before_record_is_written() -> None:
-    append = Writes._append_blocks
+    append = Writes._appended
 
     def early(self, batch, volume, lba, view, count) -> None:
         append(self, batch, volume, lba, view, count)
@@ -50,12 +50,12 @@ def ack_before_record_is_written() -> None:
         for reply in replies:
             reply(IoError.OK)
 
-    Writes._append_blocks = early
+    Writes._appended = early
     settled = Writes._append
 
-    def append_early(self, volume, lba, view, told) -> None:
+    def append_early(self, volume, offset, view, told) -> None:
         told(True)
-        settled(self, volume, lba, view, lambda ok: None)
+        settled(self, volume, offset, view, lambda ok: None)
 
     Writes._append = append_early
 

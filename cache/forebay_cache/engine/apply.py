@@ -7,11 +7,9 @@ Invariants:
     nothing behind it.
 """
 
-import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from forebay_cache.engine.entering import Entered, Moved
 from forebay_cache.engine.log import Batch, Change, Fill, Moves, Writes
@@ -22,8 +20,6 @@ from forebay_core.units import BLOCK_SHIFT, LBA_BITS, LBA_MAX, Version
 
 if TYPE_CHECKING:
     from forebay_cache.engine.cache import CacheEngine
-
-_version_of = struct.Struct("<8xQ").unpack_from  # of the packed entry at an offset
 
 
 class Apply:
@@ -38,7 +34,7 @@ class Apply:
         """Apply one batch."""
         for item in batch.data:
             if isinstance(item, Writes):
-                self._write(item)
+                self._write(item, batch.record_blocks)
             elif isinstance(item, Moves):
                 self._move(item)
             else:
@@ -52,23 +48,25 @@ class Apply:
                 self._drop(change)
         self._engine.record_applied()
 
-    def _write(self, writes: Writes) -> None:
+    def _write(self, writes: Writes, record_blocks: int) -> None:
         """Blocks that a guest wrote: the hottest path of writing, so nothing is done one by one here."""
         engine = self._engine
         volume = engine.volumes[writes.volume_key]
-        found, count, first_place = self._found, writes.count, writes.first_place
+        found, count = self._found, writes.count
         if engine.map.hidden:
-            engine.sweeps.settle_keys(_keys_of(writes))
+            engine.sweeps.settle_keys(writes.keys(record_blocks))
         dirty_count, _ = engine.map.enter_writes(
-            writes.header,
-            writes.index + record.ENTRIES_INDEX,
+            writes.headers,
+            record_blocks,
+            writes.number,
+            writes.index,
             count,
-            first_place,
+            writes.first_place,
             acknowledged=volume.acknowledged,
             closed=volume.closed_version,
             found=found,
         )
-        engine.policy.written(first_place, found.olds[:count], found.keys[:count])
+        engine.policy.written(found.places, found.olds, found.keys, count)
         volume.dirty.add(found.dirty_lbas[:dirty_count])
         engine.dirty_blocks += dirty_count
         if hole_count := len(volume.holes):
@@ -79,8 +77,7 @@ class Apply:
             engine.hole_count += max(0, len(volume.holes) - hole_count)  # some were cut in two
         if volume.origins is not None:
             volume.origins.remove_many(found.keys[:count][found.olds[:count] < 0] & np.uint64(LBA_MAX))
-        last = record.ENTRIES_INDEX + writes.index + count - 1
-        volume.applied = Version(_version_of(writes.header, last * record.ENTRY_SIZE)[0])
+        volume.applied = Version(writes.version)
 
     def _fill(self, fill: Fill) -> None:
         volume_key, lba, version, checksum, place = fill
@@ -150,9 +147,3 @@ class Apply:
         volume.holes.remove(extent)
         if volume.origins is not None:
             volume.origins.forget(extent)
-
-
-def _keys_of(writes: Writes) -> npt.NDArray[np.uint64]:
-    rows = record.entries_in(writes.header, writes.index + writes.count)[writes.index :]
-    keys: npt.NDArray[np.uint64] = rows["lba"] | np.uint64(writes.volume_key << LBA_BITS)
-    return keys

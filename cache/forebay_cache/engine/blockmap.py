@@ -225,7 +225,9 @@ class BlockMap:
 
     def enter_writes(
         self,
-        packed: Buffer,
+        headers: list[bytearray],
+        record_blocks: int,
+        number: int,
         index: int,
         count: int,
         first_place: int,
@@ -235,12 +237,11 @@ class BlockMap:
         found: Entered,
     ) -> tuple[int, int]:
         """Map packed entries to consecutive empty places; see `entering.enter_writes`."""
-        views, zone_blocks = self._views, self.zone_blocks
-        dirty_count, pinned_count = enter_writes_fast(
-            views, zone_blocks, packed, index, count, first_place, acknowledged, closed, found
-        )
-        for place in found.pinned_places[:pinned_count].tolist():
-            self._hold_place(place)
+        run = headers, record_blocks, number, index, count, first_place
+        dirty_count, pinned_count = enter_writes_fast(self._views, self.zone_blocks, *run, acknowledged, closed, found)
+        if pinned_count:
+            for place in found.pinned_places[:pinned_count].tolist():
+                self._hold_place(place)
         return dirty_count, pinned_count
 
     def enter_moves(

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from forebay_cache.format.record import ENTRY, ENTRY_SIZE, RECORD_ENTRIES_MAX
+from forebay_cache.engine.limits import BATCH_RECORDS_MAX
+from forebay_cache.format.record import ENTRIES_INDEX, ENTRY, ENTRY_SIZE, RECORD_ENTRIES_MAX
 from forebay_core.units import LBA_BITS, Buffer
 
 try:
@@ -27,6 +28,7 @@ class Entered(NamedTuple):
     """What a call of `enter_writes` found: arrays that are filled from the start and reused by the next call."""
 
     keys: npt.NDArray[np.uint64]  # of each entry
+    places: npt.NDArray[np.int64]  # that the block of each entry has now
     olds: npt.NDArray[np.int64]  # for each entry the place that the block had before, or -1
     dirty_lbas: npt.NDArray[np.uint64]  # of blocks that became dirty
     pinned_lbas: npt.NDArray[np.uint64]  # of versions that are pinned from now on
@@ -34,9 +36,10 @@ class Entered(NamedTuple):
 
     @classmethod
     def make(cls) -> "Entered":
-        """Return arrays that a whole record fits in."""
-        lbas, olds = np.zeros(RECORD_ENTRIES_MAX, np.uint64), np.zeros(RECORD_ENTRIES_MAX, np.int64)
-        return cls(lbas, olds, lbas.copy(), lbas.copy(), olds.copy())
+        """Return arrays that a whole batch fits in."""
+        size = BATCH_RECORDS_MAX * RECORD_ENTRIES_MAX
+        lbas, places = np.zeros(size, np.uint64), np.zeros(size, np.int64)
+        return cls(lbas, places, places.copy(), lbas.copy(), lbas.copy(), places.copy())
 
 
 class Moved(NamedTuple):
@@ -66,7 +69,9 @@ class MapViews(NamedTuple):
 def enter_writes(
     views: MapViews,
     zone_blocks: int,
-    packed: Buffer,
+    headers: list[bytearray],
+    record_blocks: int,
+    number: int,
     index: int,
     count: int,
     first_place: int,
@@ -75,8 +80,11 @@ def enter_writes(
     found: Entered,
     /,
 ) -> tuple[int, int]:
-    """Map `count` packed entries from `index` on to the places from `first_place` on; return how many became dirty
-    and how many versions were pinned.
+    """Map `count` packed entries to the places from `first_place` on; return how many became dirty and how many
+    versions were pinned.
+
+    The first entry is the one of that `index` in `headers[number]`. Behind the one of index `record_blocks` - 1 the
+    next header goes on with index 0, and the next place but one, because the header takes one.
 
     A version that is newer than `acknowledged` but not newer than `closed` belongs to a closed cut: its place stays
     held, with its key, though it is no longer what the key is mapped to.
@@ -84,15 +92,14 @@ def enter_writes(
     heads, nexts, keys, versions, checksums, live = views
     dirty_count = pinned_count = 0
     for i in range(count):
-        lba, version, checksum, volume_key, *_ = ENTRY.unpack_from(packed, (index + i) * ENTRY_SIZE)
+        further, at = divmod(index + i, record_blocks)
+        packed = headers[number + further]
+        lba, version, checksum, volume_key, *_ = ENTRY.unpack_from(packed, (ENTRIES_INDEX + at) * ENTRY_SIZE)
         key = volume_key << LBA_BITS | lba
-        place = first_place + i
-        bucket = key % len(heads)
-        before, old = NIL, heads[bucket]
-        while old != NIL and keys[old] != key:
-            before, old = old, nexts[old]
+        place = first_place + i + further
+        bucket, before, old = _find(views, key)
         assert keys[place] == 0 and place != NIL, place
-        found.keys[i] = key
+        found.keys[i], found.places[i] = key, place
         if old == NIL:
             found.olds[i] = -1
             nexts[place] = heads[bucket]
@@ -102,10 +109,7 @@ def enter_writes(
             nexts[place] = nexts[old]
             nexts[old] = UNLINKED
             live[old // zone_blocks] -= 1
-            if before == NIL:
-                heads[bucket] = place
-            else:
-                nexts[before] = place
+            _link(views, bucket, before, place)
             if acknowledged < versions[old] <= closed:
                 found.pinned_lbas[pinned_count] = lba
                 found.pinned_places[pinned_count] = old
@@ -120,6 +124,22 @@ def enter_writes(
         checksums[place] = checksum
         live[place // zone_blocks] += 1
     return dirty_count, pinned_count
+
+
+def _find(views: MapViews, key: int) -> tuple[int, int, int]:
+    """Return the bucket of a key, the place before its own in the chain, and its own; NIL where there is none."""
+    bucket = key % len(views.heads)
+    before, at = NIL, views.heads[bucket]
+    while at != NIL and views.keys[at] != key:
+        before, at = at, views.nexts[at]
+    return bucket, before, at
+
+
+def _link(views: MapViews, bucket: int, before: int, place: int) -> None:
+    if before == NIL:
+        views.heads[bucket] = place
+    else:
+        views.nexts[before] = place
 
 
 def enter_moves(
@@ -138,7 +158,7 @@ def enter_moves(
     An entry whose source has not its key and version any more is left out: it was overwritten, trimmed or acknowledged
     meanwhile.
     """
-    heads, nexts, keys, versions, checksums, live = views
+    _, nexts, keys, versions, checksums, live = views
     moved_count = held_count = 0
     for i, source in enumerate(sources.tolist()):
         lba, version, checksum, volume_key, *_ = ENTRY.unpack_from(packed, (index + i) * ENTRY_SIZE)
@@ -151,14 +171,9 @@ def enter_moves(
             continue
         place = first_place + i
         assert keys[place] == 0 and place != NIL, place
-        bucket = key % len(heads)
-        before, old = NIL, heads[bucket]
-        while old != source:
-            before, old = old, nexts[old]
-        if before == NIL:
-            heads[bucket] = place
-        else:
-            nexts[before] = place
+        bucket, before, old = _find(views, key)
+        assert old == source
+        _link(views, bucket, before, place)
         nexts[place] = nexts[source]
         nexts[source] = UNLINKED
         keys[source] = 0

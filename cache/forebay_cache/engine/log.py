@@ -31,7 +31,7 @@ from forebay_cache.engine.zones import ZoneTable
 from forebay_cache.format import record
 from forebay_cache.format.cut_end import CutEnd
 from forebay_cache.format.volume_note import VolumeNote
-from forebay_core.units import BLOCK_SIZE, Buffer
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, Buffer
 
 _pack_into = record.ENTRY.pack_into
 _ENTRIES_OFFSET = record.ENTRIES_OFFSET
@@ -62,16 +62,28 @@ class Moves(NamedTuple):
 
 
 class Writes:
-    """Consecutive entries of WRITEs of one volume, of which the batch knows no more than their packed form."""
+    """Consecutive entries of WRITEs of one volume, of which the batch knows no more than their packed form.
 
-    __slots__ = ("count", "first_place", "header", "index", "volume_key")
+    Where their record is full they go on in the next one of the batch.
+    """
 
-    def __init__(self, volume_key: int, header: bytearray, index: int, count: int, first_place: int) -> None:
+    __slots__ = ("count", "first_place", "headers", "index", "number", "version", "volume_key")
+
+    def __init__(self, volume_key: int, batch: "Batch") -> None:
+        """They begin where the batch's next entry comes."""
         self.volume_key = volume_key
-        self.header = header  # block of their record
-        self.index = index  # of the first entry in the record
-        self.count = count
-        self.first_place = first_place  # of their blocks
+        self.headers = batch.headers  # blocks of the batch's records
+        self.number = len(batch.headers) - 1  # of the record that they begin in
+        self.index = batch.index  # of the first entry in that record
+        self.count = 0
+        self.first_place = batch.next_place  # of their blocks; between two records is one place for a header
+        self.version = 0  # of the newest
+
+    def keys(self, record_blocks: int) -> U64Array:
+        """Return the key of each entry; all records but the last have so many."""
+        rows = [record.entries_in(header, record_blocks) for header in self.headers[self.number :]]
+        lbas = np.concatenate(rows)["lba"][self.index : self.index + self.count]
+        return lbas | np.uint64(self.volume_key << LBA_BITS)
 
 
 class Change(NamedTuple):
@@ -117,6 +129,7 @@ class Batch:
         "data",
         "data_count",
         "end",
+        "end_place",
         "entry_count",
         "headers",
         "index",
@@ -131,16 +144,17 @@ class Batch:
         "zone",
     )
 
-    def __init__(self, zone: int, block: int, record_blocks: int) -> None:
+    def __init__(self, zone: int, block: int, record_blocks: int, *, first_place: int, end_place: int) -> None:
         self.kind: int = record.DATA
         self.zone = zone
         self.block = block
         self.record_blocks = record_blocks
+        self.end_place = end_place  # of the zone's last block, which is kept for its SEAL
         self.headers: list[bytearray] = []  # of the records; what comes goes to the last one
         self.admitted_key = 0  # of the volume that was found to have room for what comes to it
         self.index = 0  # of the entry that comes next in the last record
         self.room = 0  # data blocks that still fit it
-        self.next_place = 0  # of the block that comes next
+        self.next_place = first_place  # of the block that comes next
         self.data: list[Writes | Fill | Moves] = []
         self.newest: Writes | None = None  # the last of `data`, as long as it may grow
         self.changes: list[Change] = []
@@ -158,15 +172,32 @@ class Batch:
         """Blocks that it takes on the device."""
         return len(self.headers) + self.data_count
 
-    def begin_record(self, first_place: int, room: int) -> None:
-        """What comes now goes to one more record, whose data begins at this place."""
+    def begin_record(self) -> None:
+        """What comes now goes to one more record."""
         header = bytearray(BLOCK_SIZE)
         self.headers.append(header)
         self.buffers.append(header)
         self.index = 0
-        self.room = room
-        self.next_place = first_place
-        self.newest = None
+        self.next_place += 1
+        self.room = min(self.end_place - self.next_place, self.record_blocks)
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether one more record, with a block of data at least, may stand behind its last one, which is full."""
+        return len(self.headers) < BATCH_RECORDS_MAX and not self.changes and self.next_place + 1 < self.end_place
+
+    def grow(self) -> bool:
+        """Begin that record; return False if there may be none."""
+        if not self.may_grow:
+            return False
+        self.begin_record()
+        return True
+
+    def begin_writes(self, volume_key: int) -> Writes:
+        """What is written next is of this volume."""
+        self.newest = newest = Writes(volume_key, self)
+        self.data.append(newest)
+        return newest
 
     def data_entries(self) -> record.EntryArray:
         """Return the entries of all data blocks."""
@@ -257,25 +288,20 @@ class Log:
     def data_batch(self) -> Batch:
         """Return the batch that takes the next data block; it has room for one at least."""
         batch = self.gathered
-        if batch is None or batch.changes:
+        if batch is None or batch.changes or not (batch.room or batch.grow()):
             return self._fresh_batch()
-        if batch.room == 0:
-            if not self._may_grow(batch):
-                return self._fresh_batch()
-            self._begin_record(batch)
         return batch
 
     def add_write(self, batch: Batch, volume_key: int, lba: int, version: int, checksum: int) -> None:
         """Add the entry of one block that a guest wrote; the caller adds the bytes to `batch.buffers`."""
-        header, index = batch.headers[-1], batch.index
+        index = batch.index
         newest = batch.newest
-        if newest is not None and newest.volume_key == volume_key:
-            newest.count += 1
-        else:
-            batch.newest = newest = Writes(volume_key, header, index, 1, batch.next_place)
-            batch.data.append(newest)
+        if newest is None or newest.volume_key != volume_key:
+            newest = batch.begin_writes(volume_key)
+        newest.count += 1
+        newest.version = version
         at = _ENTRIES_OFFSET + index * _ENTRY_SIZE
-        _pack_into(header, at, lba, version, checksum, volume_key, _WRITE, 0, 0xFF, 0)
+        _pack_into(batch.headers[-1], at, lba, version, checksum, volume_key, _WRITE, 0, 0xFF, 0)
         batch.data_count += 1  # as `_added`, which is 5 % of a write
         batch.entry_count += 1
         batch.index = index + 1
@@ -285,12 +311,14 @@ class Log:
 
     def add_writes(self, batch: Batch, volume_key: int, lba: int, version: int, checksums: U64Array) -> None:
         """Add the entries of consecutive blocks, as `add_write` does one by one."""
-        count = int(checksums.size)
+        count = checksums.size
         assert count <= batch.room
-        header = batch.headers[-1]
-        batch.data.append(Writes(volume_key, header, batch.index, count, batch.next_place))
-        batch.newest = None
-        record.put_writes_fast(header, batch.index, volume_key, lba, version, checksums)
+        newest = batch.newest
+        if newest is None or newest.volume_key != volume_key:
+            newest = batch.begin_writes(volume_key)
+        newest.count += count
+        newest.version = version
+        record.put_writes_fast(batch.headers[-1], batch.index, volume_key, lba, version, checksums)
         self._added(batch, count)
 
     def add_fill(self, batch: Batch, volume_key: int, lba: int, version: int, checksum: int) -> None:
@@ -332,7 +360,7 @@ class Log:
     def seal_if_full(self) -> None:
         """Send the batch on its way when nothing more fits."""
         batch = self.gathered
-        if batch is not None and batch.room == 0 and not self._may_grow(batch):
+        if batch is not None and batch.room == 0 and not batch.may_grow:
             self._seal()
 
     def add_event(
@@ -488,20 +516,12 @@ class Log:
         return batch
 
     def _batch_at(self, point: LogPoint) -> Batch:
-        batch = Batch(point.zone, point.block, self.record_blocks)
-        self._begin_record(batch)
+        zone_place = self._zones.place_at(point.zone, 0)
+        end_place = zone_place + self._zones.zone_blocks - 1
+        first_place = zone_place + point.block
+        batch = Batch(point.zone, point.block, self.record_blocks, first_place=first_place, end_place=end_place)
+        batch.begin_record()
         return batch
-
-    def _begin_record(self, batch: Batch) -> None:
-        block = batch.block + batch.block_count
-        room = min(self._zones.zone_blocks - 2 - block, self.record_blocks)
-        batch.begin_record(self._zones.place_at(batch.zone, block) + 1, room)
-
-    def _may_grow(self, batch: Batch) -> bool:
-        """Tell whether a batch whose last record is full may have one more, with a block of data at least."""
-        if len(batch.headers) >= BATCH_RECORDS_MAX or batch.changes:
-            return False
-        return batch.block + batch.block_count + 2 < self._zones.zone_blocks
 
     def _seal(self) -> None:
         batch = self.gathered
@@ -524,31 +544,19 @@ class Log:
             for settled in _waiters_of(batch):
                 settled(False)
             return
-        point = self._next
-        position, _, _, chain = point
+        position, zone, block, chain = self._next
+        before = batch.kind, 0, self._device_tag, batch.zone, self._zones.incarnations[batch.zone]
+        full = batch.record_blocks
         entries, blocks = batch.entry_count, batch.data_count
+        last = batch.headers[-1]
         for header in batch.headers:
-            is_last = header is batch.headers[-1]
-            fields = record.RecordHeader(
-                batch.kind,
-                0,
-                self._device_tag,
-                batch.zone,
-                self._zones.incarnations[batch.zone],
-                position,
-                self.durable,
-                chain,
-                entries if is_last else batch.record_blocks,
-                blocks if is_last else batch.record_blocks,
-                next_zone,
-                self._life,
-            )
-            chain = record.finish_record(header, fields)
+            counts = (entries, blocks) if header is last else (full, full)
+            chain = record.finish_record(header, *before, position, self.durable, chain, *counts, next_zone, self._life)
             position += 1
-            entries -= batch.record_blocks
-            blocks -= batch.record_blocks
+            entries -= full
+            blocks -= full
         self._noted_durable = self.durable
-        self._next = batch.after = LogPoint(position, point.zone, point.block + batch.block_count, chain)
+        self._next = batch.after = LogPoint(position, zone, block + batch.block_count, chain)
         self._sealed.append(batch)
         self._submit()
 

@@ -116,12 +116,13 @@ class FrequencyPolicy:
         """Reclaim moved cached blocks; the targets are distinct empty places."""
         self._core.moved(sources, targets)
 
-    def written(self, first_place: int, olds: PlaceArray, keys: U64Array) -> None:
-        """Blocks were written to consecutive places; `olds` are the places they had before, -1 for those not cached.
+    def written(self, places: PlaceArray, olds: PlaceArray, keys: U64Array, count: int) -> None:
+        """So many blocks were written to distinct places, with which the arrays begin; `olds` are the places they had
+        before, -1 for those not cached.
 
         What lies at an old place from now on is not the policy's matter.
         """
-        self._core.written(first_place, olds, keys)
+        self._core.written(places, olds, keys, count)
 
     def removed(self, places: PlaceArray, *, volume_key: int = 0) -> None:
         """These distinct places are empty now; where the map has no key any more, they were of this volume."""

@@ -315,13 +315,16 @@ class Core:
             if source != target:
                 self._cache.replace(source, target)
 
-    def written(self, first: int, olds: PlaceArray, keys: U64Array) -> None:
-        """Blocks were written to consecutive places; -1 stands for those that had none before."""
-        self._check(first, olds.size)
-        if olds.size != keys.size:
+    def written(self, places: PlaceArray, olds: PlaceArray, keys: U64Array, count: int) -> None:
+        """Blocks were written to these places; -1 stands for those that had none before."""
+        if count > min(places.size, olds.size, keys.size):
             raise ValueError("the arrays do not fit each other")
+        rows = [(int(places[i]), int(olds[i]), int(keys[i])) for i in range(count)]
+        for place, old, _ in rows:
+            self._check(place, 1)
+            self._check(max(old, 1), 1)
         cache = self._cache
-        for place, (old, key) in enumerate(zip(olds.tolist(), keys.tolist(), strict=True), first):
+        for place, old, key in rows:
             cache.volume_of_zero = key >> LBA_BITS
             self._see(key)
             if old >= 0:

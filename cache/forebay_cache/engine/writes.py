@@ -55,7 +55,9 @@ class Writes:
             return
         view = memoryview(payload)
         if view.nbytes == BLOCK_SIZE and not offset & _IN_BLOCK and (batch := self._open_batch(volume)) is not None:
-            self._append_blocks(batch, volume, offset >> BLOCK_SHIFT, view, 1)
+            lba = offset >> BLOCK_SHIFT
+            engine.log.add_write(batch, volume.key, lba, volume.next_version(), checksum(view))
+            self._appended(batch, volume, lba, view, 1)
             if fua:
                 batch.settled.append(self._settler(fua, reply))
             else:
@@ -64,10 +66,11 @@ class Writes:
                 engine.log.seal_if_full()
             return
         settled = self._settler(fua, reply)
-        if (offset | view.nbytes) & _IN_BLOCK:
-            self._in_turn(volume, settled, lambda: self._write_unaligned(volume, offset, view, settled))
+        act = self._write_unaligned if (offset | view.nbytes) & _IN_BLOCK else self._append
+        if self._is_open(volume):
+            act(volume, offset, view, settled)
         else:
-            self._in_turn(volume, settled, lambda: self._append(volume, offset >> BLOCK_SHIFT, view, settled))
+            self._park(volume, settled, partial(act, volume, offset, view, settled))
 
     def trim(self, volume: "CacheVolume", offset: int, length: int, fua: bool, reply: Reply) -> None:
         """See FrontVolume.trim: the blocks that are only partly inside stay."""
@@ -181,40 +184,42 @@ class Writes:
 
     # --- appending --------------------------------------------------------------------------------------------
 
-    def _append(self, volume: "CacheVolume", lba: int, view: memoryview, settled: Settled) -> None:
+    def _append(self, volume: "CacheVolume", offset: int, view: memoryview, settled: Settled) -> None:
         """Append whole blocks: one change for each record that they fall into.
 
-        A part that has to wait may fail at once; the payload is used until those before it are written.
+        There is room for the first one. A part that has to wait may fail at once; the payload is used until those
+        before it are written.
         """
-        log = self._engine.log
-        count = view.nbytes >> BLOCK_SHIFT
+        engine, log = self._engine, self._engine.log
+        sums = block_checksums(view)
+        count = sums.size
+        lba = offset >> BLOCK_SHIFT
         at = 0
         while True:
             batch = log.data_batch()
-            take = min(batch.room, count - at)
-            self._append_blocks(batch, volume, lba + at, view[at << BLOCK_SHIFT : (at + take) << BLOCK_SHIFT], take)
-            at += take
+            while at < count and (batch.room or batch.grow()):
+                take = min(batch.room, count - at)
+                log.add_writes(batch, volume.key, lba + at, volume.next_version(), sums[at : at + take])
+                self._appended(batch, volume, lba + at, view[at << BLOCK_SHIFT : (at + take) << BLOCK_SHIFT], take)
+                at += take
+                if volume.appended_blocks >= volume.appended_max:
+                    break
             if at == count:
                 batch.settled.append(settled)
                 log.seal_if_full()
                 return
             log.seal_if_full()
-            if not self._engine.has_room(volume):
+            if not engine.has_room(volume):
                 join = _Join(settled)
                 batch.settled.append(join.one_more())
                 told = join.one_more()
-                rest = partial(self._append, volume, lba + at, view[at << BLOCK_SHIFT :], told)
+                rest = partial(self._append, volume, offset + (at << BLOCK_SHIFT), view[at << BLOCK_SHIFT :], told)
                 self._park(volume, told, rest, first=True)
                 join.begun()
                 return
 
-    def _append_blocks(self, batch: Batch, volume: "CacheVolume", lba: int, view: memoryview, count: int) -> None:
-        log = self._engine.log
-        version = volume.next_version()
-        if count == 1:
-            log.add_write(batch, volume.key, lba, version, checksum(view))
-        else:
-            log.add_writes(batch, volume.key, lba, version, block_checksums(view))
+    def _appended(self, batch: Batch, volume: "CacheVolume", lba: int, view: memoryview, count: int) -> None:
+        """The newest version has its entries: these are the blocks."""
         batch.buffers.append(view)
         engine = self._engine
         if self._reading or engine.fetches.under_way or engine.admission.ring.blocks:
@@ -251,7 +256,7 @@ class Writes:
                 self._merge(volume, start, view[start - offset : stop - offset], join.one_more())
         if head_end < tail_start:
             middle = view[head_end - offset : tail_start - offset]
-            self._append(volume, head_end >> BLOCK_SHIFT, middle, join.one_more())
+            self._append(volume, head_end, middle, join.one_more())
         join.begun()
 
     def _zero(self, volume: "CacheVolume", offset: int, length: int, settled: Settled) -> None:
@@ -288,7 +293,7 @@ class Writes:
             elif not self._engine.has_room(volume):
                 self._park(volume, settled, lambda: self._merge(volume, offset, view, settled))
             else:
-                self._append(volume, lba, _merged(chunks, offset & _IN_BLOCK, view), settled)
+                self._append(volume, lba << BLOCK_SHIFT, _merged(chunks, offset & _IN_BLOCK, view), settled)
                 self._engine.log.kick()
 
         self._engine.reads.read(volume, lba << BLOCK_SHIFT, BLOCK_SIZE, got)

@@ -166,15 +166,15 @@ def encode_record(header: RecordHeader, entries: EntryArray | Buffer) -> bytes:
     assert header.entry_count * ENTRY_SIZE <= size <= BLOCK_SIZE - HEADER.size
     block = bytearray(BLOCK_SIZE)
     block[ENTRIES_OFFSET : ENTRIES_OFFSET + size] = packed
-    finish_record(block, header)
+    assert header.block_count <= header.entry_count
+    finish_record(block, *header[:-1])
     return bytes(block)
 
 
-def finish_record(block: bytearray, header: RecordHeader) -> int:
-    """Write the fixed fields before the entries that a block of zeros was given; return its checksum, which is the
-    `previous_xxh3` of the next record."""
-    assert header.block_count <= header.entry_count
-    HEADER.pack_into(block, 0, RECORD_MAGIC, RECORD_FORMAT_VERSION, *header[:-1], 0)
+def finish_record(block: bytearray, *fields: int) -> int:
+    """Write the fixed fields, as those of `RecordHeader` but without the checksum, before the entries that a block of
+    zeros was given; return the block's checksum, which is the `previous_xxh3` of the next record."""
+    HEADER.pack_into(block, 0, RECORD_MAGIC, RECORD_FORMAT_VERSION, *fields, 0)
     found = checksum(block)
     _U64.pack_into(block, _XXH3_OFFSET, found)
     return found
