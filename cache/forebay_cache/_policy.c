@@ -9,7 +9,7 @@
 #include "_policy_core.h"
 
 #define SAMPLED_MAX 8192
-#define BLOCKS_AHEAD 32 /* of those used together, counters are asked for so early: else each waits for them; 0.15 us a block, 0.2 with 4 */
+#define BLOCKS_AHEAD 32 /* so many blocks' counters are brought at a time */
 
 typedef struct {
     PyObject_HEAD
@@ -97,12 +97,16 @@ static void see(core_t *self, uint64_t key, int passes)
     sweep(&self->cache);
 }
 
-/* The counters of a block lie scattered: have the processor bring them while others are counted. */
-static inline void ask_ahead(const core_t *self, uint64_t key)
+/* The counters of blocks lie scattered. Have the processor bring those of the next BLOCKS_AHEAD blocks of `count`: loads
+   that nobody waits for go on side by side. Prefetches were no help in a guest (2026-11, EPYC: 0.37 us per block of a
+   large write, 0.24 with loads), where most of them miss the TLB too. */
+static void bring_counters(const core_t *self, const uint64_t *keys, uint64_t count)
 {
-    const uint64_t hash = hash_of(&self->sketch, key);
-    for (int row = 0; row < ROWS; row++)
-        __builtin_prefetch(&self->sketch.counters[counter_at(&self->sketch, hash, row) >> 1], 1);
+    for (uint64_t i = 0; i < count && i < BLOCKS_AHEAD; i++) {
+        const uint64_t hash = hash_of(&self->sketch, keys[i]);
+        for (int row = 0; row < ROWS; row++)
+            (void)*(const volatile uint8_t *)&self->sketch.counters[counter_at(&self->sketch, hash, row) >> 1];
+    }
 }
 
 static void use(core_t *self, uint32_t place)
@@ -153,8 +157,8 @@ static PyObject *core_hit_run(core_t *self, PyObject *const *arguments, Py_ssize
     if (numbers(arguments, given, 2, n) < 0 || !is_place(self, n[0], n[1]))
         return NULL;
     for (uint64_t i = 0; i < n[1]; i++) {
-        if (i + BLOCKS_AHEAD < n[1])
-            ask_ahead(self, self->cache.keys[n[0] + i + BLOCKS_AHEAD]);
+        if (i % BLOCKS_AHEAD == 0)
+            bring_counters(self, self->cache.keys + n[0] + i, n[1] - i);
         use(self, (uint32_t)(n[0] + i));
     }
     Py_RETURN_NONE;
@@ -295,8 +299,8 @@ static PyObject *core_written(core_t *self, PyObject *const *arguments, Py_ssize
     for (uint64_t i = 0; fits && i < count; i++)
         fits = is_place(self, (uint64_t)places[i], 1) && (olds[i] < 0 || is_place(self, (uint64_t)olds[i], 1));
     for (uint64_t i = 0; fits && i < count; i++) {
-        if (i + BLOCKS_AHEAD < count)
-            ask_ahead(self, keys[i + BLOCKS_AHEAD]);
+        if (i % BLOCKS_AHEAD == 0)
+            bring_counters(self, keys + i, count - i);
         write_block(self, (uint32_t)places[i], olds[i], keys[i]);
     }
     while (got)
