@@ -37,10 +37,10 @@ class Scripted(SpinningSelector):
 
     def readied(self) -> list[int]:
         """What is ready within a turn, which then takes it."""
-        fds = self.ready(1_000_000)
-        if fds:
+        ready = self.ready(1_000_000)
+        if ready:
             self.events_at_ns.pop(0)
-        return fds
+        return [fd for fd, _ in ready]
 
     def give_way(self) -> None:
         self.gave_way += 1

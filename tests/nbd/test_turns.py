@@ -157,9 +157,9 @@ class Ready:
         self.rounds = list(rounds)
         self.until_ns: list[int] = []
 
-    def __call__(self, until_ns: int) -> list[int]:
+    def __call__(self, until_ns: int) -> list[tuple[int, int]]:
         self.until_ns.append(until_ns)
-        return self.rounds.pop(0) if self.rounds else []
+        return [(fd, 1) for fd in self.rounds.pop(0)] if self.rounds else []
 
 
 class Readers(Loop):

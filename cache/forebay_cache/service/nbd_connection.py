@@ -181,26 +181,31 @@ class NbdConnection:
             self.drained.set_result(None)
 
     def _guarded(self, step: Callable[[], None]) -> None:
-        """Run one callback; a client that breaks the rules, or a bug, ends this connection and no other."""
-        if self.closed:
-            return
-        try:
-            step()
-        except ProtocolError as error:
+        if not self.closed:
+            try:
+                step()
+            except BaseException as error:
+                self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        """A client that breaks the rules, or a bug, ends this connection and no other."""
+        self.abort()
+        if isinstance(error, ProtocolError):
             _log.info("NBD client dropped: %s", error)
-            self.abort()
-        except OSError as error:
+        elif isinstance(error, OSError):
             _log.debug("NBD client gone: %s", error)
-            self.abort()
-        except BaseException:
-            self.abort()
-            raise
+        else:
+            raise error
 
     def on_readable(self) -> None:
         """See Polled."""
         transmission = self._transmission
-        if transmission is None or not transmission.more:  # else a batch waits for its turn, this comes after it
-            self._guarded(self._receive)
+        if self.closed or (transmission is not None and transmission.more):
+            return  # a batch waits for its turn, this comes after it
+        try:  # as `_guarded`, without its call
+            self._receive()
+        except BaseException as error:
+            self._failed(error)
 
     def on_writable(self) -> None:
         """See Polled."""
@@ -210,8 +215,11 @@ class NbdConnection:
         self._scheduled = False
         if self.closed:
             self._drain()
-        else:
-            self._guarded(self._advance)
+            return
+        try:  # as `_guarded`, without its call
+            self._advance()
+        except BaseException as error:
+            self._failed(error)
 
     def _woken(self) -> None:
         """Replies came, or there is room again: gather until the round is over."""
@@ -257,7 +265,9 @@ class NbdConnection:
                 continue
             self._take()
             # Behind a large write the next one is begun before the volume works on this one.
-            if self._is_stuck() or not (is_large or self._missing() >= _ROOM_MIN):
+            if not is_large and (self._start == self._end or self._missing() < _ROOM_MIN):
+                break
+            if self._is_stuck():
                 break
         self._settle()
 
@@ -326,7 +336,7 @@ class NbdConnection:
             if not transmission.blocked or not self._may_go_on(transmission):
                 break
         buffer = self._buffer
-        if buffer is not None and self._start == self._end:
+        if buffer is not None and self._start == self._end and (buffer.charge or not buffer.payloads):
             self._release_idle_buffer(buffer)
         if account.granted > FLOOR:
             self._shared.budget.settle(account)

@@ -62,8 +62,9 @@ class SpinningSelector(selectors.EpollSelector):
             self._was_short[syncing] = self._clock() - began_ns < bound_ns
         return events
 
-    def ready(self, until_ns: int) -> list[int]:
-        """Return the descriptors with events; for these it waits awake if `select` would, but not beyond `until_ns`."""
+    def ready(self, until_ns: int) -> list[tuple[int, int]]:
+        """Return the descriptors with events, as epoll does; for these it waits awake if `select` would, but not beyond
+        `until_ns`."""
         syncing = self.syncing()
         if not self._was_short[syncing]:
             return []
@@ -72,7 +73,7 @@ class SpinningSelector(selectors.EpollSelector):
             end_ns = self._clock() + _bound_ns(syncing)
             ready = self._look_awake(syncing, min(end_ns, until_ns))
             self._was_short[syncing] = bool(ready) or end_ns > until_ns
-        return [fd for fd, _ in ready]
+        return ready
 
     def close(self) -> None:
         """See BaseSelector."""

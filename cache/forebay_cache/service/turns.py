@@ -40,10 +40,13 @@ class Turns:
     """For one event loop, and used on its thread only.
 
     `ready` waits for descriptors of the loop, until the given time of `time.monotonic_ns` at most, and returns those
-    that are readable, none if waiting isn't worth it. Without it a turn never goes on with what it was not begun with.
+    that are readable, each with what for, as epoll does; none if waiting isn't worth it. Without it a
+    turn never goes on with what it was not begun with.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, ready: Callable[[int], list[int]] | None = None) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, ready: Callable[[int], list[tuple[int, int]]] | None = None
+    ) -> None:
         self.loop = loop
         self._ready = ready
         self._begins: dict[int, Call] = {}  # by descriptor
@@ -116,18 +119,18 @@ class Turns:
 
     def _begin_ready(self, until_ns: int) -> bool:
         """Begin with what is readable by then; return whether that was anything."""
-        fds = self._ready(until_ns) if self._ready is not None else ()
+        ready = self._ready(until_ns) if self._ready is not None else ()
         begins = self._begins
-        for fd in fds:
+        for fd, _ in ready:
             if fd not in begins:
                 return False  # for the event loop, which finds all of them again
-        for fd in fds:
+        for fd, _ in ready:
             begin = begins.get(fd)
             if begin is not None:  # else it was removed meanwhile
                 begin()
         if self._kicks:
             self._kick_all()
-        return bool(fds)
+        return bool(ready)
 
     def tell_posted(self) -> None:
         """Tell of all completions now; for the end, when no turn comes any more."""
