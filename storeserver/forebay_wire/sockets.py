@@ -8,10 +8,10 @@ import errno
 import os
 import socket
 import stat
-import struct
 from typing import Final
 
 from forebay_core.errors import ForebayError, InUseError, StoreUnreachableError, WrongUsageError
+from forebay_core.peers import peer_of
 from forebay_wire.address import Address, UnixPath, is_loopback
 from forebay_wire.limits import (
     KEEPALIVE_IDLE_S,
@@ -23,7 +23,6 @@ from forebay_wire.limits import (
 )
 
 _UNIX_MODE: Final = 0o600
-_PEER_CREDENTIALS: Final = struct.Struct("3i")  # process, user, group
 
 
 async def connect(address: Address | UnixPath) -> socket.socket:
@@ -166,8 +165,7 @@ def _remove_stale(path: UnixPath) -> None:
 def remote_name(sock: socket.socket) -> str:
     """Return who is at the other end, for people: address and port, or the process at a Unix socket."""
     if sock.family == socket.AF_UNIX:
-        packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        return f"process {_PEER_CREDENTIALS.unpack(packed)[0]}"
+        return f"process {peer_of(sock).pid}"
     try:
         host, port = sock.getpeername()[:2]
     except OSError:  # gone already

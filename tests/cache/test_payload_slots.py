@@ -11,8 +11,8 @@ import pytest
 from forebay_cache.engine.nbd_client import NbdClient, Request, State
 from forebay_cache.engine.payload_slots import SLOTS, Memory, PayloadSlots, Place
 from forebay_cache.format import fuse, nbd, nbd_options
-from forebay_cache.service import fuse_front
-from forebay_cache.service.fuse_front import Line, Poll, Slots
+from forebay_cache.service import fuse_lines
+from forebay_cache.service.fuse_lines import Line, Poll, Slots
 from forebay_cache.service.shared_memory import memory_of_peer
 
 SIZE = 4096
@@ -109,7 +109,7 @@ def test_without_memory_to_be_had_the_front_goes_on_and_asks_again(monkeypatch: 
         raise OSError(errno.ENOMEM, "none")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fuse_front, "make_memory", refuse)
+        patch.setattr(fuse_lines, "make_memory", refuse)
         shared = Slots()
         client = NbdClient("disk", lambda *_: None)
         shared.connection_ended(client)

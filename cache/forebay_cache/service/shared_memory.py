@@ -14,15 +14,14 @@ import logging
 import mmap
 import os
 import socket
-import struct
 from typing import Final
 
+from forebay_core.peers import peer_of
 from forebay_core.units import GIB
 
 MEMORY_SIZE_MAX: Final = 1 * GIB
 """Bytes of one client's memory; it is the client who pays for them."""
 
-_PEER: Final = struct.Struct("iII")
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,7 +45,7 @@ def memory_of_peer(client: socket.socket, number: int, inode: int) -> memoryview
     """Return the memory of an inode behind a descriptor of the client's process; None if it is none for us."""
     if client.family != socket.AF_UNIX:
         return None
-    pid, uid, _gid = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    pid, uid, _gid = peer_of(client)
     path = f"/proc/{pid}/fd/{number}"
     try:
         if uid != os.geteuid() or not os.readlink(path).startswith("/memfd:"):
