@@ -40,8 +40,8 @@ class Turns:
     """For one event loop, and used on its thread only.
 
     `ready` waits for descriptors of the loop, until the given time of `time.monotonic_ns` at most, and returns those
-    that are readable, each with what for, as epoll does; none if waiting isn't worth it. Without it a
-    turn never goes on with what it was not begun with.
+    that are readable, each with what for, as epoll does; none if waiting isn't worth it. Without it a turn
+    never goes on with what it was not begun with.
     """
 
     def __init__(
