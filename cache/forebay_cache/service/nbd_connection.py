@@ -306,7 +306,7 @@ class NbdConnection:
         return self._transmission.want - here if here and self._transmission is not None else 0
 
     def _in_large_write(self) -> bool:
-        """Tell whether the buffer was taken for a large write, of which not all is here, or little is left behind it."""
+        """Tell whether the buffer was taken for a large write: it holds a part of that, or little that came behind."""
         return self._buffer is not None and self._buffer.charge > 0
 
     def _advance(self) -> None:
