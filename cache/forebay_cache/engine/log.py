@@ -188,10 +188,10 @@ class Batch:
 
     def grow(self) -> bool:
         """Begin that record; return False if there may be none."""
-        if not self.may_grow:
-            return False
-        self.begin_record()
-        return True
+        may = self.may_grow
+        if may:
+            self.begin_record()
+        return may
 
     def begin_writes(self, volume_key: int) -> Writes:
         """What is written next is of this volume."""
@@ -302,7 +302,7 @@ class Log:
         newest.version = version
         at = _ENTRIES_OFFSET + index * _ENTRY_SIZE
         _pack_into(batch.headers[-1], at, lba, version, checksum, volume_key, _WRITE, 0, 0xFF, 0)
-        batch.data_count += 1  # as `_added`, which is 5 % of a write
+        batch.data_count += 1  # as `_added`, a call of which is 5 % of a write
         batch.entry_count += 1
         batch.index = index + 1
         batch.next_place += 1
@@ -319,7 +319,12 @@ class Log:
         newest.count += count
         newest.version = version
         record.put_writes_fast(batch.headers[-1], batch.index, volume_key, lba, version, checksums)
-        self._added(batch, count)
+        batch.data_count += count  # as `_added`
+        batch.entry_count += count
+        batch.index += count
+        batch.next_place += count
+        batch.room -= count
+        self.queued_blocks += count
 
     def add_fill(self, batch: Batch, volume_key: int, lba: int, version: int, checksum: int) -> None:
         """Add the entry of a block that was fetched; the caller adds the bytes to `batch.buffers`."""
@@ -555,8 +560,11 @@ class Log:
             position += 1
             entries -= full
             blocks -= full
+        count = batch.block_count
+        self.bytes_written += count * BLOCK_SIZE
+        self.records_written += len(batch.headers)
         self._noted_durable = self.durable
-        self._next = batch.after = LogPoint(position, zone, block + batch.block_count, chain)
+        self._next = batch.after = LogPoint(position, zone, block + count, chain)
         self._sealed.append(batch)
         self._submit()
 
@@ -564,8 +572,6 @@ class Log:
         while self._sealed and len(self._in_flight) < BATCHES_IN_FLIGHT_MAX and not self.failed:
             batch = self._sealed.popleft()
             self._in_flight.append(batch)
-            self.bytes_written += batch.block_count * BLOCK_SIZE
-            self.records_written += len(batch.headers)
             offset = self._zones.offset_of(self._zones.place_at(batch.zone, batch.block))
             self._device.write(offset, batch.buffers, partial(self._written, batch))
 
@@ -590,7 +596,8 @@ class Log:
                 reply(IoError.OK)
             for settled in first.settled:
                 settled(True)
-        self._submit()
+        if self._sealed:
+            self._submit()
         if not self._in_flight:
             self._sync(ahead=self.group.active and was_asked)
             self.kick()

@@ -103,6 +103,8 @@ class Writes:
 
         A volume that has no room, or has failed, keeps nobody else waiting.
         """
+        if not self._waiting:
+            return
         for key in list(self._waiting):
             # Looking for room may free a zone at once, which resumes: then another turn of this loop has been here.
             queue = self._waiting.pop(key, None)
