@@ -507,8 +507,10 @@ class Log:
             self._waiting.popleft()[1](True)
             told += 1
         self.group.synced(told)
-        self.kick(patient=True)
-        self._sync()
+        if self.gathered is not None or self._held:
+            self.kick(patient=True)
+        if self._waiting or self._barriers:
+            self._sync()
 
     # --- records ----------------------------------------------------------------------------------------------
 
@@ -600,7 +602,8 @@ class Log:
             self._submit()
         if not self._in_flight:
             self._sync(ahead=self.group.active and was_asked)
-            self.kick()
+            if self.gathered is not None or self._held:
+                self.kick()
 
     def fail(self) -> None:
         """The device failed: nothing more is written, everybody waiting is told."""

@@ -216,10 +216,24 @@ class NbdConnection:
         if self.closed:
             self._drain()
             return
+        transmission = self._transmission
         try:  # as `_guarded`, without its call
-            self._advance()
+            nothing_waits = self._reading and self._start == self._end and not (self._outbox.batches or self._stopping)
+            if nothing_waits and transmission is not None and transmission.out and self._account.granted <= FLOOR:
+                self._answer(transmission)
+            else:
+                self._advance()
         except BaseException as error:
             self._failed(error)
+
+    def _answer(self, transmission: Transmission) -> None:
+        """Send answers when that is all there is to do, as behind nearly every small request; `_advance` in short."""
+        self._account.held -= self._outbox.put(*transmission.take_out())
+        buffer = self._buffer
+        if buffer is not None and (buffer.charge or not buffer.payloads):
+            self._release_idle_buffer(buffer)
+        if self._outbox.batches:
+            self._settle()
 
     def _woken(self) -> None:
         """Replies came, or there is room again: gather until the round is over."""
