@@ -7,6 +7,9 @@ Judges know nothing of the workload, and nothing of the engines' memory but the 
 Invariants:
     A branch's `live` is its base and all changes written so far; `state_at` is its state at any version.
     `Official.state` is what the store must show at `Official.version`.
+    A held volume is changed only by its holder: versions of the epoch that was granted last. A released one is changed
+    only by the store, which numbers such a change behind the last one, in whatever epoch that was: a holder that wrote
+    nothing leaves none of its own. No holder's change can have that number later, for the next one has a new epoch.
 """
 
 from bisect import bisect_right
@@ -228,7 +231,7 @@ class Official:
         self.branches: dict[int, Branch] = {}  # by epoch
         self.acknowledged = 0  # newest version that a cache was told the store has
         self.snapshots: dict[bytes, tuple[int, State]] = {}  # by id: version, and what it shows for ever
-        self.rollbacks: dict[int, State] = {}  # by the version that they got or would have got, what it shows
+        self.own: dict[int, State] = {}  # by the version that a change by the store itself would get, what it shows
         self.deleting: set[bytes] = set()  # ids of snapshots that somebody wanted to delete
         self.deleted: set[bytes] = set()  # and of those that were, as the store said
 
@@ -236,21 +239,31 @@ class Official:
         """A device was granted an epoch, and its changes count from now on."""
         self.branches[epoch] = branch
 
-    def advance(self, version: int) -> None:
-        """The store shows this version: it must be the past of the branch that its epoch belongs to, or a rollback."""
-        if version in self.rollbacks:
-            self.state = dict(self.rollbacks[version])
-            self.version = version
-            return
-        branch = self.branches.get(epoch_of(version))
+    def ask(self, state: State) -> None:
+        """The store is about to be asked to make the volume this, or to keep it as a snapshot; it may die over it."""
+        self.own[self.version + 1] = dict(state)
+
+    def advance(self, version: int, epoch: int, *, held: bool) -> None:
+        """The store shows this version: it must be the past of its holder's branch, or what the store was asked for."""
+        if held:
+            self.state = self._past(version, epoch)
+        elif version in self.own:
+            self.state = dict(self.own[version])
+        else:
+            raise Violation(f"{self.name}: version {version:#x} came while nobody held what epoch {epoch} left")
+        self.version = version
+
+    def _past(self, version: int, epoch: int) -> State:
+        if epoch_of(version) != epoch:
+            raise Violation(f"{self.name}: epoch {epoch_of(version)} changed what epoch {epoch} holds")
+        branch = self.branches.get(epoch)
         if branch is None:
             raise Violation(f"{self.name}: the store shows version {version:#x} of an epoch that nobody was granted")
         if branch.base_version > self.version:
             raise Violation(f"{self.name}: {branch.name} began at {branch.base_version:#x}, behind {self.version:#x}")
         if version > branch.synced:
             raise Violation(f"{self.name}: the store shows {version:#x}, the SSD surely has only {branch.synced:#x}")
-        self.state = branch.state_at(version)
-        self.version = version
+        return branch.state_at(version)
 
 
 class StoreJudge:
@@ -270,14 +283,11 @@ class StoreJudge:
             if row.epoch < official.epoch or row.version < official.version:
                 raise Violation(f"{row.name}: the store went back to epoch {row.epoch}, version {row.version:#x}")
             moved = row.version != official.version
-            rolled = row.version in official.rollbacks
-            if moved and not rolled and epoch_of(row.version) != max(row.epoch, official.epoch):
-                raise Violation(f"{row.name}: epoch {epoch_of(row.version)} changed what epoch {row.epoch} holds")
             official.epoch = row.epoch
             if row.version < official.acknowledged:
                 raise Violation(f"{row.name}: version {official.acknowledged:#x} was acknowledged and is gone")
             if moved:
-                official.advance(row.version)
+                official.advance(row.version, row.epoch, held=bool(row.writer))
             if moved or all_of_it:
                 self._compare(index, backend, row, official, damaged=damaged)
                 if not damaged:
@@ -298,11 +308,12 @@ class StoreJudge:
         for snapshot, state in shown.items():
             is_new = snapshot not in official.snapshots
             if is_new:
-                branch = official.branches[epoch_of(state.version)]
-                named = branch.snapshots.get(state.name, state.version)
-                if named != state.version:
-                    raise Violation(f"{row.name}@{state.name} is at {state.version:#x}, it was taken at {named:#x}")
-                official.snapshots[snapshot] = (state.version, branch.state_at(state.version))
+                branch = official.branches.get(epoch_of(state.version))
+                named = branch.snapshots.get(state.name, official.version) if branch else official.version
+                if not state.version == named == official.version:
+                    taken = f"it was taken at {named:#x} and came at {official.version:#x}"
+                    raise Violation(f"{row.name}@{state.name} is at {state.version:#x}, {taken}")
+                official.snapshots[snapshot] = (state.version, dict(official.state))
             if is_new or all_of_it:
                 self.snapshots_compared += 1
                 found = read_store(index, backend, snapshot, Extent(0, state.size // BLOCK_SIZE))

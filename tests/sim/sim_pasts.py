@@ -23,9 +23,9 @@ def roll_back(guest: Guest, host: CacheHost, store: StoreHost, official: Officia
     state = _choose(store, official, dice)
     if state is None or not store.running:
         return
-    official.rollbacks[official.version + 1] = dict(official.snapshots[state.id][1])
+    official.ask(official.snapshots[state.id][1])
     answer = store.ask(messages.RollbackVolume(guest.name, state.name))
-    if isinstance(answer, messages.Volume) and official.version not in official.rollbacks:
+    if isinstance(answer, messages.Volume) and official.version not in official.own:
         raise Violation(f"{guest.name} was rolled back to {state.name}, and the store shows {official.version:#x}")
 
 

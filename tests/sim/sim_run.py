@@ -155,8 +155,7 @@ class Scenario:
         assert host is not None
         host.command(lambda: host.shell.detach(first.name, leave_dirty=False))
         official = self.judge.volumes[first.id]
-        branch = official.branches[official.epoch]
-        branch.submitted = branch.written = branch.synced = official.version + 1  # the store numbers the snapshot
+        official.ask(official.state)
         taken = self.store.ask(messages.CreateSnapshot((first.name,), "s"))
         assert isinstance(taken, messages.SnapshotTaken), taken
         self.frozen = b"".join(official.state.get(lba, bytes(BLOCK_SIZE)) for lba in range(first.size // BLOCK_SIZE))
@@ -252,6 +251,14 @@ class Scenario:
                 sim_books.check_engine(host.engine, host.device.writes_max)
             if not damaged:
                 sim_books.check_recovers(host.disk.read)
+
+    def close(self) -> None:
+        """Let every program die, and give the disks back."""
+        for host in (*self.caches, self.store):
+            host.died = lambda: None
+            host.kill()
+        for cache in self.caches:
+            cache.disk.close()
 
     # --- placing guests ---------------------------------------------------------------------------------------
 
@@ -564,11 +571,7 @@ def run_seed(seed: int, profile: str = "") -> Scenario:
         )
         raise
     finally:
-        for host in (*scenario.caches, scenario.store):
-            host.died = lambda: None
-            host.kill()
-        for cache in scenario.caches:
-            cache.disk.close()
+        scenario.close()
     return scenario
 
 
