@@ -172,10 +172,13 @@ static PyObject *enter_writes(PyObject *module, PyObject *const *arguments, Py_s
         const uint64_t key = (uint64_t)entry.volume_key << LBA_BITS | entry.lba;
         uint32_t *link = &map.heads[key % (uint64_t)map.head_count];
         uint32_t *const head = link;
-        while (*link != NIL && *link < (uint64_t)map.place_count && map.keys[*link] != key)
+        for (Py_ssize_t steps = 0; *link != NIL && *link < (uint64_t)map.place_count && map.keys[*link] != key; steps++) {
+            if (steps == map.place_count)
+                break; /* it runs in a circle */
             link = &map.nexts[*link];
+        }
         const uint32_t old = *link;
-        if (old >= (uint64_t)map.place_count || map.keys[place] != 0) {
+        if (old >= (uint64_t)map.place_count || (old != NIL && map.keys[old] != key) || map.keys[place] != 0) {
             PyErr_Format(PyExc_SystemError, "the map is damaged at place %u", (unsigned)place);
             goto end;
         }

@@ -204,6 +204,10 @@ def test_a_damaged_map_is_an_error_and_no_crash() -> None:
     table._heads[0] = PLACES + 5
     with pytest.raises(SystemError, match="damaged"):
         native.enter_writes(table._views, ZONE_BLOCKS, records(pack([1], 1)), 125, 0, 0, 1, 1, 0, 0, Entered.make())
+    table._heads[0], table._nexts[3], table._nexts[4] = 3, 4, 3  # a chain in a circle
+    table.keys[3] = table.keys[4] = make_key(1, 77)
+    with pytest.raises(SystemError, match="damaged"):
+        native.enter_writes(table._views, ZONE_BLOCKS, records(pack([1], 1)), 125, 0, 0, 1, 1, 0, 0, Entered.make())
 
 
 @needs_native

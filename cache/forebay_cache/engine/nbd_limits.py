@@ -33,8 +33,8 @@ LARGE_RECEIVE_SIZE: Final = 1 * MIB + 4 * KIB
 BATCH_MAX: Final = 128
 """Requests taken at once before others get their turn: about 0.4 ms."""
 
-READ_SHIFT: Final = 13
-"""A read counts as one more of them for each 8 KiB: one of 1 MiB takes 0.3 ms by itself."""
+SIZE_SHIFT: Final = 13
+"""A read, or a write from a client's memory, counts as one more of them for each 8 KiB: one of 1 MiB takes 0.3 ms."""
 
 IN_FLIGHT_MAX: Final = 1024
 """Requests of one connection that wait for the volume."""

@@ -20,7 +20,7 @@ from forebay_cache.engine.nbd_limits import (
     BATCH_MAX,
     IN_FLIGHT_MAX,
     OUT_BUFFERS_MAX,
-    READ_SHIFT,
+    SIZE_SHIFT,
     STATUS_DESCRIPTORS_MAX,
 )
 from forebay_cache.engine.nbd_negotiation import ReplyStyle, Session
@@ -210,7 +210,7 @@ class Transmission:
                     self.short, self.blocked = length, True
                     break
                 account.held += length
-                last -= length >> READ_SHIFT
+                last -= length >> SIZE_SHIFT
                 at += header_size
                 open_[serial] = read_reply = partial(read_replied, serial, cookie, offset, length)
                 volume.read(offset, length, read_reply)
@@ -233,7 +233,7 @@ class Transmission:
                 if not taken:
                     break
                 at += taken
-                last = serial  # it may be large: others have their turn before the next
+                last -= length >> SIZE_SHIFT
             elif self._accept_rare(Request(flags, command, cookie, offset, length)):
                 at += header_size
                 if self.leaving:
