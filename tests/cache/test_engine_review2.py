@@ -354,22 +354,3 @@ def test_state_records_leave_moves_the_zones_that_are_promised_to_them() -> None
     rig.run_until(lambda: len(noted) == 1000)
     assert all(noted)
     check_books(engine)
-
-
-def test_what_the_store_numbered_itself_is_not_taken_for_our_change_of_that_number() -> None:
-    """Another device took the volume over, wrote nothing and released it; then the store took a snapshot of it, or
-    rolled it back, which got the number behind our last cut: that of a change which we still hold."""
-    rig = Rig(10)
-    assert rig.write(0, OLD) == IoError.OK
-    assert rig.drain()
-    rig.engine.destage.suspend(rig.volume)
-    assert rig.write(0, NEW) == IoError.OK
-    view = StoreView(VOLUME_ID, "v", rig.size, Epoch(3), rig.volume.version, STORE_ID)
-    rig.engine.attaching.reopened(rig.volume, view)
-    assert "changed elsewhere" in rig.volume.error and rig.volume.has_changes
-    settled: list[bool] = []
-    rig.engine.attaching.detach(rig.volume, leave_dirty=True, settled=settled.append)
-    rig.run_until(lambda: bool(settled))
-    with pytest.raises(ForebayError, match="kept and not merged"):
-        begin_attach(rig, view)
-    assert rig.volume.has_changes

@@ -169,7 +169,7 @@ class CacheHost:
             # The daemon died between the store's grant and its own answer to whoever asked it to attach.
             if volume.attached and volume.epoch == official.epoch and volume.acknowledged == official.version:
                 self.begin_branch(volume)
-        else:
+        elif volume.attached or volume.acknowledged <= branch.submitted:  # else it was just being attached anew
             # Damaged media are no excuse: what is damaged was durable, and later records prove it.
             branch.recover(volume.version, power=self._power)
             branch.check_pending(volume.pending_snapshots, volume.acknowledged)

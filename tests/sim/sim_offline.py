@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 from sim_cache import CacheHost
-from sim_judges import ZEROS, Branch
+from sim_judges import ZEROS, Branch, Official, State
 from sim_world import Violation
 
 from forebay_cache.engine.check import check_device
 from forebay_cache.engine.salvage import SalvageVolume, search_device
+from forebay_cache.format.volume_note import CLOSED, LEFT_DIRTY
 from forebay_core.checksums import checksum
 from forebay_core.units import BLOCK_SIZE
 
@@ -21,15 +22,25 @@ def check_offline(host: CacheHost) -> None:
         branch = host.tap.branches.get(volume.note.volume_id)
         official = host.officials.get(volume.note.volume_id)
         known = official is not None and official.branches.get(volume.note.epoch) is branch
-        if branch is not None and known and volume.version >= branch.base_version:
-            _check_salvaged(host, volume, branch)
+        if branch is not None and official is not None and known and volume.version >= branch.base_version:
+            state = _expected(volume, branch, official)
+            if state is not None:
+                _check_salvaged(host, volume, branch, state)
 
 
-def _check_salvaged(host: CacheHost, volume: SalvageVolume, branch: Branch) -> None:
-    """Compare what is saved of a volume with the state of its history at that version."""
+def _expected(volume: SalvageVolume, branch: Branch, official: Official) -> State | None:
+    """Return what a volume was at the version that is saved. One that died while it was being attached may be the
+    store's already while its row is of the epoch before: None if the store has moved on since."""
+    detached = volume.note.flags & (CLOSED | LEFT_DIRTY)
+    if detached and branch.submitted < volume.acknowledged == volume.version <= official.version:
+        return official.state if volume.version == official.version else None
     if volume.version > branch.submitted:
         raise Violation(f"salvage of {branch.name}: version {volume.version:#x} beyond {branch.submitted:#x}")
-    state = branch.state_at(volume.version)
+    return branch.state_at(volume.version)
+
+
+def _check_salvaged(host: CacheHost, volume: SalvageVolume, branch: Branch, state: State) -> None:
+    """Compare what is saved of a volume with what it was."""
     saved: dict[int, bytes] = {}
     for rows in (volume.clean, volume.dirty):
         for lba, _, expected, offset in rows.tolist():
