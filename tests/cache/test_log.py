@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import pytest
 from engine_rig import Rig
 
+from forebay_cache.engine import writes
 from forebay_cache.engine.front import IoError
 from forebay_cache.engine.limits import BATCH_RECORDS_MAX
 from forebay_cache.format import record
-from forebay_core.checksums import checksum
+from forebay_core.checksums import block_checksums, checksum
 from forebay_core.units import BLOCK_SIZE, Buffer
 
 ZONE_BLOCKS = 512
@@ -154,6 +155,23 @@ def test_a_volume_at_its_bound_waits_in_the_midst_of_a_batch() -> None:
     rig.engine.resume_writers()
     rig.run_until(lambda: len(answered) == 5)
     assert answered == [0, 1, 2, 3, 9]
+
+
+def test_a_large_write_that_is_let_in_bit_by_bit_is_summed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, summed = Watched(record_blocks=4), []
+    rig, volume, data = watched.rig, watched.rig.volume, content_of(20)
+    answers: list[IoError] = []
+    monkeypatch.setattr(writes, "block_checksums", lambda view: summed.append(len(view)) or block_checksums(view))
+    volume.appended_max = volume.appended_blocks + 1
+    volume.write(0, memoryview(data), False, answers.append)
+    while rig.engine.writes.is_waiting(volume.key):
+        volume.appended_max = volume.appended_blocks + 1
+        rig.engine.resume_writers()
+    volume.kick()
+    rig.run_until(lambda: answers == [IoError.OK])
+    assert len(watched.records()) == 5
+    assert rig.read(0, len(data)) == data
+    assert summed == [len(data)]
 
 
 def test_a_write_whose_rest_is_refused_is_not_answered_while_its_first_part_is_being_written(

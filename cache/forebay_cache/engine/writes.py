@@ -187,15 +187,18 @@ class Writes:
     # --- appending --------------------------------------------------------------------------------------------
 
     def _append(self, volume: "CacheVolume", offset: int, view: memoryview, settled: Settled) -> None:
-        """Append whole blocks: one change for each record that they fall into.
+        """Append whole blocks, for the first of which there is room."""
+        self._append_summed(volume, offset >> BLOCK_SHIFT, view, block_checksums(view), settled)
 
-        There is room for the first one. A part that has to wait may fail at once; the payload is used until those
-        before it are written.
+    def _append_summed(
+        self, volume: "CacheVolume", lba: int, view: memoryview, sums: npt.NDArray[np.uint64], settled: Settled
+    ) -> None:
+        """Append blocks whose checksums are known: one change for each record that they fall into.
+
+        A part that has to wait may fail at once; the payload is used until those before it are written.
         """
         engine, log = self._engine, self._engine.log
-        sums = block_checksums(view)
         count = sums.size
-        lba = offset >> BLOCK_SHIFT
         at = 0
         while True:
             batch = log.data_batch()
@@ -215,8 +218,9 @@ class Writes:
                 join = _Join(settled)
                 batch.settled.append(join.one_more())
                 told = join.one_more()
-                rest = partial(self._append, volume, offset + (at << BLOCK_SHIFT), view[at << BLOCK_SHIFT :], told)
-                self._park(volume, told, rest, first=True)
+                rest = view[at << BLOCK_SHIFT :]
+                go_on = partial(self._append_summed, volume, lba + at, rest, sums[at:], told)
+                self._park(volume, told, go_on, first=True)
                 join.begun()
                 return
 
