@@ -13,7 +13,7 @@ from forebay_cache.engine.log import Log
 from forebay_cache.engine.volume import CacheVolume
 from forebay_cache.engine.zones import ZoneState
 from forebay_cache.format import record
-from forebay_core.units import BLOCK_SIZE, LBA_BITS
+from forebay_core.units import BLOCK_SIZE, LBA_BITS, MIB
 
 OLD, NEW = b"O" * BLOCK_SIZE, b"N" * BLOCK_SIZE
 QUEUED = 150
@@ -369,3 +369,17 @@ def test_a_block_is_moved_in_front_of_a_trim_that_waits_for_a_zone(monkeypatch: 
     rig.restart(power=False)
     assert rig.read(0, BLOCK_SIZE) == bytes(BLOCK_SIZE)
     check_books(rig.engine)
+
+
+def test_an_entry_that_waits_for_a_zone_goes_as_soon_as_one_is_free() -> None:
+    """Not at the next tick: nobody else may be waiting."""
+    rig, answers = Rig(3), []
+    engine = rig.engine
+    rig.run_until(lambda: engine.log.idle and not rig.device.writes)
+    engine.reclaim.moving.promised_zones = len(engine.zones.free) + 1
+    engine.set_limit(None, answers.append, average=MIB, peak=MIB)
+    assert not rig.device.writes
+    engine.reclaim.moving.promised_zones = 0
+    engine.reclaim._synced([])
+    assert rig.device.writes
+    rig.run_until(lambda: answers == [True])

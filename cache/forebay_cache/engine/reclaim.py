@@ -208,6 +208,7 @@ class Reclaim:
         self._lingering += zones
         self._release_lingering()
         self._engine.resume_writers()
+        self._engine.log.kick(patient=True)  # entries without data may wait for a zone while no writer does
 
     def _release_lingering(self) -> None:
         zones = self._engine.zones
