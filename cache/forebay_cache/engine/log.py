@@ -602,8 +602,8 @@ class Log:
             self._submit()
         if not self._in_flight:
             self._sync(ahead=self.group.active and was_asked)
-            if self.gathered is not None or self._held:
-                self.kick()
+        if self.gathered is not None or self._held:
+            self.kick()
 
     def fail(self) -> None:
         """The device failed: nothing more is written, everybody waiting is told."""
