@@ -551,6 +551,7 @@ class Log:
             for settled in _waiters_of(batch):
                 settled(False)
             return
+        assert batch.data_count <= batch.entry_count
         position, zone, block, chain = self._next
         before = batch.kind, 0, self._device_tag, batch.zone, self._zones.incarnations[batch.zone]
         full = batch.record_blocks
