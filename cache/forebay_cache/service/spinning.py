@@ -6,8 +6,12 @@ waking up; when they don't, nothing is spent. Measured 2026-11, 2 cores, cached 
 of 13,300 a second at 42 instead of 45 us of CPU each; a flush with nothing to do 17 instead of 36 us.
 
 A wait for a sync is judged by itself. It is longer, so what it took must not send the loop to sleep before the next
-request, and the bound is larger. And others may need this very processor: the disk's interrupt wakes a kernel thread
-on it, which waited up to 140 us until the loop fell asleep (traced 2026-11). So the loop gives way before each look.
+request, and the bound is larger.
+
+Others may need this very processor, so the loop gives way before each look. The disk's interrupt wakes a kernel thread
+on it, which waited up to 140 us until the loop fell asleep; and so, for 50 us, did a client that an answer woke, which
+the kernel likes to put where the answer came from (both traced 2026-11). With 16 clients that flush each write they
+got 8 % more done, 1 client 2 % more (14 to 16 pairs of runs); reads did not change.
 
 Invariants:
     It waits awake only if the last wait of the kind was over within its bound, and then no longer than that: `ready`
@@ -55,7 +59,7 @@ class SpinningSelector(selectors.EpollSelector):
         syncing = self.syncing()
         bound_ns = _bound_ns(syncing)
         began_ns = self._clock()
-        if self._was_short[syncing] and self._look_awake(syncing, began_ns + bound_ns):
+        if self._was_short[syncing] and self._look_awake(began_ns + bound_ns):
             events = self.look(0)
         if not events:
             events = self.look(timeout)
@@ -71,7 +75,7 @@ class SpinningSelector(selectors.EpollSelector):
         ready = self.peek()
         if not ready:
             end_ns = self._clock() + _bound_ns(syncing)
-            ready = self._look_awake(syncing, min(end_ns, until_ns))
+            ready = self._look_awake(min(end_ns, until_ns))
             self._was_short[syncing] = bool(ready) or end_ns > until_ns
         return ready
 
@@ -80,11 +84,10 @@ class SpinningSelector(selectors.EpollSelector):
         self._epoll.close()
         super().close()
 
-    def _look_awake(self, syncing: bool, until_ns: int) -> list[tuple[int, int]]:
+    def _look_awake(self, until_ns: int) -> list[tuple[int, int]]:
         ready: list[tuple[int, int]] = []
         while not ready and self._clock() < until_ns:
-            if syncing:
-                self.give_way()
+            self.give_way()
             ready = self.peek()
         return ready
 
