@@ -22,6 +22,7 @@ from forebay_cache.service.device_file import DeviceFile, drop_pages, open_devic
 from forebay_cache.service.failure_mark import FailureMark
 from forebay_cache.service.gathering import rest_of
 from forebay_cache.service.ring_reads import RING_ENTRIES
+from forebay_cache.service.sync_order import AHEAD_AFTER
 from forebay_cache.service.turns import Turns
 from forebay_cache.service.uring import Ring
 from forebay_core.errors import ForebayError, InUseError, NoSpaceError, WrongUsageError
@@ -267,6 +268,27 @@ def test_small_writes_between_large_ones_stay_in_order(make: Make, tmp_path: Pat
         assert all(await asyncio.wait_for(asyncio.gather(*answers), 30))
         assert order == list(range(6))
         assert await read(device, 0, 2 * BLOCK_SIZE) == bytes([6]) * BLOCK_SIZE + bytes([5]) * BLOCK_SIZE
+
+    on_device(make, tmp_path / "device", run)
+
+
+def test_the_loop_begins_to_write_out_what_one_client_flushes_each_time_not_what_several_do(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(device_module, "begin_writeback", lambda _fd, offset, size: begun.append((offset, size)))
+    block = bytes(BLOCK_SIZE)
+
+    async def run(device: FileDevice) -> None:
+        for _ in range(AHEAD_AFTER):
+            assert await write(device, 0, block, block)
+            assert await completed(device.sync)
+        assert begun == [], "it could not know that a sync follows"
+        for buffers, pushed in ((2, True), (3, False), (7, False), (2, True)):
+            begun.clear()
+            assert await write(device, MIB, *[block] * buffers)
+            assert begun == [(MIB, buffers * BLOCK_SIZE)] * pushed
+            assert await completed(device.sync)
 
     on_device(make, tmp_path / "device", run)
 
