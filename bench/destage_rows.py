@@ -23,7 +23,7 @@ from servers import Cache, start_both
 CACHE_SIZE = "2GiB"
 HOT, COLD = "hot", "cold"
 HOT_SIZE = 256 * MIB
-COLD_SIZE = 512 * MIB
+COLD_SIZE = 768 * MIB
 """Less than half of what may be dirty: no writer is slowed while it is written."""
 
 HOLD = "512KiB/s"
