@@ -20,7 +20,7 @@ from results import OURS, Goal, Row, Sample
 from rounds import Plan
 from servers import Cache, start_both
 
-CACHE_SIZE = "2GiB"
+CACHE_SIZE = "3GiB"
 HOT, COLD = "hot", "cold"
 HOT_SIZE = 256 * MIB
 COLD_SIZE = 768 * MIB
